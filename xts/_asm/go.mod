@@ -1,0 +1,3 @@
+module hostcryptd/xts/_asm
+
+go 1.26.0
