@@ -1,0 +1,213 @@
+package sector
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/sector/luks2"
+)
+
+// A Device is a backing device of the system: a block device or an image
+// file. It implements [Backing].
+//
+// A block device is opened with O_EXCL, so that neither a mount nor
+// device-mapper can take it, and with O_DIRECT, so that what has been answered
+// is with the disk. An image file is locked against other users by a lock that
+// QEMU knows too, and goes through the page cache.
+type Device struct {
+	f        *os.File
+	size     int64
+	align    int
+	physical int
+	block    bool
+}
+
+// DeviceOptions say how a device is opened.
+type DeviceOptions struct {
+	ReadOnly bool
+	// Shared opens the device beside those who use it: to look at a header or
+	// to change it. The data must not be touched.
+	Shared bool
+}
+
+// OpenDevice opens a block device or an image file. Its errors are
+// [ErrDevice], [ErrBusy], or those of the system.
+func OpenDevice(name string, o DeviceOptions) (*Device, error) {
+	d, err := openDevice(name, o)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return d, nil
+}
+
+func openDevice(name string, o DeviceOptions) (_ *Device, err error) {
+	fi, err := os.Stat(name)
+	if err != nil {
+		return nil, reason(err)
+	}
+	d := &Device{align: 1}
+	switch mode := fi.Mode(); {
+	case mode.IsRegular():
+	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
+		d.block = true
+	case mode.IsDir():
+		return nil, fmt.Errorf("%w: it is a directory", ErrDevice)
+	default:
+		return nil, fmt.Errorf("%w: neither a block device nor a file (%v)", ErrDevice, mode.Type())
+	}
+
+	flags := os.O_RDWR
+	if o.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	if d.block {
+		flags |= unix.O_DIRECT
+		if !o.Shared {
+			flags |= unix.O_EXCL
+		}
+	}
+	d.f, err = os.OpenFile(name, flags, 0)
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return nil, fmt.Errorf("%w: it is mounted, part of another device, or opened by another program", ErrBusy)
+	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return nil, fmt.Errorf("%w: it can't be opened for %s: %w", ErrDevice, map[bool]string{true: "reading", false: "writing"}[o.ReadOnly], reason(err))
+	case err != nil:
+		return nil, reason(err)
+	}
+	defer func() {
+		if err != nil {
+			d.Close()
+		}
+	}()
+	if d.block {
+		err = d.probeBlock()
+	} else {
+		err = d.probeFile(o)
+	}
+	if err != nil {
+		return nil, err
+	}
+	d.size, err = d.f.Seek(0, io.SeekEnd)
+	return d, err
+}
+
+// reason takes the path out of an error, which the caller puts in front.
+func reason(err error) error {
+	if pe, ok := errors.AsType[*os.PathError](err); ok {
+		return pe.Err
+	}
+	return err
+}
+
+func (d *Device) probeBlock() error {
+	fd := int(d.f.Fd())
+	logical, err := unix.IoctlGetInt(fd, unix.BLKSSZGET)
+	if err != nil {
+		return fmt.Errorf("logical block size: %w", err)
+	}
+	d.align = logical
+	physical, err := unix.IoctlGetUint32(fd, unix.BLKPBSZGET)
+	if err != nil {
+		return fmt.Errorf("physical block size: %w", err)
+	}
+	d.physical = int(physical)
+	return nil
+}
+
+// probeFile locks an image file. The lock belongs to the open file description
+// and covers all of it, so it also conflicts with the byte locks that QEMU
+// takes on images (block/file-posix.c): a second server and a QEMU that opens
+// the image itself are both kept out, but not cryptsetup's flock on the header.
+func (d *Device) probeFile(o DeviceOptions) error {
+	if o.Shared {
+		return nil
+	}
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+	if o.ReadOnly {
+		lock.Type = unix.F_RDLCK
+	}
+	err := unix.FcntlFlock(d.f.Fd(), unix.F_OFD_SETLK, &lock)
+	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+		return fmt.Errorf("%w: another program has locked it", ErrBusy)
+	}
+	if err != nil {
+		return fmt.Errorf("locking: %w", err)
+	}
+	return nil
+}
+
+// Close closes the device; on a device that was open for writing, everything
+// that must last was synced before.
+func (d *Device) Close() error { return d.f.Close() }
+
+// Name is the path that the device was opened with.
+func (d *Device) Name() string { return d.f.Name() }
+
+// Size is in bytes.
+func (d *Device) Size() int64 { return d.size }
+
+// Alignment is the logical block size of a block device, 1 for a file.
+func (d *Device) Alignment() int { return d.align }
+
+// AtomicSize is what the device writes whole or not at all, its physical block
+// size, or 0 where that isn't known.
+func (d *Device) AtomicSize() int { return d.physical }
+
+// LockHeader takes the lock that cryptsetup takes for the header.
+func (d *Device) LockHeader(exclusive bool) (unlock func(), err error) {
+	return luks2.Lock(d.f, exclusive)
+}
+
+func (d *Device) ReadAt(p []byte, off int64) (int, error)  { return d.f.ReadAt(p, off) }
+func (d *Device) WriteAt(p []byte, off int64) (int, error) { return d.f.WriteAt(p, off) }
+
+// WriteAtSync writes with RWF_DSYNC, which the disk is told as a FUA write
+// where it can do that.
+func (d *Device) WriteAtSync(p []byte, off int64) (done int, err error) {
+	for done < len(p) {
+		n, err := unix.Pwritev2(int(d.f.Fd()), [][]byte{p[done:]}, off+int64(done), unix.RWF_DSYNC)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return done, &os.PathError{Op: "write", Path: d.f.Name(), Err: err}
+		}
+		done += n
+	}
+	return done, nil
+}
+
+// Sync is fdatasync(2): the data, and of the metadata what is needed to find
+// it.
+func (d *Device) Sync() error {
+	for {
+		err := unix.Fdatasync(int(d.f.Fd()))
+		if !errors.Is(err, unix.EINTR) {
+			if err != nil {
+				err = &os.PathError{Op: "fdatasync", Path: d.f.Name(), Err: err}
+			}
+			return err
+		}
+	}
+}
+
+// Discard discards a range of a block device, or punches a hole in a file.
+func (d *Device) Discard(off, length int64) error {
+	var err error
+	if d.block {
+		arg := [2]uint64{uint64(off), uint64(length)}
+		err = ioctlPtr(d.f.Fd(), unix.BLKDISCARD, &arg)
+	} else {
+		err = unix.Fallocate(int(d.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
+	}
+	if errors.Is(err, syscall.EOPNOTSUPP) {
+		return errors.ErrUnsupported
+	}
+	return err
+}

@@ -1,0 +1,202 @@
+package sector
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/crypto/pbkdf2"
+
+	"crypto/sha256"
+
+	"hostcryptd/sector/luks2"
+	"hostcryptd/sector/sectortest"
+)
+
+var update = flag.Bool("update", false, "rewrite the examples in FORMAT.md")
+
+// example finds a code block in FORMAT.md by its name.
+func example(t *testing.T, doc []byte, name string) []byte {
+	t.Helper()
+	m := regexp.MustCompile("(?s)<!-- example: " + name + " -->\n```[a-z]*\n(.*?)```").FindSubmatch(doc)
+	if m == nil {
+		t.Fatalf("FORMAT.md has no example %q", name)
+	}
+	return m[1]
+}
+
+// lines reads "name: value" lines.
+func lines(b []byte) map[string]string {
+	m := map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), ": "); ok {
+			m[name] = strings.TrimSpace(value)
+		}
+	}
+	return m
+}
+
+// exampleHeader is the header of the worked example, made of its keys alone.
+func exampleHeader(t *testing.T, volumeKey *[32]byte, dek *[64]byte) *luks2.Header {
+	t.Helper()
+	d := sectortest.New(dataOffset + 1<<20)
+	h, err := newHeader(d, &FormatOptions{UUID: "0f1e2d3c-4b5a-4968-8776-655443322110", Label: "example", SectorSize: 4096, Seal: []Sealer{testSeal}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.SeqID = 1
+	salt := bytes.Repeat([]byte{0x5a}, 32)
+	h.Digests[0] = &luks2.Digest{Type: "pbkdf2", Segments: []int{0}, Hash: "sha256", Iterations: digestIterations, Salt: salt,
+		Digest: pbkdf2.Key(dek[:], salt, digestIterations, 32, sha256.New)}
+	nonce := bytes.Repeat([]byte{0x4e}, 12)
+	deks := map[string]wrappedDEK{"0": wrapDEK(volumeKey, dek, h.UUID, "0", 4096, nonce)}
+	if err := setVolumeToken(h, volumeKey, deks); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// TestFormatExamples recomputes the examples of FORMAT.md, and opens the header
+// that stands there with the keys that stand there.
+func TestFormatExamples(t *testing.T) {
+	doc, err := os.ReadFile("FORMAT.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *update {
+		doc = updateExamples(t, doc)
+		if err := os.WriteFile("FORMAT.md", doc, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	given := lines(example(t, doc, "keys"))
+	var volumeKey [32]byte
+	var dek [64]byte
+	unhex(t, volumeKey[:], given["volume key"])
+	unhex(t, dek[:], given["DEK"])
+
+	// The JSON of the document, put into a header, opens.
+	var text bytes.Buffer
+	if err := json.Compact(&text, example(t, doc, "header")); err != nil {
+		t.Fatal(err)
+	}
+	encoded, err := exampleHeader(t, &volumeKey, &dek).Encode(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want bytes.Buffer
+	if err := json.Compact(&want, bytes.TrimRight(encoded[4096:], "\x00")); err != nil {
+		t.Fatal(err)
+	}
+	if text.String() != want.String() {
+		t.Errorf("the header in FORMAT.md is not what the code writes:\n%s\n%s", text.String(), want.String())
+	}
+	h, err := luks2.Decode(encoded, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got [64]byte
+	if err := openDEK(h, &volumeKey, &got); err != nil || got != dek {
+		t.Errorf("the example does not open: %v", err)
+	}
+
+	if g, w := string(example(t, doc, "values")), exampleValues(t, h, &volumeKey); g != w {
+		t.Errorf("values in FORMAT.md:\n%s\nvalues by the code:\n%s", g, w)
+	}
+	if g, w := string(example(t, doc, "binary")), hexdump(encoded[:512]); g != w {
+		t.Errorf("binary header in FORMAT.md:\n%s\nby the code:\n%s", g, w)
+	}
+}
+
+// TestFormatTable checks the rows of the sector table.
+func TestFormatTable(t *testing.T) {
+	doc, err := os.ReadFile("FORMAT.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := regexp.MustCompile(`(?m)^\| (512|4096) \| (\d+) \| (\d+) \| (\d+) \|$`).FindAllSubmatch(doc, -1)
+	if len(rows) != 4 {
+		t.Fatalf("%d rows found", len(rows))
+	}
+	for _, row := range rows {
+		var n [4]int64
+		for i := range n {
+			n[i], _ = strconv.ParseInt(string(row[i+1]), 10, 64)
+		}
+		v := &Volume{offset: dataOffset, sector: n[0]}
+		if v.offset+n[1] != n[2] || v.tweakAt(n[1]) != uint64(n[3]) {
+			t.Errorf("row %s: device byte %d, tweak %d", row[0], v.offset+n[1], v.tweakAt(n[1]))
+		}
+	}
+}
+
+func exampleValues(t *testing.T, h *luks2.Header, volumeKey *[32]byte) string {
+	t.Helper()
+	_, v, err := findVolumeToken(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrapped, err := base64.StdEncoding.DecodeString(v.DEKs["0"].Wrapped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\nMAC: %x\ndigest: %x\n",
+		deriveKey(volumeKey, h.UUID, purposeWrap), dekData(h.UUID, "0", 4096), wrapped,
+		deriveKey(volumeKey, h.UUID, purposeMAC), headerMAC(volumeKey, h, v.DEKs), h.Digests[0].Digest)
+}
+
+func hexdump(b []byte) string {
+	var s strings.Builder
+	for i := 0; i < len(b); i += 32 {
+		fmt.Fprintf(&s, "%03x: %x\n", i, b[i:i+32])
+	}
+	return s.String()
+}
+
+func unhex(t *testing.T, dst []byte, s string) {
+	t.Helper()
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(dst) {
+		t.Fatalf("%q is not %d bytes of hexadecimal", s, len(dst))
+	}
+	copy(dst, b)
+}
+
+func updateExamples(t *testing.T, doc []byte) []byte {
+	t.Helper()
+	var volumeKey [32]byte
+	var dek [64]byte
+	for i := range volumeKey {
+		volumeKey[i] = byte(i)
+	}
+	for i := range dek {
+		dek[i] = byte(0x40 + i)
+	}
+	h := exampleHeader(t, &volumeKey, &dek)
+	encoded, err := h.Encode(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text bytes.Buffer
+	if err := json.Indent(&text, bytes.TrimRight(encoded[4096:], "\x00"), "", "  "); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string]string{
+		"keys":   fmt.Sprintf("volume key: %x\nDEK: %x\n", volumeKey, dek),
+		"header": text.String() + "\n",
+		"values": exampleValues(t, h, &volumeKey),
+		"binary": hexdump(encoded[:512]),
+	} {
+		re := regexp.MustCompile("(?s)(<!-- example: " + name + " -->\n```[a-z]*\n).*?```")
+		doc = re.ReplaceAll(doc, []byte("${1}"+content+"```"))
+	}
+	return doc
+}

@@ -1,0 +1,282 @@
+package sector
+
+import (
+	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+
+	"golang.org/x/crypto/pbkdf2"
+
+	"hostcryptd/sector/luks2"
+)
+
+// volumeTokenType is the type of the token that holds what the volume key
+// protects: the wrapped DEKs and the header's MAC. Every volume has exactly
+// one. Tokens of the other hostcryptd- types hold the volume key itself.
+const volumeTokenType = TokenPrefix + "volume"
+
+// formatVersion is the version of volumeToken and of everything that its MAC
+// covers.
+const formatVersion = 1
+
+// A volumeToken is the content of the token of type volumeTokenType.
+type volumeToken struct {
+	Type     string                `json:"type"`
+	Keyslots []string              `json:"keyslots"`
+	Version  int                   `json:"version"`
+	DEKs     map[string]wrappedDEK `json:"deks"` // by number of the digest they match
+	MAC      string                `json:"mac"`
+}
+
+// A wrappedDEK is a DEK under AES-256-GCM; Wrapped ends with the tag.
+type wrappedDEK struct {
+	Nonce   string `json:"nonce"`
+	Wrapped string `json:"wrapped"`
+}
+
+// What the keys derived from a volume key are for. A purpose is the info of
+// HKDF-SHA256; the volume's UUID is its salt.
+const (
+	purposeWrap = "hostcryptd v1 DEK wrapping"
+	purposeMAC  = "hostcryptd v1 header MAC"
+)
+
+func deriveKey(volumeKey *[VolumeKeySize]byte, uuid, purpose string) []byte {
+	key, err := hkdf.Key(sha256.New, volumeKey[:], []byte(uuid), purpose, 32)
+	if err != nil {
+		panic("sector: internal error: " + err.Error()) // only for a length beyond the hash's reach
+	}
+	return key
+}
+
+// dekAEAD is the cipher that wraps the DEKs of a volume.
+func dekAEAD(volumeKey *[VolumeKeySize]byte, uuid string) cipher.AEAD {
+	key := deriveKey(volumeKey, uuid, purposeWrap)
+	defer clear(key)
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		panic("sector: internal error: " + err.Error())
+	}
+	aead, err := cipher.NewGCM(block)
+	if err != nil {
+		panic("sector: internal error: " + err.Error())
+	}
+	return aead
+}
+
+// fields encodes strings so that no two lists give the same bytes: each with
+// its length before it, as 4 bytes big-endian.
+func fields(list ...string) []byte {
+	var b []byte
+	for _, s := range list {
+		b = binary.BigEndian.AppendUint32(b, uint32(len(s)))
+		b = append(b, s...)
+	}
+	return b
+}
+
+// dekData is the additional data of a wrapped DEK: where it belongs and how
+// it is to be used. A DEK moved to another volume or used with another cipher
+// or sector size does not unwrap.
+func dekData(uuid, digest string, sectorSize uint32) []byte {
+	return fields("hostcryptd v1 DEK", uuid, digest, Cipher, strconv.FormatUint(uint64(sectorSize), 10), strconv.Itoa(formatVersion))
+}
+
+func wrapDEK(volumeKey *[VolumeKeySize]byte, dek *[dekSize]byte, uuid, digest string, sectorSize uint32, nonce []byte) wrappedDEK {
+	wrapped := dekAEAD(volumeKey, uuid).Seal(nil, nonce, dek[:], dekData(uuid, digest, sectorSize))
+	return wrappedDEK{
+		Nonce:   base64.StdEncoding.EncodeToString(nonce),
+		Wrapped: base64.StdEncoding.EncodeToString(wrapped),
+	}
+}
+
+func unwrapDEK(volumeKey *[VolumeKeySize]byte, w wrappedDEK, dek *[dekSize]byte, uuid, digest string, sectorSize uint32) error {
+	aead := dekAEAD(volumeKey, uuid)
+	nonce, err1 := base64.StdEncoding.DecodeString(w.Nonce)
+	wrapped, err2 := base64.StdEncoding.DecodeString(w.Wrapped)
+	if err := errors.Join(err1, err2); err != nil {
+		return fmt.Errorf("%w: wrapped DEK %s: %w", ErrAuth, digest, err)
+	}
+	if len(nonce) != aead.NonceSize() || len(wrapped) != dekSize+aead.Overhead() {
+		return fmt.Errorf("%w: wrapped DEK %s is of a wrong size", ErrAuth, digest)
+	}
+	// Open has room for its result in dek, so nothing else gets to see it.
+	if _, err := aead.Open(dek[:0], nonce, wrapped, dekData(uuid, digest, sectorSize)); err != nil {
+		return fmt.Errorf("%w: wrapped DEK %s does not belong to this volume and volume key", ErrAuth, digest)
+	}
+	return nil
+}
+
+// headerMAC authenticates what decides how the volume is read: the UUID, all
+// segments, which digest each has, the requirements and the wrapped DEKs.
+// Keyslots, the other tokens, label and flags are left out, so that cryptsetup
+// may change them. FORMAT.md has an example.
+func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, deks map[string]wrappedDEK) []byte {
+	list := []string{"hostcryptd v1 header", h.UUID}
+	number := func(n uint64) { list = append(list, strconv.FormatUint(n, 10)) }
+
+	number(uint64(len(h.Segments)))
+	for _, id := range slices.Sorted(maps.Keys(h.Segments)) {
+		s := h.Segments[id]
+		number(uint64(id))
+		list = append(list, s.Type)
+		number(s.Offset)
+		if s.Dynamic {
+			list = append(list, "dynamic")
+		} else {
+			number(s.Size)
+		}
+		number(s.IVTweak)
+		list = append(list, s.Encryption)
+		number(uint64(s.SectorSize))
+		number(uint64(len(s.Flags)))
+		list = append(list, slices.Sorted(slices.Values(s.Flags))...)
+		list = append(list, digestOf(h, id))
+	}
+	number(uint64(len(h.Config.Requirements)))
+	list = append(list, slices.Sorted(slices.Values(h.Config.Requirements))...)
+	number(uint64(len(deks)))
+	for _, id := range slices.Sorted(maps.Keys(deks)) {
+		list = append(list, id, deks[id].Nonce, deks[id].Wrapped)
+	}
+
+	key := deriveKey(volumeKey, h.UUID, purposeMAC)
+	defer clear(key)
+	mac := hmac.New(sha256.New, key)
+	mac.Write(fields(list...))
+	return mac.Sum(nil)
+}
+
+// digestOf returns the number of the digest of a segment, as text; "" for a
+// segment without one.
+func digestOf(h *luks2.Header, segment int) string {
+	for _, id := range slices.Sorted(maps.Keys(h.Digests)) {
+		if slices.Contains(h.Digests[id].Segments, segment) {
+			return strconv.Itoa(id)
+		}
+	}
+	return ""
+}
+
+// setVolumeToken puts the wrapped DEKs and the MAC into h. It comes last when
+// a header is made or changed.
+func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, deks map[string]wrappedDEK) error {
+	text, err := json.Marshal(volumeToken{
+		Type: volumeTokenType, Keyslots: []string{}, Version: formatVersion,
+		DEKs: deks,
+		MAC:  base64.StdEncoding.EncodeToString(headerMAC(volumeKey, h, deks)),
+	})
+	if err != nil {
+		return err
+	}
+	t, err := luks2.NewToken(text)
+	if err != nil {
+		return err
+	}
+	id, _, err := findVolumeToken(h)
+	if err != nil {
+		id, err = luks2.Free(h.Tokens, luks2.MaxTokens)
+	}
+	if err != nil {
+		return err
+	}
+	h.Tokens[id] = t
+	return nil
+}
+
+// findVolumeToken returns the one token of type volumeTokenType.
+func findVolumeToken(h *luks2.Header) (int, *volumeToken, error) {
+	found := -1
+	for id, t := range h.Tokens {
+		if t.Type != volumeTokenType {
+			continue
+		}
+		if found >= 0 {
+			return 0, nil, fmt.Errorf("%w: two tokens of type %s", ErrAuth, volumeTokenType)
+		}
+		found = id
+	}
+	if found < 0 {
+		return 0, nil, fmt.Errorf("%w: a LUKS2 header, but without a token of type %s", ErrNotVolume, volumeTokenType)
+	}
+	text, err := h.Tokens[found].MarshalJSON()
+	if err != nil {
+		return 0, nil, err
+	}
+	var v volumeToken
+	if err := json.Unmarshal(text, &v); err != nil {
+		return 0, nil, fmt.Errorf("%w: token %d: %w", ErrAuth, found, err)
+	}
+	if v.Version != formatVersion {
+		return 0, nil, fmt.Errorf("%w: token %d is of version %d; this program knows %d", ErrUnsupported, found, v.Version, formatVersion)
+	}
+	return found, &v, nil
+}
+
+// verify checks the MAC with a volume key that a token gave.
+func (v *volumeToken) verify(h *luks2.Header, volumeKey *[VolumeKeySize]byte) error {
+	mac, err := base64.StdEncoding.DecodeString(v.MAC)
+	if err != nil || !hmac.Equal(mac, headerMAC(volumeKey, h, v.DEKs)) {
+		return fmt.Errorf("%w: the header is not the one that was written with this volume key", ErrAuth)
+	}
+	return nil
+}
+
+// digestIterations is cryptsetup's floor. PBKDF2 slows down guessing, and a
+// DEK of 512 random bits can't be guessed.
+const digestIterations = 1000
+
+// newDigest makes the LUKS2 digest of a DEK, over segment 0.
+func newDigest(dek *[dekSize]byte) *luks2.Digest {
+	salt := make([]byte, 32)
+	rand.Read(salt)
+	return &luks2.Digest{
+		Type: "pbkdf2", Segments: []int{0}, Hash: "sha256", Iterations: digestIterations, Salt: salt,
+		Digest: pbkdf2.Key(dek[:], salt, digestIterations, sha256.Size, sha256.New),
+	}
+}
+
+// maxDigestIterations bounds the work that a header can ask for; cryptsetup's
+// benchmark stays far below it.
+const maxDigestIterations = 100_000_000
+
+// checkDigest tells whether a DEK is the one that its digest was made of
+// (spec 3.4).
+func checkDigest(d *luks2.Digest, dek *[dekSize]byte) error {
+	newHash := hashes[d.Hash]
+	if newHash == nil {
+		return fmt.Errorf("%w: digest with hash %q", ErrUnsupported, d.Hash)
+	}
+	if d.Iterations > maxDigestIterations {
+		return fmt.Errorf("%w: digest with %d iterations", ErrUnsupported, d.Iterations)
+	}
+	got := pbkdf2.Key(dek[:], d.Salt, int(d.Iterations), len(d.Digest), newHash)
+	if subtle.ConstantTimeCompare(got, d.Digest) != 1 {
+		return fmt.Errorf("%w: the DEK does not match the digest of its segment", ErrAuth)
+	}
+	return nil
+}
+
+// newDEK draws a DEK whose halves differ, which XTS needs (IEEE 1619; FIPS
+// 140-3 IG C.I). That they don't is an event of probability 2^-256.
+func newDEK(dek *[dekSize]byte) {
+	for {
+		rand.Read(dek[:])
+		if !bytes.Equal(dek[:32], dek[32:]) {
+			return
+		}
+	}
+}

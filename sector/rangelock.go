@@ -1,0 +1,70 @@
+package sector
+
+import "sync"
+
+// A rangeLock orders writes that overlap. A write of whole sectors holds its
+// range shared: two of them may overlap, and the disk decides which is last. A
+// write of a part of a sector reads the sector before it writes it, and holds
+// it exclusively, or it would put back what another write has just replaced.
+//
+// Ranges are granted in the order in which they were asked for, so nobody
+// starves. The list is searched linearly: it is as long as there are writes
+// in flight, a few hundred at most.
+type rangeLock struct {
+	mu     sync.Mutex
+	freed  sync.Cond
+	ticket uint64
+	held   []span // in the order of their tickets, granted or waiting
+}
+
+type span struct {
+	ticket    uint64
+	from, to  int64
+	exclusive bool
+}
+
+func (a span) conflicts(b span) bool {
+	return a.from < b.to && b.from < a.to && (a.exclusive || b.exclusive)
+}
+
+// lock waits for [from, to) and returns the ticket for unlock.
+func (l *rangeLock) lock(from, to int64, exclusive bool) uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.freed.L == nil {
+		l.freed.L = &l.mu
+	}
+	l.ticket++
+	mine := span{l.ticket, from, to, exclusive}
+	l.held = append(l.held, mine)
+	for l.blocked(mine) {
+		l.freed.Wait()
+	}
+	return mine.ticket
+}
+
+// blocked tells whether an earlier span conflicts with s.
+func (l *rangeLock) blocked(s span) bool {
+	for _, h := range l.held {
+		if h.ticket == s.ticket {
+			return false
+		}
+		if h.conflicts(s) {
+			return true
+		}
+	}
+	panic("sector: internal error: a range that is not held")
+}
+
+func (l *rangeLock) unlock(ticket uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, h := range l.held {
+		if h.ticket == ticket {
+			l.held = append(l.held[:i], l.held[i+1:]...)
+			l.freed.Broadcast()
+			return
+		}
+	}
+	panic("sector: internal error: a range that is not held")
+}

@@ -1,0 +1,142 @@
+// Package sector makes an encrypted volume of a backing device.
+//
+// [Format] writes the header that makes a backing device a volume, [Open]
+// unlocks it, and the [Volume] it returns reads and writes plaintext blocks,
+// every sector encrypted with AES-256-XTS on its way. The header is a LUKS2
+// header and the sectors are laid out as dm-crypt lays them out, so that
+// cryptsetup opens the same disk; FORMAT.md beside this file specifies both.
+//
+// # Words
+//
+// The backing device is the raw disk or image file; the volume is what it
+// holds, seen as plaintext. A sector is one XTS data unit, 512 or 4096 bytes.
+// The DEK is the 64-byte XTS key of the data. The volume key is 32 random
+// bytes that wrap the DEK and authenticate the header; a token in the header
+// holds it, wrapped by a key encryption key (KEK) which this package never
+// sees: a [Sealer] makes tokens, an [Unsealer] opens them.
+//
+// # Concurrency
+//
+// A Volume serves any number of goroutines. Writes that touch a part of a
+// sector are read-modify-write and exclude other writes of that sector; reads
+// and writes of whole sectors that overlap in time are not ordered, as on any
+// disk.
+//
+// # Durability
+//
+// There is no write cache here: what WriteAt has accepted is with the backing
+// device, and one [Volume.Sync] makes all of it durable, whichever goroutine
+// wrote it. After a failed Sync nobody can tell what was lost, so the volume
+// has failed: writes and syncs return [ErrFailed] until it is opened anew.
+package sector
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"syscall"
+
+	"hostcryptd/sector/luks2"
+)
+
+// Errors by what a caller can do about them. I/O errors of the backing device
+// are passed on as they are; all errors of a Volume have a [syscall.Errno] in
+// their chain.
+var (
+	// ErrNotVolume means that the backing device holds no header of ours.
+	ErrNotVolume = errors.New("not a hostcryptd volume")
+	// ErrDamaged means that both copies of the header are damaged.
+	ErrDamaged = errors.New("the header is damaged")
+	// ErrUnsupported means a valid LUKS2 header with something in it that this
+	// version does not do: another cipher, several segments, a requirement.
+	ErrUnsupported = errors.New("unsupported header")
+	// ErrAuth means that the header, or a wrapped key in it, is not what was
+	// written with this volume key: it was changed or put together from others.
+	ErrAuth = errors.New("header authenticity")
+	// ErrDevice means that the backing device can't hold or be a volume:
+	// too small, misaligned, read-only, not a disk.
+	ErrDevice = errors.New("unsuitable device")
+	// ErrBusy means that something else has the backing device open.
+	ErrBusy = errors.New("device is in use")
+	// ErrWrongKey means that a recovery key opens no keyslot.
+	ErrWrongKey = errors.New("wrong recovery key")
+	// ErrFailed means that a flush of this volume has failed before.
+	ErrFailed = fmt.Errorf("volume has failed: an earlier flush was not completed: %w", syscall.EIO)
+	// ErrClosed means that the volume was closed and its keys are gone.
+	ErrClosed = fmt.Errorf("volume is closed: %w", syscall.ESHUTDOWN)
+)
+
+// A Backing is a backing device. Offsets count from its start. If Alignment
+// is not 1, offsets, lengths and addresses of ReadAt, WriteAt and WriteAtSync
+// are multiples of it. Implementations serve concurrent callers.
+type Backing interface {
+	io.ReaderAt
+	io.WriterAt
+	// WriteAtSync is WriteAt, and the data is durable when it returns.
+	WriteAtSync(p []byte, off int64) (int, error)
+	// Sync makes all completed writes durable.
+	Sync() error
+	// Discard tells the device that a range is not needed any more. A device
+	// that can't do that returns an error that is [errors.ErrUnsupported].
+	Discard(off, length int64) error
+	// Size is in bytes.
+	Size() int64
+	// Alignment is in bytes; 1 means that there is none to keep.
+	Alignment() int
+	// LockHeader keeps other programs from the header, see [luks2.Lock].
+	LockHeader(exclusive bool) (unlock func(), err error)
+}
+
+// A Sealer wraps a volume key and returns the token that holds it. The volume
+// is named by its UUID, which the token may be bound to.
+type Sealer func(ctx context.Context, volume string, key *[VolumeKeySize]byte) (json.RawMessage, error)
+
+// An Unsealer gets the volume key out of a token. It is called with tokens of
+// any type that starts with [TokenPrefix], one at a time; an error means that
+// this token can't be opened now, and the next one is tried.
+type Unsealer func(ctx context.Context, volume string, token json.RawMessage, key *[VolumeKeySize]byte) error
+
+const (
+	// VolumeKeySize is the size of a volume key in bytes.
+	VolumeKeySize = 32
+	// TokenPrefix starts the type of each token that belongs to hostcryptd.
+	TokenPrefix = "hostcryptd-"
+	// Subsystem is the subsystem of our headers; blkid and udev show it.
+	Subsystem = "hostcryptd"
+	// Cipher is the one cipher that a volume can have, in dm-crypt's words.
+	Cipher = "aes-xts-plain64"
+
+	dekSize     = 64
+	copySize    = 256 << 10 // of the header
+	dataOffset  = 16 << 20  // where the first sector of a new volume stands
+	sector512   = 512       // unit of tweaks
+	maxIOOffset = 1<<63 - 1
+)
+
+// ReadHeader returns the header of a backing device and the state of its two
+// copies. It says what to do when there is none that can be used.
+func ReadHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
+	unlock, err := b.LockHeader(false)
+	if err != nil {
+		return nil, luks2.Copies{}, err
+	}
+	defer unlock()
+	return readHeader(b)
+}
+
+func readHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
+	h, copies, err := luks2.Read(b)
+	switch {
+	case err == nil:
+		return h, copies, nil
+	case errors.Is(err, luks2.ErrMagic):
+		return nil, copies, fmt.Errorf("%w: there is no LUKS2 header on it; 'hostcryptd format' would write one", ErrNotVolume)
+	case errors.Is(err, luks2.ErrVersion):
+		return nil, copies, fmt.Errorf("%w: %w", ErrNotVolume, err)
+	case errors.Is(err, luks2.ErrChecksum), errors.Is(err, luks2.ErrInvalid):
+		return nil, copies, fmt.Errorf("%w: %s; restore it from a backup with 'cryptsetup luksHeaderRestore'", ErrDamaged, copies.Describe())
+	}
+	return nil, copies, err
+}

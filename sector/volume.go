@@ -1,0 +1,470 @@
+package sector
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"hostcryptd/sector/luks2"
+	"hostcryptd/xts"
+)
+
+// A Volume is an unlocked volume: plaintext blocks on a backing device. Its
+// methods may be called concurrently; see the package documentation for what
+// that means for overlapping requests and for durability. Offsets and lengths
+// are bytes of the volume and need no alignment.
+type Volume struct {
+	b        Backing
+	uuid     string
+	label    string
+	token    int
+	warnings []string
+
+	offset   int64  // of the volume on the backing device
+	size     int64  // of the volume
+	sector   int64  // size of a sector
+	tweak    uint64 // of the first sector
+	align    int64  // of the backing device
+	readOnly bool
+	discard  bool
+
+	ranges rangeLock
+	bufs   *buffers
+	failed atomic.Bool // an earlier flush failed
+
+	// open is held shared by each request, so that Close can't take the keys
+	// and buffers from under one. It guards closed, keys and cipher.
+	open   sync.RWMutex
+	closed bool
+	keys   *keys
+	cipher *xts.Cipher
+
+	stats stats
+}
+
+func newVolume(b Backing, h *luks2.Header, token int, k *keys, c *xts.Cipher, o OpenOptions) (*Volume, error) {
+	s := h.Segments[0]
+	size := b.Size() - int64(s.Offset)
+	sectorSize := int64(s.SectorSize)
+	switch {
+	case s.Offset > maxIOOffset || s.Size > maxIOOffset || size < sectorSize || !s.Dynamic && int64(s.Size) > size:
+		return nil, fmt.Errorf("%w: it has %d bytes, which is less than its header says; was it cut off or only partly copied?", ErrDevice, b.Size())
+	case !s.Dynamic && int64(s.Size)%sectorSize != 0:
+		return nil, fmt.Errorf("%w: segment of %d bytes, not a multiple of its sector size", ErrUnsupported, s.Size)
+	case b.Alignment() > int(sectorSize):
+		return nil, fmt.Errorf("%w: its logical blocks are %d bytes, the volume's sectors %d", ErrDevice, b.Alignment(), sectorSize)
+	case int64(s.Offset)%int64(b.Alignment()) != 0:
+		return nil, fmt.Errorf("%w: the data starts at %d, inside of a logical block", ErrDevice, s.Offset)
+	}
+	v := &Volume{
+		b: b, uuid: h.UUID, label: h.Label, token: token,
+		offset: int64(s.Offset), sector: sectorSize, tweak: s.IVTweak,
+		size:     size / sectorSize * sectorSize,
+		align:    int64(b.Alignment()),
+		readOnly: o.ReadOnly, discard: o.Discard,
+		keys: k, cipher: c,
+	}
+	if !s.Dynamic {
+		v.size = int64(s.Size)
+	} else if size%sectorSize != 0 {
+		v.warnings = append(v.warnings, fmt.Sprintf("the backing device is not a multiple of %d bytes any more; the last %d are not used", sectorSize, size%sectorSize))
+	}
+	var err error
+	v.bufs, err = newBuffers()
+	return v, err
+}
+
+// UUID identifies the volume.
+func (v *Volume) UUID() string { return v.uuid }
+
+// Label is the name that was given at format, or "".
+func (v *Volume) Label() string { return v.label }
+
+// Token is the number of the token whose key opened the volume.
+func (v *Volume) Token() int { return v.token }
+
+// SectorSize is 512 or 4096 bytes.
+func (v *Volume) SectorSize() int { return int(v.sector) }
+
+// ReadOnly tells whether writes are refused.
+func (v *Volume) ReadOnly() bool { return v.readOnly }
+
+// Discards tells whether Trim reaches the backing device.
+func (v *Volume) Discards() bool { return v.discard && !v.readOnly }
+
+// Failed tells whether a flush has failed, see [ErrFailed].
+func (v *Volume) Failed() bool { return v.failed.Load() }
+
+// Warnings are what opening the volume found that an operator should know.
+func (v *Volume) Warnings() []string { return v.warnings }
+
+// SecretMemory names the kind of memory that holds the keys.
+func (v *Volume) SecretMemory() string { return v.keys.mem.kind }
+
+// Implementation names the XTS implementation at work.
+func (v *Volume) Implementation() string { return xts.Implementation() }
+
+// Size is the size of the volume in bytes. The error is always nil; it is
+// there for go-nbd's backend.Backend.
+func (v *Volume) Size() (int64, error) { return v.size, nil }
+
+// Stats are counts since the volume was opened.
+type Stats struct {
+	Reads        uint64 `json:"reads"` // requests, as are the next four
+	Writes       uint64 `json:"writes"`
+	Flushes      uint64 `json:"flushes"`
+	Trims        uint64 `json:"trims"`
+	Zeroes       uint64 `json:"zeroes"`
+	BytesRead    uint64 `json:"bytes_read"`    // of plaintext
+	BytesWritten uint64 `json:"bytes_written"` // without zeroes
+	Merges       uint64 `json:"merges"`        // sectors read before being written
+	Errors       uint64 `json:"errors"`        // requests that failed
+}
+
+type stats struct {
+	reads, writes, flushes, trims, zeroes, bytesRead, bytesWritten, merges, errors atomic.Uint64
+}
+
+// Stats returns a snapshot of the counts.
+func (v *Volume) Stats() Stats {
+	s := &v.stats
+	return Stats{
+		Reads: s.reads.Load(), Writes: s.writes.Load(), Flushes: s.flushes.Load(), Trims: s.trims.Load(), Zeroes: s.zeroes.Load(),
+		BytesRead: s.bytesRead.Load(), BytesWritten: s.bytesWritten.Load(), Merges: s.merges.Load(), Errors: s.errors.Load(),
+	}
+}
+
+// enter begins a request. Each ends with leave.
+func (v *Volume) enter() error {
+	v.open.RLock()
+	if v.closed {
+		v.open.RUnlock()
+		return ErrClosed
+	}
+	return nil
+}
+
+func (v *Volume) leave() { v.open.RUnlock() }
+
+// count adds to the error count what a request returned, and returns it.
+func (v *Volume) count(op string, off int64, err error) error {
+	if err == nil {
+		return nil
+	}
+	v.stats.errors.Add(1)
+	return fmt.Errorf("sector: %s at %d: %w", op, off, err)
+}
+
+// check tells whether a range lies in the volume.
+func (v *Volume) check(off, length int64) error {
+	if off < 0 || length < 0 || off > v.size || length > v.size-off {
+		return fmt.Errorf("%d bytes reach over the end of the volume at %d: %w", length, v.size, syscall.EINVAL)
+	}
+	return nil
+}
+
+// writable tells whether the volume takes writes now.
+func (v *Volume) writable() error {
+	if v.readOnly {
+		return fmt.Errorf("volume is read-only: %w", syscall.EPERM)
+	}
+	if v.failed.Load() {
+		return ErrFailed
+	}
+	return nil
+}
+
+// tweakAt is the 512-byte sector number that XTS is given for a position, as
+// dm-crypt's plain64 counts it, also with sectors of 4096 bytes.
+func (v *Volume) tweakAt(off int64) uint64 { return v.tweak + uint64(off)/sector512 }
+
+// ReadAt reads len(p) bytes at off. As [io.ReaderAt] wants it, a range that
+// reaches over the end gives what there is and [io.EOF]. After another error p
+// holds nothing of use.
+func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
+	if err := v.enter(); err != nil {
+		return 0, err
+	}
+	defer v.leave()
+	v.stats.reads.Add(1)
+	var eof error
+	if off >= 0 && off <= v.size && int64(len(p)) > v.size-off {
+		p, eof = p[:v.size-off], io.EOF
+	}
+	err := v.check(off, int64(len(p)))
+	if err == nil {
+		err = v.read(p, extentOf(off, int64(len(p)), v.sector))
+	}
+	if err != nil {
+		clear(p)
+		return 0, v.count("read", off, err)
+	}
+	v.stats.bytesRead.Add(uint64(len(p)))
+	return len(p), eof
+}
+
+func (v *Volume) read(p []byte, e extent) error {
+	// Whole sectors are read to where they are wanted and decrypted there.
+	if e.whole() && aligned(p, int(v.align)) {
+		if err := readFull(v.b, p, v.offset+e.from); err != nil {
+			return err
+		}
+		v.cipher.DecryptSectors(p, p, v.tweakAt(e.from), int(v.sector))
+		return nil
+	}
+	for e.len() > 0 {
+		buf := v.bufs.get(e.to - e.from)
+		part, rest := e.head(int64(len(buf)))
+		sectors := buf[:part.to-part.from]
+		err := v.readSectors(sectors, part.from)
+		if err == nil {
+			copy(p[:part.len()], sectors[part.off-part.from:])
+		}
+		v.bufs.put(buf)
+		if err != nil {
+			return err
+		}
+		p, e = p[part.len():], rest
+	}
+	return nil
+}
+
+// readSectors fills sectors with the plaintext at from.
+func (v *Volume) readSectors(sectors []byte, from int64) error {
+	if err := readFull(v.b, sectors, v.offset+from); err != nil {
+		return err
+	}
+	v.cipher.DecryptSectors(sectors, sectors, v.tweakAt(from), int(v.sector))
+	return nil
+}
+
+// readFull makes an error of a backing device that returns less than it was
+// asked for.
+func readFull(b Backing, p []byte, off int64) error {
+	n, err := b.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = fmt.Errorf("backing device returned %d of %d bytes: %w", n, len(p), syscall.EIO)
+	}
+	return err
+}
+
+// WriteAt writes p at off. It is not durable before [Volume.Sync] returns. p
+// is not changed and not kept.
+func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
+	return v.writeAt(p, off, v.b.WriteAt)
+}
+
+// WriteAtFUA is WriteAt, and p is durable when it returns; earlier writes need
+// not be.
+//
+// A write that fails in this way fails the volume, like a flush: its error may
+// be that of an earlier write, which the kernel then does not report again.
+func (v *Volume) WriteAtFUA(p []byte, off int64) (int, error) {
+	return v.writeAt(p, off, v.writeSync)
+}
+
+func (v *Volume) writeSync(p []byte, off int64) (int, error) {
+	n, err := v.b.WriteAtSync(p, off)
+	if err != nil {
+		v.failed.Store(true)
+	}
+	return n, err
+}
+
+func (v *Volume) writeAt(p []byte, off int64, write writeFunc) (int, error) {
+	if err := v.enter(); err != nil {
+		return 0, err
+	}
+	defer v.leave()
+	v.stats.writes.Add(1)
+	err := v.writable()
+	if err == nil {
+		err = v.check(off, int64(len(p)))
+	}
+	if err == nil {
+		err = v.write(p, extentOf(off, int64(len(p)), v.sector), write)
+	}
+	if err != nil {
+		return 0, v.count("write", off, err)
+	}
+	v.stats.bytesWritten.Add(uint64(len(p)))
+	return len(p), nil
+}
+
+// writeFunc is Backing.WriteAt or Backing.WriteAtSync.
+type writeFunc func(p []byte, off int64) (int, error)
+
+// write encrypts p, or zeros if p is nil, to the sectors of e, a buffer at a
+// time.
+func (v *Volume) write(p []byte, e extent, write writeFunc) error {
+	for e.len() > 0 {
+		buf := v.bufs.get(e.to - e.from)
+		part, rest := e.head(int64(len(buf)))
+		var src []byte
+		if p != nil {
+			src, p = p[:part.len()], p[part.len():]
+		}
+		err := v.writePart(buf[:part.to-part.from], src, part, write)
+		v.bufs.put(buf)
+		if err != nil {
+			return err
+		}
+		e = rest
+	}
+	return nil
+}
+
+// zeros is what WRITE_ZEROES encrypts. It is only read.
+var zeros [largeBuffer]byte
+
+// writePart writes one extent whose sectors fit in buf.
+func (v *Volume) writePart(buf, src []byte, e extent, write writeFunc) error {
+	ticket := v.ranges.lock(e.from, e.to, !e.whole())
+	defer v.ranges.unlock(ticket)
+	if src == nil {
+		src = zeros[:e.len()]
+	}
+	if e.whole() {
+		v.cipher.EncryptSectors(buf, src, v.tweakAt(e.from), int(v.sector))
+	} else {
+		if err := v.mergeEdges(buf, e); err != nil {
+			return err
+		}
+		copy(buf[e.off-e.from:], src)
+		v.cipher.EncryptSectors(buf, buf, v.tweakAt(e.from), int(v.sector))
+	}
+	n, err := write(buf, v.offset+e.from)
+	if err == nil && n != len(buf) {
+		err = fmt.Errorf("backing device took %d of %d bytes: %w", n, len(buf), syscall.EIO)
+	}
+	return err
+}
+
+// mergeEdges puts the plaintext of the sectors that e covers only in part into
+// their place in buf.
+func (v *Volume) mergeEdges(buf []byte, e extent) error {
+	last := e.to - v.sector
+	if e.off != e.from || e.end < e.from+v.sector {
+		v.stats.merges.Add(1)
+		if err := v.readSectors(buf[:v.sector], e.from); err != nil {
+			return err
+		}
+	}
+	if e.end != e.to && last != e.from {
+		v.stats.merges.Add(1)
+		return v.readSectors(buf[last-e.from:], last)
+	}
+	return nil
+}
+
+// WriteZeroes makes a range read as zeros. Zeros are encrypted and written
+// like any data, as a hole would decrypt to noise; with fua they are durable
+// when it returns.
+func (v *Volume) WriteZeroes(off, length int64, fua bool) error {
+	if err := v.enter(); err != nil {
+		return err
+	}
+	defer v.leave()
+	v.stats.zeroes.Add(1)
+	err := v.writable()
+	if err == nil {
+		err = v.check(off, length)
+	}
+	if err == nil {
+		err = v.write(nil, extentOf(off, length, v.sector), v.b.WriteAt)
+	}
+	if err == nil && fua {
+		err = v.sync() // once, instead of with every buffer
+	}
+	return v.count("write zeroes", off, err)
+}
+
+// Trim tells the backing device that the content of a range is not needed. It
+// is a hint: without [OpenOptions].Discard, or where the device can't do it,
+// nothing happens. Afterwards the range reads as noise, not as zeros.
+func (v *Volume) Trim(off, length int64, fua bool) error {
+	if err := v.enter(); err != nil {
+		return err
+	}
+	defer v.leave()
+	v.stats.trims.Add(1)
+	err := v.writable()
+	if err == nil {
+		err = v.check(off, length)
+	}
+	if err == nil && v.discard {
+		err = v.trim(extentOf(off, length, v.sector))
+	}
+	if err == nil && fua {
+		err = v.sync()
+	}
+	return v.count("trim", off, err)
+}
+
+func (v *Volume) trim(e extent) error {
+	from, to := e.within(v.sector)
+	if from == to {
+		return nil
+	}
+	ticket := v.ranges.lock(from, to, false)
+	defer v.ranges.unlock(ticket)
+	err := v.b.Discard(v.offset+from, to-from)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	return err
+}
+
+// Sync makes durable whatever was written before it was called, by anybody.
+// If it fails, the volume has failed: see [ErrFailed].
+func (v *Volume) Sync() error {
+	if err := v.enter(); err != nil {
+		return err
+	}
+	defer v.leave()
+	v.stats.flushes.Add(1)
+	if v.readOnly {
+		return nil // nothing was written
+	}
+	return v.count("flush", 0, v.sync())
+}
+
+// sync flushes the backing device, at most until the first failure. The kernel
+// reports a failed write-back once and then takes the pages for clean, so a
+// second fdatasync would report success for data that is lost (fsync(2),
+// "NOTES"; the PostgreSQL project's "fsyncgate" has the history).
+func (v *Volume) sync() error {
+	if v.failed.Load() {
+		return ErrFailed
+	}
+	if err := v.b.Sync(); err != nil {
+		v.failed.Store(true)
+		return err
+	}
+	// A flush that failed meanwhile may have been the one that was told of
+	// writes which this one was to cover.
+	if v.failed.Load() {
+		return ErrFailed
+	}
+	return nil
+}
+
+// Close waits for the requests under way, wipes the keys and frees the memory.
+// It does not flush: who has to, calls Sync before. Requests after it fail
+// with [ErrClosed]. Closing twice is harmless.
+func (v *Volume) Close() error {
+	v.open.Lock()
+	defer v.open.Unlock()
+	if v.closed {
+		return nil
+	}
+	v.closed = true
+	v.cipher.Wipe()
+	return errors.Join(v.keys.free(), v.bufs.free())
+}
