@@ -1,0 +1,373 @@
+package nbd
+
+import (
+	"fmt"
+	"math/bits"
+	"os"
+	"sync"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	pageSize  = 4096
+	pageShift = 12
+
+	// Runs of at least this many pages are taken from the top of the arena,
+	// shorter ones from the bottom, so that the many small ones don't leave the
+	// few large ones without a place.
+	largeRun = 64
+
+	// The arena keeps this many pages in memory when it is idle.
+	keepPages = 512
+
+	// How often the arena looks whether it has memory to give back.
+	trimInterval = 10 * time.Second
+
+	// The most pages given back under one hold of the lock: some 50 µs.
+	trimStep = 256
+)
+
+// An arena is a fixed amount of memory outside the Go heap, handed out in runs
+// of pages. Pages cost nothing before their first use, and those that a burst
+// has used are given back to the kernel when the burst is over.
+//
+// The rule for sharing it, when it is short:
+//
+//   - Requests for memory are granted in the order in which they came, whatever
+//     their size. One that doesn't fit holds up those behind it, so a large one
+//     is never starved: what is out comes back without any further memory.
+//   - A connection may hold at most half of the arena, or one largest payload
+//     if that is more. Beyond that it waits for itself, outside the queue.
+//   - The payload of a write is taken in pieces of at most [chunkSize], each
+//     when the one before it has arrived. A client that announces a large write
+//     and never sends it holds one piece, however much it announced.
+//   - What remains are clients that don't take their replies. When a request
+//     has waited for [Config.StallTimeout], connections that hold memory and
+//     have moved no byte for that time are ended ([ErrStalled]).
+type arena struct {
+	mem   []byte
+	pages int
+
+	mu       sync.Mutex // guards what follows; nothing is called with it held
+	taken    []uint64   // one bit for each page
+	resident []uint64   // the pages used since they were last given back
+	low      int        // no page below is free
+	used     int        // pages
+	peak     int        // most of used, ever
+	recent   int        // most of used since the last look of trim
+	resCount int        // bits in resident
+	waits    uint64     // requests that had to queue
+	closed   bool
+
+	head, tail *waiter // who waits, first to last
+
+	timer *time.Timer // runs trim
+	armed bool
+}
+
+// A waiter is a place in the queue for memory. It is reused: a connection has
+// one, since only the goroutine that reads from its socket takes memory.
+type waiter struct {
+	size    int
+	buf     []byte        // set before granted is sent
+	granted chan struct{} // capacity 1
+	next    *waiter
+}
+
+func newArena(size int64) (*arena, error) {
+	pages := int((size + pageSize - 1) / pageSize)
+	mem, err := unix.Mmap(-1, 0, pages*pageSize, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, fmt.Errorf("nbd: mapping an arena of %d bytes: %w", size, os.NewSyscallError("mmap", err))
+	}
+	// It holds plaintext. Old kernels may refuse; then the process's own
+	// setting has to do.
+	_ = unix.Madvise(mem, unix.MADV_DONTDUMP)
+
+	words := (pages + 63) / 64
+	a := &arena{
+		mem:      mem,
+		pages:    pages,
+		taken:    make([]uint64, words),
+		resident: make([]uint64, words),
+	}
+	if tail := pages % 64; tail != 0 {
+		a.taken[words-1] = ^uint64(0) << tail // pages that aren't there
+	}
+	a.timer = time.AfterFunc(time.Hour, a.trim)
+	a.timer.Stop()
+	return a, nil
+}
+
+// close unmaps the memory. Nothing may be out.
+func (a *arena) close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.used != 0 || a.head != nil {
+		panic("nbd: arena closed while in use")
+	}
+	a.closed = true
+	a.timer.Stop()
+	mem := a.mem
+	a.mem = nil
+	return os.NewSyscallError("munmap", unix.Munmap(mem))
+}
+
+// try returns size bytes, size > 0, if they can be had at once and nobody is
+// waiting, or nil. The capacity of the slice is the whole run. What is in it is
+// not defined.
+func (a *arena) try(size int) []byte {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.head != nil {
+		return nil
+	}
+	return a.take(size)
+}
+
+// enqueue returns size bytes or queues w for them.
+func (a *arena) enqueue(w *waiter, size int) []byte {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.head == nil {
+		if buf := a.take(size); buf != nil {
+			return buf
+		}
+		a.head = w
+	} else {
+		a.tail.next = w
+	}
+	a.tail = w
+	a.waits++
+	w.size, w.buf, w.next = size, nil, nil
+	return nil
+}
+
+// cancel takes w out of the queue. It returns the memory if that was granted
+// meanwhile.
+func (a *arena) cancel(w *waiter) []byte {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	select {
+	case <-w.granted:
+		return w.buf
+	default:
+	}
+	var prev *waiter
+	for p := a.head; p != w; p = p.next {
+		prev = p
+	}
+	if prev == nil {
+		a.head = w.next
+	} else {
+		prev.next = w.next
+	}
+	if a.tail == w {
+		a.tail = prev
+	}
+	a.grant() // those behind w may fit
+	return nil
+}
+
+// release takes back what try, enqueue or a waiter got.
+func (a *arena) release(buf []byte) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	first := int(uintptr(unsafe.Pointer(unsafe.SliceData(buf)))-uintptr(unsafe.Pointer(unsafe.SliceData(a.mem)))) >> pageShift
+	n := cap(buf) >> pageShift
+	setRange(a.taken, first, n, false)
+	a.low = min(a.low, first)
+	a.used -= n
+	if a.head != nil {
+		a.grant()
+	}
+	if !a.armed && a.resCount > keepPages && a.used <= a.resCount/2 {
+		a.armed = true
+		a.recent = a.used
+		a.timer.Reset(trimInterval)
+	}
+}
+
+// grant serves the queue, in order, as far as the memory goes.
+func (a *arena) grant() {
+	for w := a.head; w != nil; w = a.head {
+		if w.buf = a.take(w.size); w.buf == nil {
+			return
+		}
+		a.head = w.next
+		if a.head == nil {
+			a.tail = nil
+		}
+		w.granted <- struct{}{}
+	}
+}
+
+func (a *arena) take(size int) []byte {
+	n := (size + pageSize - 1) >> pageShift
+	var first int
+	if n < largeRun {
+		first = a.lowest(n)
+	} else {
+		first = a.highest(n)
+	}
+	if first < 0 {
+		return nil
+	}
+	setRange(a.taken, first, n, true)
+	a.resCount += setRange(a.resident, first, n, true)
+	if first == a.low {
+		a.low += n
+	}
+	a.used += n
+	a.peak = max(a.peak, a.used)
+	a.recent = max(a.recent, a.used)
+	off := first << pageShift
+	return a.mem[off : off+size : off+n<<pageShift]
+}
+
+// lowest returns the first page of the lowest run of n free pages, or -1.
+func (a *arena) lowest(n int) int {
+	for from := a.low; ; {
+		from = nextBit(a.taken, from, a.pages, false)
+		if from+n > a.pages {
+			return -1
+		}
+		to := nextBit(a.taken, from, from+n, true)
+		if to == from+n {
+			return from
+		}
+		from = to
+	}
+}
+
+// highest returns the first page of the highest run of n free pages, or -1.
+func (a *arena) highest(n int) int {
+	for end := a.pages; ; {
+		end = prevBit(a.taken, end, a.low, false)
+		if end-n < a.low {
+			return -1
+		}
+		start := prevBit(a.taken, end, end-n, true)
+		if start == end-n {
+			return start
+		}
+		end = start
+	}
+}
+
+// trim gives memory back if less than half of what is resident was in use
+// since the last look. It runs from the timer.
+func (a *arena) trim() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.armed = false
+	if !a.closed && a.recent <= a.resCount/2 {
+		// From the top: what is used next comes from the bottom.
+		for end := a.pages; end > 0 && a.resCount > keepPages; {
+			end = prevBit(a.resident, end, 0, true)
+			start := prevBit(a.resident, end, max(0, end-trimStep), false)
+			if busy := prevBit(a.taken, end, start, true); busy == end {
+				end = prevBit(a.taken, end, start, false) // skip what is in use
+				continue
+			} else if busy > start {
+				start = busy
+			}
+			if start < end {
+				// Locked memory stays, as it should.
+				if unix.Madvise(a.mem[start<<pageShift:end<<pageShift], unix.MADV_DONTNEED) != nil {
+					return
+				}
+				a.resCount += setRange(a.resident, start, end-start, false)
+			}
+			end = start
+			a.mu.Unlock() // let others in
+			a.mu.Lock()
+			if a.closed {
+				return
+			}
+		}
+	}
+	a.recent = a.used
+	if !a.closed && a.resCount > keepPages {
+		a.armed = true
+		a.timer.Reset(trimInterval)
+	}
+}
+
+// setRange sets or clears n bits and returns by how much the number of set
+// bits changed.
+func setRange(b []uint64, first, n int, set bool) int {
+	change := 0
+	for n > 0 {
+		word, bit := first/64, first%64
+		k := min(n, 64-bit)
+		mask := (^uint64(0) >> (64 - k)) << bit
+		if set {
+			change += bits.OnesCount64(mask &^ b[word])
+			b[word] |= mask
+		} else {
+			change -= bits.OnesCount64(mask & b[word])
+			b[word] &^= mask
+		}
+		first += k
+		n -= k
+	}
+	return change
+}
+
+// nextBit returns the first bit in [from, end) that is set, or not set, as
+// asked, or end.
+func nextBit(b []uint64, from, end int, set bool) int {
+	for from < end {
+		word := b[from/64]
+		if !set {
+			word = ^word
+		}
+		if word >>= from % 64; word != 0 {
+			return min(end, from+bits.TrailingZeros64(word))
+		}
+		from = (from/64 + 1) * 64
+	}
+	return end
+}
+
+// prevBit returns one more than the last bit in [start, end) that is set, or
+// not set, as asked, or start.
+func prevBit(b []uint64, end, start int, set bool) int {
+	for end > start {
+		word := b[(end-1)/64]
+		if !set {
+			word = ^word
+		}
+		if word <<= 63 - (end-1)%64; word != 0 {
+			return max(start, end-bits.LeadingZeros64(word))
+		}
+		end = (end - 1) / 64 * 64
+	}
+	return start
+}
+
+// ArenaStats is the state of the memory that holds payloads, in bytes.
+type ArenaStats struct {
+	Size     int64  // as configured
+	Used     int64  // held by requests now
+	Peak     int64  // most ever held
+	Resident int64  // used since it was last given back to the kernel
+	Waits    uint64 // how often a request had to wait for memory
+}
+
+func (a *arena) stats() ArenaStats {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return ArenaStats{
+		Size:     int64(a.pages) << pageShift,
+		Used:     int64(a.used) << pageShift,
+		Peak:     int64(a.peak) << pageShift,
+		Resident: int64(a.resCount) << pageShift,
+		Waits:    a.waits,
+	}
+}

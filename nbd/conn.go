@@ -1,0 +1,946 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The transmission phase of one connection. The way of a request:
+//
+//  1. A worker becomes the reader. It reads once, as much as there is, and
+//     takes every request that this completed: receive, parse.
+//  2. It stops being the reader, and runs the requests one after the other on
+//     the device: work, execute.
+//  3. When none is left, it sends the replies in one call (flush), and becomes
+//     the reader again.
+//
+// So on a device that answers in a few microseconds one goroutine does
+// everything, with one read and one write for a whole batch of requests. On a
+// slow device that would be wrong: the next requests would wait for the
+// device. Hence a worker, before it runs a request that may take long, wakes
+// another, which takes the next request or becomes the reader. A mean of how
+// long requests took tells slow from fast; if a fast device turns slow within
+// a request, a timer wakes the other worker (rescue).
+//
+// Replies are sent by one worker at a time. The others leave theirs to it, so
+// that a client which doesn't take its replies blocks one worker and no other
+// connection. Once its requests or its memory are used up, the connection is
+// no longer read.
+
+const (
+	// receiveBuffer is the size of the buffer through which requests are read.
+	receiveBuffer = 128 << 10
+
+	// bufferedWrite is the longest payload that is taken by way of the receive
+	// buffer. A longer one is read to where it stays.
+	bufferedWrite = 32 << 10
+
+	// afterPayload is how much is read into the receive buffer along with a
+	// payload that has its own place: room for the next requests, but not for
+	// another payload, which would have to be copied.
+	afterPayload = 4 << 10
+
+	// chunkSize is the longest piece in which a write is taken and given to
+	// the device, see arena.
+	chunkSize = 512 << 10
+
+	// sendMax and sendReplies limit one call that sends replies. A client that
+	// takes nothing during one such call is what ErrStalled means.
+	sendMax     = 1 << 20
+	sendReplies = 64
+
+	// slowOp is the mean time of a request, in nanoseconds, from which on
+	// another worker is woken before a request is run. Waking one costs a few
+	// microseconds.
+	slowOp = 25_000
+
+	// shareWork is how much work, in nanoseconds, has to be waiting for
+	// another worker to be woken to share it on a fast device.
+	shareWork = 50_000
+
+	// rescueAfter is how long the requests of a fast device may hold up the
+	// reading of others.
+	rescueAfter = 2 * time.Millisecond
+
+	// socketBuffer is the size that the send buffer of a Unix socket is raised
+	// to. The default holds one reply of 128 KiB.
+	socketBuffer = 1 << 20
+)
+
+// errDisconnect means that the peer sent DISC.
+var errDisconnect = errors.New("disconnect")
+
+// A request is one command, or one piece of a long write. Requests belong to a
+// connection and are reused.
+type request struct {
+	header
+	errno uint32
+	buf   []byte // payload of a write, or room for that of a read; from the arena
+	reply [replySize]byte
+	next  *request // in the list that it is in
+
+	// Long writes, see parsePayload.
+	parent  *request // the write that this is a piece of
+	pending int      // of a parent: pieces not yet done, and those not received count as one
+	dropped bool     // of a parent: the rest won't come
+	sync    bool     // of a parent with FUA: all pieces are written, but may be volatile
+}
+
+// slow reports whether the command alone says that it may take long.
+func (r *request) slow() bool {
+	return r.cmd != cmdRead && r.cmd != cmdWrite || r.flags&cmdFlagFUA != 0 || r.length > bufferedWrite || r.sync
+}
+
+// A list is a queue of requests.
+type list struct {
+	head, tail *request
+	n          int
+}
+
+func (l *list) push(r *request) {
+	r.next = nil
+	if l.tail == nil {
+		l.head = r
+	} else {
+		l.tail.next = r
+	}
+	l.tail = r
+	l.n++
+}
+
+func (l *list) pop() *request {
+	r := l.head
+	if r == nil {
+		return nil
+	}
+	if l.head = r.next; l.head == nil {
+		l.tail = nil
+	}
+	l.n--
+	r.next = nil
+	return r
+}
+
+// append moves all of m to the end of l.
+func (l *list) append(m *list) {
+	if m.head == nil {
+		return
+	}
+	if l.tail == nil {
+		l.head = m.head
+	} else {
+		l.tail.next = m.head
+	}
+	l.tail = m.tail
+	l.n += m.n
+	*m = list{}
+}
+
+// A worker runs requests, or reads or writes the socket.
+type worker struct {
+	wake chan struct{} // capacity 1
+}
+
+// A conn is a connection in the transmission phase.
+type conn struct {
+	s     *Server
+	nc    net.Conn
+	dev   Device
+	size  uint64
+	flags uint16
+
+	ctx   context.Context // done when no more requests should be taken
+	abort context.CancelCauseFunc
+
+	// Used by the reader only: the worker that has set reading.
+	reader struct {
+		in       input
+		window   int         // how much to read at once
+		slots    list        // requests to use
+		skip     int         // bytes still to come of the payload of refused
+		refused  *request    // is answered when its payload has passed
+		long     *request    // a write in pieces whose payload is coming
+		longDone uint32      // bytes of it that have come
+		piece    *request    // a write, or a piece of long, whose payload is coming
+		pieceLen int         // bytes of it that have come
+		taken    list        // what this round has found to run
+		answered list        // what this round has found to answer
+		accepted int         // how many requests this round has found
+		waiter   waiter      // for the arena
+		starved  *time.Timer // runs while waiting for the arena
+
+		// readv; only for sockets.
+		raw  syscall.RawConn
+		fn   func(fd uintptr) bool
+		iovs [2]unix.Iovec
+		n    int
+		err  syscall.Errno
+	}
+
+	// Used by the sender only: the worker that has set sending.
+	sender struct {
+		batch list
+		iov   [][]byte
+		bufs  net.Buffers
+	}
+
+	// How another connection sees whether this one stalls: the bytes of the
+	// arena that it holds, and since when it has been waiting for the peer to
+	// send a payload, and to take replies, in Server.now, or 0.
+	held         atomic.Int64
+	payloadSince atomic.Int64
+	sendSince    atomic.Int64
+
+	mu       sync.Mutex // guards what follows; held for moments only
+	ready    list       // requests to run
+	out      list       // requests to answer
+	free     list       // requests for the reader to use
+	idle     []*worker  // last in, first out: few stacks stay warm
+	reading  bool
+	sending  bool
+	stopped  bool // nothing more is read
+	stopErr  error
+	failed   error         // why replies can't be sent
+	starving bool          // the reader waits for freed
+	freed    chan struct{} // capacity 1
+	mean     int64         // nanoseconds that a request takes
+	inFlight int           // requests taken and not answered
+	counts   Counts
+	rescue   *time.Timer
+	rescues  int       // runs of the timer that are due or under way
+	rescued  sync.Cond // rescues has become 0
+}
+
+// newConn makes a connection that goes on with what in has read already.
+func newConn(ctx context.Context, s *Server, e *Export, in *input) (*conn, error) {
+	size, err := e.size()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{
+		s:     s,
+		nc:    in.nc,
+		dev:   e.Device,
+		size:  size,
+		flags: e.transmissionFlags(),
+		idle:  make([]*worker, 0, s.cfg.InFlight),
+		freed: make(chan struct{}, 1),
+	}
+	c.ctx, c.abort = context.WithCancelCause(ctx)
+	c.rescued.L = &c.mu
+	c.rescue = time.AfterFunc(time.Hour, c.onRescue)
+	c.rescue.Stop()
+	c.sender.iov = make([][]byte, 0, 2*sendReplies)
+
+	rd := &c.reader
+	rd.in = input{nc: in.nc, buf: make([]byte, receiveBuffer)}
+	rd.in.w = copy(rd.in.buf, in.buffered())
+	rd.window = receiveBuffer
+	rd.waiter.granted = make(chan struct{}, 1)
+	rd.starved = time.NewTimer(time.Hour)
+	rd.starved.Stop()
+	// As many again as there are workers, so that they can go on while replies
+	// wait to be sent.
+	slots := make([]request, 2*s.cfg.InFlight)
+	for i := range slots {
+		rd.slots.push(&slots[i])
+	}
+	if sc, ok := in.nc.(*net.UnixConn); ok {
+		if rd.raw, err = sc.SyscallConn(); err != nil {
+			c.abort(nil)
+			return nil, fmt.Errorf("nbd: preparing the connection: %w", err)
+		}
+		rd.fn = c.readv
+		_ = rd.raw.Control(func(fd uintptr) { enlarge(int(fd)) })
+	}
+	return c, nil
+}
+
+// enlarge raises the send buffer of a socket as far as it may. A smaller one
+// costs speed only.
+func enlarge(fd int) {
+	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF); err != nil || n >= 2*socketBuffer {
+		return // the kernel doubles what it is given
+	}
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer)
+	}
+}
+
+// run serves until the peer disconnects, the connection fails, or ctx is done.
+// When it returns, nothing of this connection runs on the device any more, and
+// every request taken has been answered unless the connection failed.
+func (c *conn) run(ctx context.Context) error {
+	defer c.abort(nil)
+
+	// The workers exist from the start: none has to be made when the kernel
+	// waits for a request in order to get memory.
+	var workers sync.WaitGroup
+	for range c.s.cfg.InFlight {
+		w := &worker{wake: make(chan struct{}, 1)}
+		workers.Go(func() { c.work(w) })
+	}
+
+	// Cancellation interrupts the reading at once. The replies to what was
+	// taken have until the grace period ends.
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.failed == nil { // else the deadlines are set, and must stay
+			_ = c.nc.SetReadDeadline(longAgo)
+			_ = c.nc.SetWriteDeadline(time.Now().Add(c.s.cfg.Grace))
+		}
+	})
+	workers.Wait()
+	if !stop() {
+		<-interrupted
+	}
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.rescue.Stop() {
+		c.rescues--
+	}
+	for c.rescues > 0 {
+		c.rescued.Wait()
+	}
+	if c.failed != nil {
+		return c.failed
+	}
+	return c.stopErr
+}
+
+// longAgo is a deadline that interrupts.
+var longAgo = time.Unix(1, 0)
+
+// work is the life of a worker.
+func (c *conn) work(w *worker) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for {
+		switch {
+		case c.ready.n > 0:
+			r := c.ready.pop()
+			c.share(r)
+			c.mu.Unlock()
+			start := c.s.now()
+			errno := c.execute(r)
+			took := c.s.now() - start
+			if r.cmd == cmdWrite {
+				c.releaseBuf(r) // rather than when the peer has taken the reply
+			}
+			c.mu.Lock()
+			c.observe(took)
+			c.finish(r, errno)
+			// On a slow device a reply doesn't wait for the next request.
+			if c.mean >= slowOp || c.out.n >= sendReplies {
+				c.flush()
+			}
+
+		case c.out.n > 0 && !c.sending:
+			c.flush()
+
+		case c.stopped:
+			return
+
+		case !c.reading:
+			c.reading = true
+			c.mu.Unlock()
+			err := c.receive()
+			c.mu.Lock()
+			c.reading = false
+			c.accept(err)
+
+		default:
+			c.idle = append(c.idle, w)
+			c.mu.Unlock()
+			<-w.wake
+			c.mu.Lock()
+		}
+	}
+}
+
+// wakeOne wakes a worker if one is idle.
+func (c *conn) wakeOne() bool {
+	n := len(c.idle)
+	if n == 0 {
+		return false
+	}
+	c.idle[n-1].wake <- struct{}{}
+	c.idle = c.idle[:n-1]
+	return true
+}
+
+// share wakes a worker before r is run, if r may take long or if there is
+// enough to do for two.
+func (c *conn) share(r *request) {
+	if c.ready.n == 0 && c.reading {
+		return // nothing is left that another could do
+	}
+	busy := cap(c.idle) - len(c.idle)
+	if c.mean >= slowOp || r.slow() || int64(c.ready.n)*c.mean >= shareWork && busy < c.s.procs {
+		c.wakeOne()
+	}
+}
+
+// observe notes how long a request took. The mean rises at once, so that a
+// device that has turned slow is treated so, and falls slowly. One long time
+// counts only so much: it may have been the scheduler's.
+func (c *conn) observe(took int64) {
+	took = min(took, 4*slowOp)
+	if took > c.mean {
+		c.mean += (took - c.mean) / 2
+	} else {
+		c.mean -= (c.mean - took) / 16
+	}
+}
+
+// onRescue runs when requests were taken rescueAfter ago and none since. If
+// that's because one of them takes long, another worker goes on.
+func (c *conn) onRescue() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.rescues--
+	if c.rescues == 0 {
+		c.rescued.Broadcast()
+	}
+	if c.stopped {
+		return // all workers are awake
+	}
+	if (c.ready.n > 0 || !c.reading) && c.wakeOne() {
+		c.mean = max(c.mean, slowOp) // let each that is woken wake the next
+		c.guard()
+	}
+}
+
+// guard arms the rescue timer.
+func (c *conn) guard() {
+	if !c.rescue.Reset(rescueAfter) {
+		c.rescues++
+	}
+}
+
+// accept takes over what a round of the reader has found.
+func (c *conn) accept(err error) {
+	rd := &c.reader
+	c.inFlight += rd.accepted
+	rd.accepted = 0
+	c.ready.append(&rd.taken)
+	for r := rd.answered.pop(); r != nil; r = rd.answered.pop() {
+		c.finish(r, r.errno)
+	}
+	if c.ready.n > 0 {
+		c.guard()
+	}
+	if err == nil {
+		return
+	}
+
+	// The end: what was taken is run and answered, what has come in part is
+	// dropped, and the workers return when nothing is left to do.
+	c.stopped = true
+	if err != errDisconnect {
+		c.stopErr = err
+	}
+	if rd.piece != nil {
+		c.releaseBuf(rd.piece)
+		c.drop(rd.piece)
+	}
+	if rd.long != nil {
+		rd.long.dropped = true
+		c.pieceDone(rd.long)
+	}
+	if rd.refused != nil {
+		c.drop(rd.refused)
+	}
+	for c.wakeOne() {
+	}
+}
+
+// drop forgets a request that won't be answered.
+func (c *conn) drop(r *request) {
+	if r.parent == nil {
+		c.inFlight--
+	}
+	c.free.push(r)
+}
+
+// finish is called when a request has been run, or refused.
+func (c *conn) finish(r *request, errno uint32) {
+	if p := r.parent; p != nil {
+		if p.errno == 0 {
+			p.errno = errno
+		}
+		c.free.push(r)
+		c.wakeReader()
+		c.pieceDone(p)
+		return
+	}
+	r.errno = errno
+	c.counts.add(r)
+	c.out.push(r)
+	c.wakeReader() // a write has given memory back
+}
+
+// pieceDone is called when a piece of a long write is done, or when no more of
+// them will come.
+func (c *conn) pieceDone(p *request) {
+	if p.pending--; p.pending > 0 {
+		return
+	}
+	switch {
+	case p.dropped:
+		c.drop(p)
+	case p.errno == 0 && p.flags&cmdFlagFUA != 0:
+		p.sync = true
+		c.ready.push(p)
+	default:
+		c.finish(p, p.errno)
+	}
+}
+
+// wakeReader tells a reader that waits for requests or memory of this
+// connection to look again.
+func (c *conn) wakeReader() {
+	if c.starving {
+		c.starving = false
+		c.freed <- struct{}{}
+	}
+}
+
+func (c *conn) releaseBuf(r *request) {
+	if r.buf != nil {
+		c.held.Add(-int64(cap(r.buf)))
+		c.s.arena.release(r.buf)
+		r.buf = nil
+	}
+}
+
+// breakOff ends the connection without waiting for the peer: replies can't be
+// sent any more. Callers hold mu.
+func (c *conn) breakOff(err error) {
+	if c.failed == nil {
+		c.failed = err
+		c.abort(err)
+		_ = c.nc.SetDeadline(longAgo)
+	}
+}
+
+// receive is the work of the reader: it reads until there is something to do.
+// It returns why nothing more can be read, besides what it has found.
+func (c *conn) receive() error {
+	rd := &c.reader
+	for {
+		err := c.parse()
+		if err != nil || rd.taken.n > 0 || rd.answered.n > 0 {
+			return err
+		}
+		if err := c.read(); err != nil {
+			return err
+		}
+	}
+}
+
+// read reads once.
+func (c *conn) read() error {
+	rd := &c.reader
+	var err error
+	if rd.piece != nil {
+		c.payloadSince.Store(c.s.now())
+		err = c.readPayload()
+		c.payloadSince.Store(0)
+		// Where one long write came from, another may follow.
+		rd.window = afterPayload
+	} else {
+		before := len(rd.in.buffered())
+		err = rd.in.fill(rd.window)
+		if len(rd.in.buffered())-before == rd.window {
+			rd.window = receiveBuffer
+		}
+	}
+	switch {
+	case err == nil:
+		return nil
+	case c.ctx.Err() != nil:
+		return context.Cause(c.ctx)
+	case err == io.EOF && (rd.piece != nil || rd.long != nil || rd.refused != nil || len(rd.in.buffered()) > 0):
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("nbd: reading request: %w", err)
+}
+
+// readPayload reads once into piece, and what follows it into the receive
+// buffer, which is empty.
+func (c *conn) readPayload() error {
+	rd := &c.reader
+	dst := rd.piece.buf[rd.pieceLen:]
+	if rd.raw == nil {
+		n, err := rd.in.nc.Read(dst)
+		rd.pieceLen += n
+		if n > 0 {
+			return nil
+		}
+		if err == nil {
+			err = io.ErrNoProgress
+		}
+		return err
+	}
+	rd.in.r, rd.in.w = 0, 0
+	rd.iovs[0].Base = unsafe.SliceData(dst)
+	rd.iovs[0].SetLen(len(dst))
+	rd.iovs[1].Base = unsafe.SliceData(rd.in.buf)
+	rd.iovs[1].SetLen(afterPayload)
+	if err := rd.raw.Read(rd.fn); err != nil {
+		return err
+	}
+	switch {
+	case rd.err != 0:
+		return os.NewSyscallError("readv", rd.err)
+	case rd.n == 0:
+		return io.EOF
+	}
+	n := min(rd.n, len(dst))
+	rd.pieceLen += n
+	rd.in.w = rd.n - n
+	return nil
+}
+
+func (c *conn) readv(fd uintptr) bool {
+	rd := &c.reader
+	for {
+		n, _, errno := syscall.Syscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&rd.iovs[0])), uintptr(len(rd.iovs)))
+		switch errno {
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return false
+		}
+		rd.n, rd.err = int(n), errno
+		return true
+	}
+}
+
+// parse takes every request that has come completely. It returns early if there
+// is no room for the next one but something else to do. Only if there is
+// nothing else does it wait for room.
+func (c *conn) parse() error {
+	rd := &c.reader
+	for {
+		if rd.refused != nil {
+			n := min(rd.skip, len(rd.in.buffered()))
+			rd.in.r += n
+			if rd.skip -= n; rd.skip > 0 {
+				return nil
+			}
+			rd.answered.push(rd.refused)
+			rd.refused = nil
+		}
+		if rd.piece != nil || rd.long != nil {
+			if more, err := c.parsePayload(); !more || err != nil {
+				return err
+			}
+			continue
+		}
+
+		b := rd.in.buffered()
+		if len(b) < requestSize {
+			return nil
+		}
+		h, err := parseHeader(b)
+		if err != nil {
+			return err
+		}
+		if h.cmd == cmdDisc {
+			rd.in.r += requestSize
+			return errDisconnect
+		}
+		payload := 0
+		if h.cmd == cmdWrite {
+			payload = int(h.length)
+		}
+		errno := h.check(c.size, c.flags)
+		if errno != 0 && payload > maxDiscard {
+			return fmt.Errorf("nbd: write %#x of %d bytes: %w", h.cookie, h.length, ErrProtocol)
+		}
+		short := payload <= bufferedWrite
+		if errno == 0 && short && len(b) < requestSize+payload {
+			return nil // it fits into the buffer: let it come
+		}
+
+		r := c.slot()
+		if r == nil {
+			return nil
+		}
+		var buf []byte
+		if errno == 0 && h.length > 0 && (h.cmd == cmdRead || payload > 0 && payload <= chunkSize) {
+			var wait bool
+			if buf, wait = c.memory(int(h.length)); wait {
+				rd.slots.push(r)
+				return nil
+			}
+			if buf == nil {
+				errno = errShutdown
+			}
+		}
+		*r = request{header: h, errno: errno, buf: buf}
+		rd.in.r += requestSize
+		rd.accepted++
+		switch {
+		case errno != 0 && payload > 0:
+			rd.refused, rd.skip = r, payload
+		case errno != 0:
+			rd.answered.push(r)
+		case payload > chunkSize:
+			r.pending = 1
+			rd.long, rd.longDone = r, 0
+		case !short:
+			rd.piece, rd.pieceLen = r, 0
+		default:
+			rd.in.r += copy(buf, b[requestSize:][:payload])
+			rd.taken.push(r)
+		}
+	}
+}
+
+// parsePayload takes what has come of the payload of a write. It reports
+// whether the write, or a piece of it, is complete.
+//
+// A write longer than chunkSize is given to the device in pieces, as they come.
+// If it ends in the middle, some of it has been written, as on a disk that
+// loses power. With FUA, the pieces are made stable by one Sync at the end.
+func (c *conn) parsePayload() (bool, error) {
+	rd := &c.reader
+	if rd.piece == nil {
+		size := min(chunkSize, rd.long.length-rd.longDone)
+		r := c.slot()
+		if r == nil {
+			return false, nil
+		}
+		buf, wait := c.memory(int(size))
+		if buf == nil {
+			rd.slots.push(r)
+			if wait {
+				return false, nil
+			}
+			return false, context.Cause(c.ctx)
+		}
+		*r = request{
+			header: header{cmd: cmdWrite, off: rd.long.off + uint64(rd.longDone), length: size},
+			buf:    buf,
+			parent: rd.long,
+		}
+		rd.piece, rd.pieceLen = r, 0
+	}
+	n := copy(rd.piece.buf[rd.pieceLen:], rd.in.buffered())
+	rd.in.r += n
+	rd.pieceLen += n
+	if rd.pieceLen < len(rd.piece.buf) {
+		return false, nil
+	}
+	if rd.long != nil {
+		rd.longDone += rd.piece.length
+		if rd.longDone < rd.long.length {
+			c.mu.Lock()
+			rd.long.pending++
+			c.mu.Unlock()
+		} else {
+			rd.long = nil // what was counted for the rest counts for this piece
+		}
+	}
+	rd.taken.push(rd.piece)
+	rd.piece = nil
+	return true, nil
+}
+
+// nothingElse reports whether the reader may wait for room: it has found
+// nothing in this round that has to be done first.
+func (c *conn) nothingElse() bool { return c.reader.taken.n == 0 && c.reader.answered.n == 0 }
+
+// slot returns a request to use, or nil if something else has to be done first.
+func (c *conn) slot() *request {
+	rd := &c.reader
+	for rd.slots.n == 0 {
+		c.mu.Lock()
+		rd.slots.append(&c.free)
+		c.starving = rd.slots.n == 0 && c.nothingElse()
+		starving := c.starving
+		c.mu.Unlock()
+		if starving {
+			<-c.freed
+		} else if rd.slots.n == 0 {
+			return nil
+		}
+	}
+	return rd.slots.pop()
+}
+
+// memory returns size bytes of the arena by the rule that arena gives. It
+// returns nil and true if something else has to be done first, nil and false if
+// no more requests are to be taken.
+func (c *conn) memory(size int) (buf []byte, wait bool) {
+	need := int64(size+pageSize-1) &^ (pageSize - 1)
+	for c.held.Load()+need > c.s.share {
+		if !c.nothingElse() {
+			return nil, true
+		}
+		c.mu.Lock()
+		c.starving = c.held.Load()+need > c.s.share
+		starving := c.starving
+		c.mu.Unlock()
+		if starving {
+			<-c.freed
+		}
+	}
+	if buf = c.s.arena.try(size); buf == nil {
+		if !c.nothingElse() {
+			return nil, true
+		}
+		if buf = c.waitForArena(size); buf == nil {
+			return nil, false
+		}
+	}
+	c.held.Add(need)
+	return buf, false
+}
+
+// waitForArena queues for memory. It returns nil when ctx is done first.
+func (c *conn) waitForArena(size int) []byte {
+	rd := &c.reader
+	if buf := c.s.arena.enqueue(&rd.waiter, size); buf != nil {
+		return buf
+	}
+	rd.starved.Reset(c.s.cfg.StallTimeout)
+	defer rd.starved.Stop()
+	for {
+		select {
+		case <-rd.waiter.granted:
+			return rd.waiter.buf
+		case <-c.ctx.Done():
+			if buf := c.s.arena.cancel(&rd.waiter); buf != nil {
+				c.s.arena.release(buf)
+			}
+			return nil
+		case <-rd.starved.C:
+			c.s.endStalled()
+			rd.starved.Reset(c.s.cfg.StallTimeout)
+		}
+	}
+}
+
+// execute runs a request on the device and returns the NBD error.
+func (c *conn) execute(r *request) uint32 {
+	off := int64(r.off)
+	fua := r.flags&cmdFlagFUA != 0
+	n, want := 0, 0
+	var err error
+	switch {
+	case r.cmd == cmdFlush || r.sync:
+		err = c.dev.Sync()
+	case r.length == 0:
+		// Nothing to do. The spec leaves the answer open.
+	case r.cmd == cmdRead:
+		want = len(r.buf)
+		n, err = c.dev.ReadAt(r.buf, off)
+	case r.cmd == cmdWrite && fua:
+		want = len(r.buf)
+		n, err = c.dev.WriteAtFUA(r.buf, off)
+	case r.cmd == cmdWrite:
+		want = len(r.buf)
+		n, err = c.dev.WriteAt(r.buf, off)
+	case r.cmd == cmdTrim:
+		err = c.dev.Trim(off, int64(r.length), fua)
+		if errors.Is(err, syscall.EOPNOTSUPP) {
+			err = nil // a hint that can't be followed
+		}
+	case r.cmd == cmdWriteZeroes:
+		err = c.dev.WriteZeroes(off, int64(r.length), fua)
+	}
+	return errorNumber(full(n, want, err))
+}
+
+// flush sends the replies that are due, unless another worker is at it, which
+// then sends these too. Callers hold mu, which it gives up meanwhile.
+func (c *conn) flush() {
+	if c.sending {
+		return
+	}
+	c.sending = true
+	batch := &c.sender.batch
+	for c.out.n > 0 {
+		for size := 0; c.out.n > 0 && batch.n < sendReplies && size < sendMax; {
+			r := c.out.pop()
+			size += len(r.buf)
+			batch.push(r)
+		}
+		failed := c.failed != nil
+		c.mu.Unlock()
+		var err error
+		if !failed {
+			err = c.send()
+		}
+		for r := batch.head; r != nil; r = r.next {
+			c.releaseBuf(r)
+		}
+		c.mu.Lock()
+		if err != nil {
+			c.breakOff(fmt.Errorf("nbd: sending reply: %w", err))
+		}
+		c.inFlight -= batch.n
+		c.free.append(batch)
+		c.wakeReader()
+	}
+	c.sending = false
+}
+
+// send sends the replies of the batch, in as few calls as sendMax allows.
+func (c *conn) send() error {
+	iov := c.sender.iov[:0]
+	size := 0
+	for r := c.sender.batch.head; r != nil; r = r.next {
+		putReply(&r.reply, r.errno, r.cookie)
+		iov = append(iov, r.reply[:])
+		payload := r.buf
+		if r.errno != 0 {
+			payload = nil
+		}
+		for len(payload) > 0 {
+			n := min(len(payload), sendMax-size)
+			iov = append(iov, payload[:n])
+			payload = payload[n:]
+			if size += n; size == sendMax {
+				if err := c.write(iov); err != nil {
+					return err
+				}
+				iov, size = iov[:0], 0
+			}
+		}
+		// Two for a reply, and one more when a payload is cut: there is room,
+		// since the batch has at most sendReplies and each cut empties iov.
+	}
+	return c.write(iov)
+}
+
+// write sends the slices in one call, if the connection is a socket.
+func (c *conn) write(iov [][]byte) error {
+	if len(iov) == 0 {
+		return nil
+	}
+	c.sendSince.Store(c.s.now())
+	defer c.sendSince.Store(0)
+	c.sender.bufs = iov
+	_, err := c.sender.bufs.WriteTo(c.nc)
+	return err
+}

@@ -1,0 +1,211 @@
+// Package nbd serves block devices over the Network Block Device protocol.
+//
+// A [Server] offers one or more exports. Most callers want [New] and then
+// either [Server.ServeListener], for libnbd clients such as QEMU on a Unix
+// socket, or [Server.ServeTransmission], for the other end of a socket pair
+// that package nbdnl gave to the kernel. What an export's bytes are is the
+// business of its [Device].
+//
+// The server speaks the fixed newstyle handshake and simple replies of
+// https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, the part
+// of the protocol that the Linux kernel speaks and that every client must
+// support. It has no TLS: it is meant for Unix sockets.
+//
+// # Concurrency
+//
+// A Server may serve any number of connections at the same time, from any
+// goroutine. The requests of one connection run concurrently, up to
+// [Config.InFlight], and are answered in the order in which they end. Requests
+// that overlap are not ordered by this package: a client that wants an order
+// waits for a reply, as the protocol says.
+//
+// # Durability
+//
+// This package holds no data back: a write is answered after [Device.WriteAt]
+// returned. FLUSH is [Device.Sync] and so covers every write that was answered
+// on any connection before the flush was sent. A write with FUA is
+// [Device.WriteAtFUA], or, if it is long, WriteAt and Sync. Hence every export
+// advertises CAN_MULTI_CONN.
+//
+// # Memory
+//
+// Payloads live in one arena outside the Go heap, whose size is fixed when the
+// server is made. When it is full, the server stops reading from sockets. A
+// request allocates nothing.
+package nbd
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"syscall"
+	"unicode/utf8"
+
+	"github.com/pojntfx/go-nbd/pkg/backend"
+)
+
+// A Device is what an export serves. Offsets and lengths are bytes.
+//
+// The server keeps every request within the Size that it saw when the
+// connection's transmission phase began, and calls the methods from many
+// goroutines at once, also for ranges that overlap.
+//
+// An error becomes an NBD error by the [syscall.Errno] in its chain: EPERM,
+// EACCES and EROFS are sent as EPERM, ENOSPC, EDQUOT and EFBIG as ENOSPC;
+// ENOMEM, EINVAL and ESHUTDOWN as themselves; everything else as EIO. The
+// connection lives on.
+type Device interface {
+	// ReadAt must not keep p. WriteAt must neither change nor keep it. p starts
+	// on a page boundary. A write longer than 512 KiB comes as several calls,
+	// from several goroutines. Size must not change while the device is served. After Sync, all data whose WriteAt, Trim or
+	// WriteZeroes returned before Sync was called is on stable storage.
+	backend.Backend
+
+	// WriteAtFUA is WriteAt that returns when the data is on stable storage. A
+	// write with FUA longer than 512 KiB comes as WriteAt and one Sync instead.
+	WriteAtFUA(p []byte, off int64) (int, error)
+
+	// Trim tells the device that the range is no longer needed. What it reads
+	// as afterwards is not defined. It may do nothing. It is called only for
+	// an export with [Export.Trim]. With fua, what it changed is on stable
+	// storage when it returns. length may exceed [MaxPayload].
+	Trim(off, length int64, fua bool) error
+
+	// WriteZeroes makes the range read as zeros. With fua, the zeros are on
+	// stable storage when it returns. length may exceed [MaxPayload].
+	WriteZeroes(off, length int64, fua bool) error
+}
+
+// An Export is a device under a name that clients ask for.
+type Export struct {
+	// Name and Description are UTF-8 without NUL, at most [MaxString] bytes. The
+	// first export of a server is also served under the empty name.
+	Name, Description string
+
+	Device Device
+
+	// ReadOnly refuses every command that changes data.
+	ReadOnly bool
+
+	// Trim offers the TRIM command.
+	Trim bool
+
+	// BlockSize is the size in bytes of the device's sector, a power of two of
+	// at most 64 KiB, or 0 for 512. It is a hint: clients are told to prefer
+	// it, or 4096 if that is more, but requests of any alignment are served.
+	BlockSize uint32
+}
+
+// validate returns an error that names the export.
+func (e *Export) validate() error {
+	for what, s := range map[string]string{"name": e.Name, "description": e.Description} {
+		if len(s) > MaxString || !utf8.ValidString(s) || strings.ContainsRune(s, 0) {
+			return fmt.Errorf("nbd: export %.80q: %s is not UTF-8 without NUL of at most %d bytes", e.Name, what, MaxString)
+		}
+	}
+	if e.Device == nil {
+		return fmt.Errorf("nbd: export %.80q: no device", e.Name)
+	}
+	if e.BlockSize&(e.BlockSize-1) != 0 || e.BlockSize > 64<<10 {
+		return fmt.Errorf("nbd: export %.80q: block size %d is not a power of two of at most 65536", e.Name, e.BlockSize)
+	}
+	_, err := e.size()
+	return err
+}
+
+func (e *Export) size() (uint64, error) {
+	size, err := e.Device.Size()
+	if err == nil && size < 0 {
+		err = fmt.Errorf("size is %d", size)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("nbd: size of export %.80q: %w", e.Name, err)
+	}
+	return uint64(size), nil
+}
+
+// preferredBlockSize is what INFO_BLOCK_SIZE advertises.
+func (e *Export) preferredBlockSize() uint32 { return max(e.BlockSize, 4096) }
+
+// transmissionFlags returns the flags of the export in the spec's encoding.
+//
+// CAN_MULTI_CONN is true by construction: the server has no cache, so a write
+// answered on one connection is in the device, and a flush on any other
+// connection covers it.
+func (e *Export) transmissionFlags() uint16 {
+	flags := FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagCanMultiConn
+	if e.ReadOnly {
+		return flags | FlagReadOnly
+	}
+	flags |= FlagSendWriteZeroes
+	if e.Trim {
+		flags |= FlagSendTrim
+	}
+	return flags
+}
+
+var (
+	// ErrProtocol means that the peer broke a rule of the protocol that leaves
+	// no way to go on.
+	ErrProtocol = errors.New("protocol error")
+
+	// ErrUnknownExport means that no export has the name asked for.
+	ErrUnknownExport = errors.New("unknown export")
+
+	// ErrTooManyConnections means that the server already serves
+	// [Config.MaxConnections] connections.
+	ErrTooManyConnections = errors.New("too many connections")
+
+	// ErrHandshakeTimeout means that the peer did not end its handshake within
+	// [Config.HandshakeTimeout].
+	ErrHandshakeTimeout = errors.New("handshake took too long")
+
+	// ErrStalled means that the peer neither sent the payload that it had
+	// announced nor took its replies for [Config.StallTimeout], while another
+	// connection waited for the memory that this held.
+	ErrStalled = errors.New("peer stalled while others waited for memory")
+
+	// ErrClosed means that the server was closed.
+	ErrClosed = errors.New("server closed")
+)
+
+// errorNumber returns the NBD error for an error of a device: one of those
+// that the spec allows in reply to any command. EOVERFLOW and ENOTSUP are
+// reserved to flags that this server does not offer.
+func errorNumber(err error) uint32 {
+	if err == nil {
+		return 0
+	}
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok {
+		return errIO
+	}
+	switch errno {
+	case syscall.EPERM, syscall.EACCES, syscall.EROFS:
+		return errPerm
+	case syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG:
+		return errNoSpace
+	case syscall.ENOMEM:
+		return errNoMemory
+	case syscall.EINVAL:
+		return errInvalid
+	case syscall.ESHUTDOWN:
+		return errShutdown
+	}
+	return errIO
+}
+
+// full returns the error of a device call that has to move want bytes. A device
+// that moves fewer must say why; one that doesn't is treated as failed, so that
+// a short read never sends what the buffer held before. One that moved all may
+// add io.EOF, as [io.ReaderAt] allows.
+func full(n, want int, err error) error {
+	switch {
+	case n != want && err == nil:
+		return io.ErrUnexpectedEOF
+	case n == want && err == io.EOF:
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,55 @@
+package nbdnl
+
+import (
+	"fmt"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// socketBuffer is the size asked for the buffers of a socket pair, in bytes. A
+// sender whose buffer is full waits in the middle of a message; kernels before
+// 6.14 can't take a signal there without sending the request twice ("nbd: fix
+// partial sending"). A request of the size that is usual on swap and file
+// systems fits at one go.
+const socketBuffer = 4 << 20
+
+// Socketpair makes a connection between the kernel and a server in this
+// process: kernel is for [Conn.Connect] or [Conn.Reconfigure], server for
+// nbd.Server.ServeTransmission. The caller closes both.
+//
+// A Unix socket is used because its send path takes no lock that memory
+// reclaim could need, which a TCP socket on the same machine does.
+func Socketpair() (kernel *os.File, server *net.UnixConn, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("nbdnl: socket pair: %w", os.NewSyscallError("socketpair", err))
+	}
+	for _, fd := range fds {
+		enlarge(fd)
+	}
+	kernel = os.NewFile(uintptr(fds[0]), "nbd-kernel")
+
+	// FileConn makes a duplicate that the runtime polls.
+	f := os.NewFile(uintptr(fds[1]), "nbd-server")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		kernel.Close()
+		return nil, nil, fmt.Errorf("nbdnl: socket pair: %w", err)
+	}
+	return kernel, c.(*net.UnixConn), nil
+}
+
+// enlarge gives a socket the largest buffers it may have up to socketBuffer:
+// beyond net.core.wmem_max if CAP_NET_ADMIN allows. A smaller buffer costs
+// speed only, so errors don't matter.
+func enlarge(fd int) {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer)
+	}
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer)
+	}
+}

@@ -1,0 +1,105 @@
+package nbdnl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// sysBlock is where the kernel shows block devices. Tests show their own.
+var sysBlock = "/sys/block"
+
+// Path returns the path of a device: "/dev/nbd0" for 0.
+func Path(index int) string { return "/dev/nbd" + strconv.Itoa(index) }
+
+// ParsePath returns the index of a path that [Path] returned, or of the bare
+// name, such as "nbd0".
+func ParsePath(path string) (int, error) {
+	digits, ok := strings.CutPrefix(strings.TrimPrefix(path, "/dev/"), "nbd")
+	index, err := strconv.ParseUint(digits, 10, 31)
+	if !ok || err != nil || strconv.FormatUint(index, 10) != digits {
+		return 0, fmt.Errorf("nbdnl: %q is not /dev/nbdN", path)
+	}
+	return int(index), nil
+}
+
+func attribute(index int, name ...string) string {
+	return filepath.Join(append([]string{sysBlock, "nbd" + strconv.Itoa(index)}, name...)...)
+}
+
+func readUint(path string) (uint64, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+}
+
+// WaitReady waits until the device has its size in bytes and its pid
+// attribute, by which udev and systemd tell an attached device. It returns an
+// error when ctx is done first.
+//
+// Connect has done all this when it returns. Waiting is for devices that
+// another process attaches, and to be sure.
+func WaitReady(ctx context.Context, index int, size uint64) error {
+	wait := time.Millisecond
+	for {
+		err := ready(index, size)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("nbdnl: waiting for %s: %w: %w", Path(index), err, context.Cause(ctx))
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, 100*time.Millisecond)
+	}
+}
+
+// ready returns what the device lacks.
+func ready(index int, size uint64) error {
+	sectors, err := readUint(attribute(index, "size")) // always in units of 512
+	if err != nil {
+		return err
+	}
+	if sectors != size/512 {
+		return fmt.Errorf("size is %d bytes, want %d", sectors*512, size)
+	}
+	_, err = readUint(attribute(index, "pid"))
+	return err
+}
+
+// SetMaxRequest sets the size in bytes of the largest request that the kernel
+// sends for the device, as far as the driver allows (32 MiB). Kernels differ in
+// their default, from 64 KiB to 4 MiB. It returns what is in force afterwards.
+func SetMaxRequest(index int, size uint64) (uint64, error) {
+	limit, err := readUint(attribute(index, "queue", "max_hw_sectors_kb"))
+	if err != nil {
+		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), err)
+	}
+	kb := min(size/1024, limit)
+	if kb == 0 {
+		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), errors.New("less than 1024 bytes"))
+	}
+	path := attribute(index, "queue", "max_sectors_kb")
+	// No O_CREATE: a file that the kernel doesn't show must not be made.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_TRUNC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), err)
+	}
+	_, err = f.WriteString(strconv.FormatUint(kb, 10))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), err)
+	}
+	kb, err = readUint(path)
+	if err != nil {
+		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), err)
+	}
+	return kb * 1024, nil
+}

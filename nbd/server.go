@@ -1,0 +1,437 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Config holds the limits of a server. The zero value is fit for use.
+type Config struct {
+	// Log is told about connections of ServeListener. Nil is silence.
+	Log *zap.Logger
+
+	// Arena is the size in bytes of the memory for payloads, at least
+	// [MaxPayload]. Zero is 64 MiB. It costs nothing until it is used.
+	Arena int64
+
+	// MaxConnections is how many connections may be served at the same time.
+	// Zero is 128. Each costs 250 KiB when idle and up to 1 MiB when it has
+	// been busy, besides the arena.
+	MaxConnections int
+
+	// InFlight is how many requests of one connection run on the device at the
+	// same time. As many again may wait for their replies to be taken. Zero is
+	// 64.
+	InFlight int
+
+	// HandshakeTimeout is how long a handshake may take. Zero is 10 s.
+	HandshakeTimeout time.Duration
+
+	// StallTimeout is how long a connection may hold memory that others wait
+	// for while its peer neither sends nor takes anything. Zero is 30 s.
+	StallTimeout time.Duration
+
+	// Grace is how long peers may take to receive the last replies after a
+	// cancellation. Zero is 5 s.
+	Grace time.Duration
+}
+
+// A Server serves exports. It is safe for concurrent use.
+type Server struct {
+	cfg     Config
+	exports []Export
+	arena   *arena
+	share   int64 // the most that a connection may hold of the arena, in bytes
+	procs   int
+	epoch   time.Time
+
+	mu       sync.Mutex // guards what follows
+	open     int        // connections, including those in the handshake
+	conns    map[*conn]struct{}
+	counts   Counts // of connections that have ended
+	accepted uint64
+	rejected uint64
+	stalled  uint64
+	closed   bool
+}
+
+// New returns a server of the exports. Close it when it isn't used any more.
+func New(cfg Config, exports ...Export) (*Server, error) {
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	orDefault(&cfg.Arena, 64<<20)
+	orDefault(&cfg.MaxConnections, 128)
+	orDefault(&cfg.InFlight, 64)
+	orDefault(&cfg.HandshakeTimeout, 10*time.Second)
+	orDefault(&cfg.StallTimeout, 30*time.Second)
+	orDefault(&cfg.Grace, 5*time.Second)
+	switch {
+	case cfg.Arena < MaxPayload:
+		return nil, fmt.Errorf("nbd: arena of %d bytes can't hold a payload of %d", cfg.Arena, MaxPayload)
+	case cfg.MaxConnections < 0 || cfg.InFlight < 0 || cfg.HandshakeTimeout < 0 || cfg.StallTimeout < 0 || cfg.Grace < 0:
+		return nil, errors.New("nbd: negative limit")
+	case len(exports) == 0:
+		return nil, errors.New("nbd: no exports")
+	}
+	names := make(map[string]bool)
+	for i := range exports {
+		e := &exports[i]
+		if err := e.validate(); err != nil {
+			return nil, err
+		}
+		if names[e.Name] {
+			return nil, fmt.Errorf("nbd: two exports with the name %.80q", e.Name)
+		}
+		names[e.Name] = true
+	}
+	a, err := newArena(cfg.Arena)
+	if err != nil {
+		return nil, err
+	}
+	return &Server{
+		cfg:     cfg,
+		exports: append([]Export(nil), exports...),
+		arena:   a,
+		share:   max(cfg.Arena/2, MaxPayload),
+		procs:   runtime.GOMAXPROCS(0),
+		epoch:   time.Now(),
+		conns:   make(map[*conn]struct{}),
+	}, nil
+}
+
+func orDefault[T int | int64 | time.Duration](v *T, d T) {
+	if *v == 0 {
+		*v = d
+	}
+}
+
+// Close releases the server's memory. It is an error to call it while
+// connections are served.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed:
+		return nil
+	case s.open > 0:
+		return fmt.Errorf("nbd: closing the server: %d connections are open", s.open)
+	}
+	s.closed = true
+	return s.arena.close()
+}
+
+// export returns the export with the name, or nil. The empty name is the first.
+func (s *Server) export(name string) *Export {
+	for i := range s.exports {
+		if s.exports[i].Name == name {
+			return &s.exports[i]
+		}
+	}
+	if name == "" {
+		return &s.exports[0]
+	}
+	return nil
+}
+
+// TransmissionFlags returns the flags of an export as the kernel wants them,
+// which does no handshake. The error matches [ErrUnknownExport].
+func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
+	e := s.export(exportName)
+	if e == nil {
+		return 0, fmt.Errorf("nbd: export %.80q: %w", exportName, ErrUnknownExport)
+	}
+	return e.transmissionFlags(), nil
+}
+
+// Serve serves conn, handshake first, until the client disconnects, the
+// connection fails, or ctx is done. In the last case it stops reading, answers
+// every request that it has taken, and returns; a client that doesn't receive
+// these replies within [Config.Grace] loses them.
+//
+// Serve owns every goroutine that it starts: none is left when it returns, and
+// no request of this connection is running on the device. It follows that
+// Serve hangs for as long as a device does.
+//
+// It returns nil after a disconnect or an aborted handshake, an error that
+// matches [io.EOF] when the client just went away, and [context.Cause] of ctx
+// after a cancellation. It doesn't close conn, but may leave deadlines set.
+func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
+	if err := s.enter(); err != nil {
+		return err
+	}
+	defer s.leave()
+
+	in := &input{nc: conn, buf: make([]byte, handshakeBuffer)}
+	e, err := s.handshake(ctx, in)
+	switch {
+	case err == errAborted:
+		return nil
+	case err != nil:
+		return err
+	}
+	return s.transmission(ctx, e, in)
+}
+
+// ServeTransmission is Serve without a handshake. It is for the other end of a
+// socket that the kernel got from package nbdnl.
+func (s *Server) ServeTransmission(ctx context.Context, conn net.Conn, exportName string) error {
+	e := s.export(exportName)
+	if e == nil {
+		return fmt.Errorf("nbd: export %.80q: %w", exportName, ErrUnknownExport)
+	}
+	if err := s.enter(); err != nil {
+		return err
+	}
+	defer s.leave()
+	return s.transmission(ctx, e, &input{nc: conn})
+}
+
+// ServeListener serves the connections that ln accepts until ctx is done or ln
+// fails. It then closes ln, ends the connections as Serve does, and returns
+// when the last has ended: [context.Cause] of ctx, or the error of ln.
+// Connections in excess of [Config.MaxConnections] are closed at once.
+func (s *Server) ServeListener(ctx context.Context, ln net.Listener) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var conns sync.WaitGroup
+	defer conns.Wait()
+	defer cancel(nil)
+	closed := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(closed)
+		_ = ln.Close()
+	})
+	defer func() {
+		if stop() {
+			_ = ln.Close()
+		} else {
+			<-closed
+		}
+	}()
+
+	var wait time.Duration
+	for {
+		conn, err := ln.Accept()
+		switch {
+		case err == nil:
+			wait = 0
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case temporary(err):
+			// Descriptors or memory are short. They come back.
+			wait = min(max(2*wait, 5*time.Millisecond), time.Second)
+			s.cfg.Log.Warn("accepting a connection", zap.Error(err), zap.Duration("wait", wait))
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+			}
+			continue
+		default:
+			err = fmt.Errorf("nbd: accepting a connection: %w", err)
+			cancel(err)
+			return err
+		}
+		conns.Go(func() {
+			defer conn.Close()
+			err := s.Serve(ctx, conn)
+			switch {
+			case err == nil, errors.Is(err, io.EOF), ctx.Err() != nil:
+				s.cfg.Log.Debug("connection ended", zap.Error(err))
+			default:
+				s.cfg.Log.Warn("connection ended", zap.Error(err))
+			}
+		})
+	}
+}
+
+// temporary reports whether accept may succeed later.
+func temporary(err error) bool {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok {
+		return false
+	}
+	switch errno {
+	case syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR:
+		return true
+	}
+	return false
+}
+
+// enter counts a connection that leave discounts.
+func (s *Server) enter() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.closed:
+		return ErrClosed
+	case s.open >= s.cfg.MaxConnections:
+		s.rejected++
+		return fmt.Errorf("nbd: %d connections are open: %w", s.open, ErrTooManyConnections)
+	}
+	s.open++
+	s.accepted++
+	return nil
+}
+
+func (s *Server) leave() {
+	s.mu.Lock()
+	s.open--
+	s.mu.Unlock()
+}
+
+// handshake runs a handshake under its deadline.
+func (s *Server) handshake(ctx context.Context, in *input) (*Export, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, s.cfg.HandshakeTimeout, ErrHandshakeTimeout)
+	defer cancel()
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		_ = in.nc.SetDeadline(longAgo)
+	})
+	h := handshake{s: s, in: in}
+	e, err := h.run()
+	if !stop() {
+		<-interrupted
+		return nil, context.Cause(ctx)
+	}
+	return e, err
+}
+
+func (s *Server) transmission(ctx context.Context, e *Export, in *input) error {
+	c, err := newConn(ctx, s, e, in)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.conns[c] = struct{}{}
+	s.mu.Unlock()
+
+	err = c.run(ctx)
+
+	s.mu.Lock()
+	delete(s.conns, c)
+	s.counts.merge(&c.counts)
+	s.mu.Unlock()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// now is a clock that is cheap to read, in nanoseconds, and never 0.
+func (s *Server) now() int64 { return int64(time.Since(s.epoch)) + 1 }
+
+// endStalled ends the connections that hold memory and whose peers have moved
+// nothing for StallTimeout. It is called when another has waited for memory for
+// that long.
+func (s *Server) endStalled() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	limit := s.now() - int64(s.cfg.StallTimeout)
+	for c := range s.conns {
+		stuck := func(since int64) bool { return since != 0 && since <= limit }
+		if c.held.Load() == 0 || !stuck(c.sendSince.Load()) && !stuck(c.payloadSince.Load()) {
+			continue
+		}
+		c.mu.Lock()
+		if c.failed == nil {
+			s.stalled++
+			c.breakOff(fmt.Errorf("nbd: %w", ErrStalled))
+		}
+		c.mu.Unlock()
+	}
+}
+
+// Counts are what a connection, or a server, has done since it began.
+type Counts struct {
+	Reads, Writes, Flushes, Trims, WriteZeroes uint64 // commands answered, with or without success
+	Invalid                                    uint64 // commands that aren't known
+
+	ReadBytes, WriteBytes uint64 // payload of commands that succeeded
+	ZeroBytes, TrimBytes  uint64 // length of commands that succeeded
+
+	Errors uint64 // commands answered with an error
+}
+
+func (n *Counts) add(r *request) {
+	var bytes uint64
+	if r.errno == 0 {
+		bytes = uint64(r.length)
+	} else {
+		n.Errors++
+	}
+	switch r.cmd {
+	case cmdRead:
+		n.Reads++
+		n.ReadBytes += bytes
+	case cmdWrite:
+		n.Writes++
+		n.WriteBytes += bytes
+	case cmdFlush:
+		n.Flushes++
+	case cmdTrim:
+		n.Trims++
+		n.TrimBytes += bytes
+	case cmdWriteZeroes:
+		n.WriteZeroes++
+		n.ZeroBytes += bytes
+	default:
+		n.Invalid++
+	}
+}
+
+func (n *Counts) merge(m *Counts) {
+	n.Reads += m.Reads
+	n.Writes += m.Writes
+	n.Flushes += m.Flushes
+	n.Trims += m.Trims
+	n.WriteZeroes += m.WriteZeroes
+	n.Invalid += m.Invalid
+	n.ReadBytes += m.ReadBytes
+	n.WriteBytes += m.WriteBytes
+	n.ZeroBytes += m.ZeroBytes
+	n.TrimBytes += m.TrimBytes
+	n.Errors += m.Errors
+}
+
+// Stats is a snapshot of a server.
+type Stats struct {
+	Connections int    // open now
+	Accepted    uint64 // connections served, ever
+	Rejected    uint64 // connections refused for MaxConnections
+	Stalled     uint64 // connections ended by [ErrStalled]
+	InFlight    int    // requests taken and not yet answered
+	Counts             // of all connections, ever
+	Arena       ArenaStats
+}
+
+// Stats returns a snapshot. The figures of different connections may be of
+// different moments.
+func (s *Server) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Stats{
+		Connections: s.open,
+		Accepted:    s.accepted,
+		Rejected:    s.rejected,
+		Stalled:     s.stalled,
+		Counts:      s.counts,
+		Arena:       s.arena.stats(),
+	}
+	for c := range s.conns {
+		c.mu.Lock()
+		st.InFlight += c.inFlight
+		st.Counts.merge(&c.counts)
+		c.mu.Unlock()
+	}
+	return st
+}
