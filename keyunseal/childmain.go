@@ -1,0 +1,101 @@
+package keyunseal
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"golang.org/x/sys/unix"
+)
+
+// ChildMain is the whole program of a child: it serves the one request on its
+// standard input and returns the exit status. It's 0 when the parent has got a
+// verdict, good or bad.
+func ChildMain() int { return childMain(nil) }
+
+// childMain is ChildMain with a transport, which only tests have.
+func childMain(rt http.RoundTripper) int {
+	hardenProcess()
+	log := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zapcore.EncoderConfig{
+		LevelKey: "level", MessageKey: "msg", LineEnding: "\n",
+		EncodeLevel: zapcore.LowercaseLevelEncoder, EncodeTime: zapcore.RFC3339TimeEncoder,
+	}), zapcore.Lock(os.Stderr), zapcore.InfoLevel))
+
+	token, err := serveRequest(rt, log)
+	v := verdict{Version: protocolVersion, Token: token}
+	if err != nil {
+		v.Error = newWireError(err)
+	}
+	out, err := json.Marshal(v)
+	if err == nil {
+		_, err = os.Stdout.Write(out)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "writing the verdict:", err)
+		return 1
+	}
+	return 0
+}
+
+func serveRequest(rt http.RoundTripper, log *zap.Logger) (json.RawMessage, error) {
+	in, err := io.ReadAll(io.LimitReader(os.Stdin, maxMessage+1))
+	if err != nil {
+		return nil, fail("child", "", ClassInternal, err)
+	}
+	var req request
+	if err := json.Unmarshal(in, &req); err != nil {
+		return nil, fail("child", "", ClassInternal, fmt.Errorf("reading the request: %w", err))
+	}
+	if req.Version != protocolVersion {
+		return nil, fail("child", "", ClassInternal, fmt.Errorf("the request has protocol version %d, this program knows %d", req.Version, protocolVersion))
+	}
+	pipe := os.NewFile(keyFD, "volume key pipe")
+	if pipe == nil {
+		return nil, fail("child", "", ClassInternal, errors.New("there is no pipe for the volume key; this argument isn't for use by hand"))
+	}
+	defer pipe.Close()
+
+	ctx, cancel := context.WithTimeout(context.Background(), req.Timeout)
+	defer cancel()
+	opts := Options{HostKey: req.HostKey, Identity: req.Identity, Log: log, Transport: rt}
+	var key [KeySize]byte
+	defer clear(key[:])
+	switch req.Op {
+	case "seal":
+		if _, err := io.ReadFull(pipe, key[:]); err != nil {
+			return nil, fail("child", "", ClassInternal, fmt.Errorf("reading the volume key: %w", err))
+		}
+		return Seal(ctx, opts, req.Spec, req.Volume, &key)
+	case "unseal":
+		if err := Unseal(ctx, opts, req.Token, req.Volume, &key); err != nil {
+			return nil, err
+		}
+		if _, err := pipe.Write(key[:]); err != nil {
+			return nil, fail("child", "", ClassInternal, fmt.Errorf("handing over the volume key: %w", err))
+		}
+		return nil, nil
+	}
+	return nil, fail("child", "", ClassInternal, fmt.Errorf("unknown operation %q", req.Op))
+}
+
+// hardenProcess keeps the secrets that pass through this process out of core
+// dumps, debuggers and swap. It's called before there is any. What the kernel
+// refuses is left out: the volume must open in a container too.
+func hardenProcess() {
+	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
+
+	// Only with the capability: without it MCL_FUTURE makes later allocations of
+	// the Go runtime fail at RLIMIT_MEMLOCK, and that ends the process.
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if unix.Capget(&hdr, &data[0]) == nil && data[0].Effective&(1<<unix.CAP_IPC_LOCK) != 0 {
+		_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+	}
+}

@@ -1,0 +1,378 @@
+package keyunseal
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
+)
+
+// A Class says what kind of failure an [Error] is, by what one would do about it.
+type Class int
+
+const (
+	// ClassInternal is a fault of this program or of the SDK, such as a panic or
+	// a child process that died.
+	ClassInternal Class = iota
+	// ClassUnreachable means that the vault gave no answer: name, network, TLS,
+	// or a server fault.
+	ClassUnreachable
+	// ClassThrottled means that the vault answered too many requests (429).
+	ClassThrottled
+	// ClassIdentity means that no token could be had for the identity.
+	ClassIdentity
+	// ClassDenied means that the vault knows the identity and refused it.
+	ClassDenied
+	// ClassKeyUnusable means that the KEK is disabled, expired, deleted or unknown,
+	// or that there is no host key file.
+	ClassKeyUnusable
+	// ClassWrongKey means that there is a host key and it isn't the one, or it is
+	// refused because others could have read it.
+	ClassWrongKey
+	// ClassIntegrity means that the token, or an answer about it, is malformed or
+	// doesn't authenticate.
+	ClassIntegrity
+	// ClassConfig means that what was asked for is wrong or not supported.
+	ClassConfig
+)
+
+// Class names are part of the protocol between parent and child.
+var classNames = [...]string{
+	ClassInternal:    "internal error",
+	ClassUnreachable: "vault unreachable",
+	ClassThrottled:   "throttled",
+	ClassIdentity:    "identity unavailable",
+	ClassDenied:      "access denied",
+	ClassKeyUnusable: "key unusable",
+	ClassWrongKey:    "wrong or refused key",
+	ClassIntegrity:   "integrity failure",
+	ClassConfig:      "bad configuration",
+}
+
+// String returns words for people, such as "vault unreachable".
+func (c Class) String() string {
+	if c < 0 || int(c) >= len(classNames) {
+		return "class " + strconv.Itoa(int(c))
+	}
+	return classNames[c]
+}
+
+// An Error is returned by every function of this package that fails. Match it
+// with [errors.AsType]; the fields other than Class are for people and logs.
+type Error struct {
+	Op         string        // "get", "wrap", "unwrap", "verify", "read host key", ...
+	KeyID      string        // key URL, host key path, spec or token type; never key material
+	Class      Class         // what one would do about it
+	Code       string        // innermost error code of the vault, such as "KeyDisabled"
+	Status     int           // HTTP status of the vault or identity endpoint; 0 if there was no answer
+	RequestID  string        // x-ms-request-id, which the vault's own log has too
+	RetryAfter time.Duration // how long the vault asked to wait; 0 if it didn't say
+	Err        error         // the cause
+}
+
+// Error says what was being done to which key, what went wrong, and what to look
+// at next.
+func (e *Error) Error() string {
+	var b strings.Builder
+	b.WriteString("keyunseal: ")
+	b.WriteString(e.Op)
+	if e.KeyID != "" {
+		b.WriteByte(' ')
+		b.WriteString(e.KeyID)
+	}
+	b.WriteString(": ")
+	b.WriteString(e.Class.String())
+	var facts []string
+	if e.Status != 0 {
+		facts = append(facts, "HTTP "+strconv.Itoa(e.Status))
+	}
+	if e.Code != "" {
+		facts = append(facts, e.Code)
+	}
+	if e.RequestID != "" {
+		facts = append(facts, "request "+e.RequestID)
+	}
+	if len(facts) > 0 {
+		b.WriteString(" (" + strings.Join(facts, ", ") + ")")
+	}
+	if e.Err != nil {
+		b.WriteString(": ")
+		b.WriteString(clean(e.Err.Error()))
+	}
+	if h := e.hint(); h != "" {
+		b.WriteString("; ")
+		b.WriteString(h)
+	}
+	return b.String()
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Transient reports whether the same call may succeed later without anyone
+// changing the configuration, the vault or the token.
+func (e *Error) Transient() bool {
+	switch e.Class {
+	case ClassInternal, ClassUnreachable, ClassThrottled:
+		return true
+	case ClassIdentity:
+		// The identity endpoint says 400, 401 or 403 when this machine doesn't have
+		// that identity. Its other answers and its silence pass; 404 and 410 mean
+		// that it's being updated (how-to-use-vm-token, "Error handling").
+		return e.Status != http.StatusBadRequest && e.Status != http.StatusUnauthorized && e.Status != http.StatusForbidden
+	}
+	return false
+}
+
+// hint says what to look at, for the classes where something is known.
+func (e *Error) hint() string {
+	switch e.Class {
+	case ClassUnreachable:
+		if e.certificate() {
+			return "is the clock right, is ca-certificates installed, does something intercept TLS?"
+		}
+		if e.Status != 0 {
+			return "the service is at fault; try again"
+		}
+		return "do DNS and the route to the vault work from this host, and does a firewall or private endpoint allow it?"
+	case ClassThrottled:
+		return "too many hosts or volumes use this vault at once; try again, or spread them over several vaults"
+	case ClassIdentity:
+		if !e.Transient() {
+			return "is this managed identity assigned to this machine?"
+		}
+		return "is this an Azure VM whose identity endpoint 169.254.169.254 can be reached directly, without a proxy?"
+	case ClassDenied:
+		switch e.Code {
+		case "ForbiddenByFirewall":
+			return "does the vault's firewall allow this host's address or network?"
+		case "ForbiddenByPolicy":
+			return "does a network policy or a private endpoint of the vault shut this host out?"
+		}
+		if e.Status == http.StatusUnauthorized {
+			return "is the vault in the tenant of the identity, and is the clock right?"
+		}
+		return "does the identity have wrapKey and unwrapKey? the role is Key Vault Crypto Service Encryption User, and a new assignment takes some minutes"
+	case ClassKeyUnusable:
+		if e.Code != "" || e.Status != 0 {
+			return "enable or recover that version of the key in the vault"
+		}
+	case ClassWrongKey:
+		return "--host-key names the file; another token or the recovery key may open the volume"
+	case ClassIntegrity:
+		switch e.Op {
+		case "get", "wrap", "unwrap", "verify":
+			return "does something answer in the vault's place? if not, the token is damaged: another token or a header backup may open the volume"
+		}
+		return "another token, the second header copy or a header backup may open the volume"
+	case ClassInternal:
+		return "this is a bug or a lack of memory; try again and report it if it stays"
+	}
+	return ""
+}
+
+// certificate reports whether the cause is the vault's certificate.
+func (e *Error) certificate() bool {
+	_, direct := errors.AsType[*tls.CertificateVerificationError](e.Err)
+	_, fromChild := errors.AsType[*certificateError](e.Err)
+	return direct || fromChild
+}
+
+// A certificateError is a tls.CertificateVerificationError that came from a child.
+type certificateError struct{ error }
+
+// fail makes an *Error. It's for failures that have no HTTP answer.
+func fail(op, keyID string, class Class, err error) error {
+	return &Error{Op: op, KeyID: keyID, Class: class, Err: err}
+}
+
+// transportError marks what the HTTP exchange itself failed with, because the
+// SDK returns that and its own failures to read an answer through one channel.
+type transportError struct{ err error }
+
+func (e *transportError) Error() string { return e.err.Error() }
+func (e *transportError) Unwrap() error { return e.err }
+
+// withoutURL drops what net/http puts before the cause: our errors name the key.
+func withoutURL(err error) error {
+	if ue, ok := errors.AsType[*url.Error](err); ok {
+		return ue.Err
+	}
+	return err
+}
+
+// errTooLong is the read error of an answer that no vault sends.
+var errTooLong = errors.New("the answer is longer than 1 MiB")
+
+// classify turns whatever an SDK call returned into an *Error. It maps nil to nil.
+func classify(op, keyID string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if e, ok := errors.AsType[*Error](err); ok { // made by our own policies or credential
+		filled := *e
+		if filled.Op == "" {
+			filled.Op = op
+		}
+		filled.KeyID = keyID
+		return &filled
+	}
+	if re, ok := errors.AsType[*azcore.ResponseError](err); ok {
+		return classifyResponse(op, keyID, re)
+	}
+	e := &Error{Op: op, KeyID: keyID, Err: err}
+	_, transport := errors.AsType[*transportError](err)
+	switch {
+	case errors.Is(err, errTooLong):
+		e.Class = ClassIntegrity
+	case transport || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
+		e.Class = ClassUnreachable
+	default:
+		// The exchange worked and the SDK couldn't make sense of the answer.
+		e.Class = ClassIntegrity
+		e.Err = fmt.Errorf("the answer isn't one of a vault: %w", err)
+	}
+	return e
+}
+
+// classifyResponse goes by status and code; the texts of messages are not
+// contractual.
+func classifyResponse(op, keyID string, re *azcore.ResponseError) error {
+	e := &Error{Op: op, KeyID: keyID, Status: re.StatusCode, Code: re.ErrorCode}
+	var codes []string
+	message := http.StatusText(re.StatusCode)
+	if resp := re.RawResponse; resp != nil {
+		e.RequestID = clean(resp.Header.Get("x-ms-request-id"))
+		e.RetryAfter = retryAfter(resp.Header, time.Now())
+		if body, err := runtime.Payload(resp); err == nil {
+			var m string
+			if codes, m = errorCodes(body); m != "" {
+				message = m
+			}
+		}
+	}
+	if len(codes) > 0 {
+		e.Code = codes[len(codes)-1]
+	}
+	e.Code = clean(e.Code)
+	e.Err = errors.New(clean(brief(message)))
+
+	switch s := re.StatusCode; {
+	case s == http.StatusTooManyRequests:
+		e.Class = ClassThrottled
+	case s == http.StatusRequestTimeout || s >= 500:
+		e.Class = ClassUnreachable
+	case s == http.StatusForbidden && keyState(codes):
+		e.Class = ClassKeyUnusable
+	case s == http.StatusUnauthorized || s == http.StatusForbidden:
+		e.Class = ClassDenied
+	case s == http.StatusNotFound || s == http.StatusGone || s == http.StatusConflict:
+		e.Class = ClassKeyUnusable
+	case s == http.StatusBadRequest && op != "unwrap":
+		e.Class = ClassConfig
+	default:
+		// Among them 400 to an unwrap, where all but the wrapped value is ours; and
+		// redirects, which are never followed because the request holds a secret.
+		e.Class = ClassIntegrity
+	}
+	return e
+}
+
+// keyState reports whether one of the codes of a 403 is about the key and not
+// about the caller.
+func keyState(codes []string) bool {
+	for _, c := range codes {
+		switch c {
+		case "KeyDisabled", "KeyExpired", "KeyNotYetValid":
+			return true
+		}
+	}
+	return false
+}
+
+// errorCodes returns the codes of an error body from the outermost to the
+// innermost, and the outermost message. The specification says "innererror",
+// services also send "innerError"; encoding/json takes either.
+func errorCodes(body []byte) (codes []string, message string) {
+	type level struct {
+		Code    string          `json:"code"`
+		Message string          `json:"message"`
+		Inner   json.RawMessage `json:"innererror"`
+	}
+	var outer struct {
+		Error json.RawMessage `json:"error"`
+	}
+	if json.Unmarshal(body, &outer) != nil {
+		return nil, ""
+	}
+	raw := outer.Error
+	for depth := 0; len(raw) > 0 && depth < 8; depth++ {
+		var l level
+		if json.Unmarshal(raw, &l) != nil {
+			break
+		}
+		if l.Code != "" {
+			codes = append(codes, l.Code)
+		}
+		if depth == 0 {
+			message = l.Message
+		}
+		raw = l.Inner
+	}
+	return codes, message
+}
+
+// brief returns the first sentence of a vault's message and the line that says
+// whom the vault takes the caller for. The rest is general advice.
+func brief(message string) string {
+	lines := strings.Split(strings.ReplaceAll(message, "\r\n", "\n"), "\n")
+	s, _, _ := strings.Cut(lines[0], ". ")
+	s = strings.TrimSuffix(s, ".")
+	for _, l := range lines[1:] {
+		if strings.HasPrefix(l, "Caller: ") {
+			s += "; " + l
+		}
+	}
+	return s
+}
+
+// maxRetryAfter bounds what a vault may ask for, so that one broken answer
+// doesn't lock a host out for a day.
+const maxRetryAfter = 5 * time.Minute
+
+func retryAfter(h http.Header, now time.Time) time.Duration {
+	s := h.Get("Retry-After")
+	var d time.Duration
+	if n, err := strconv.ParseUint(s, 10, 31); err == nil {
+		d = time.Duration(n) * time.Second
+	} else if t, err := http.ParseTime(s); err == nil {
+		d = t.Sub(now)
+	}
+	return min(max(d, 0), maxRetryAfter)
+}
+
+// longToken matches what could be a secret in text that came from outside: 40 or
+// more characters of base64. Key versions have 32, UUIDs 36.
+var longToken = regexp.MustCompile(`[A-Za-z0-9+_-]{40,}={0,2}`)
+
+// clean makes text from outside fit for one line of a log: one line, bounded,
+// no control characters, nothing that could be a key.
+func clean(s string) string {
+	const limit = 600
+	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }), " ")
+	s = strings.ToValidUTF8(s, "?")
+	s = longToken.ReplaceAllString(s, "(long value removed)")
+	if len(s) > limit {
+		s = strings.ToValidUTF8(s[:limit], "") + "..."
+	}
+	return strings.TrimSpace(s)
+}

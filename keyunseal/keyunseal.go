@@ -1,0 +1,234 @@
+// Package keyunseal seals a volume key under a key encryption key (KEK) and
+// unseals it again.
+//
+// The result of [Seal] is a token: a LUKS2 JSON object that the caller stores
+// in the header and that says everything [Unseal] needs except the KEK. Two
+// KEKs exist: the host key, 32 random bytes in a file of this host, and an RSA
+// key in Azure Key Vault. FORMAT.md specifies both tokens.
+//
+// Most callers want [Child], which has the same two calls and runs each of
+// them in a short-lived process of its own. The Azure SDK, its HTTP and TLS
+// buffers, its tokens and its panics then never share an address space with
+// the process that serves the volume.
+//
+// # Secrets
+//
+// The caller owns the volume key; Unseal fills the caller's array, and only
+// when it succeeds. No error, log line, argument or environment variable holds
+// key material. A vault never sees the volume key: what it wraps is a random
+// secret made for that one token, and the volume key is sealed under that
+// secret together with the volume's UUID. So a token can't be moved to another
+// volume, and an answer with the wrong plaintext is noticed here.
+//
+// # Errors
+//
+// Every error is an [*Error]. Its [Class] says what a caller would do about it;
+// [Error.Transient] says whether trying again can help, and [Retry] does so.
+// The Azure SDK itself never retries: one loop owns the timing.
+//
+// All functions may be called from several goroutines at once.
+package keyunseal
+
+import (
+	"bytes"
+	"context"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"go.uber.org/zap"
+)
+
+// KeySize is the length of a volume key in bytes.
+const KeySize = 32
+
+// DefaultHostKey is the host key file that an empty [Options.HostKey] means.
+const DefaultHostKey = "/var/lib/hostcryptd/host.key"
+
+// Token types, the "type" member of the JSON object.
+const (
+	TypeHostKey  = "hostcryptd-hostkey"
+	TypeKeyVault = "hostcryptd-akv"
+)
+
+// SpecPlatform is the spec of the KEK that needs no configuration: today the
+// host key file.
+const SpecPlatform = "platform"
+
+// ErrNotOurs is in the chain of errors about a token of a type that this
+// package doesn't know. Other programs' tokens share the header, so a caller
+// that goes through all tokens skips those.
+var ErrNotOurs = errors.New("not a token of hostcryptd")
+
+// Options are the parts of a KEK's configuration that a token doesn't hold.
+// The zero value is what a host with defaults uses.
+type Options struct {
+	// HostKey is the path of the host key file; empty means [DefaultHostKey].
+	HostKey string
+
+	// Identity names the managed identity that opens the vault: "managed" is the
+	// one that the system assigned to this machine, "managed:CLIENT-ID" a user
+	// assigned one. Empty means "managed" to Seal, and to Unseal the identity
+	// that the token was sealed with.
+	Identity string
+
+	// Log receives warnings about a KEK that works but shouldn't be relied on.
+	// Nil means no log.
+	Log *zap.Logger
+
+	// Transport carries every HTTP request to the vault and to the identity
+	// endpoint; nil means direct connections that check certificates against the
+	// system's roots. It's for tests: it can't be set from outside the program.
+	Transport http.RoundTripper
+}
+
+func (o Options) log() *zap.Logger {
+	if o.Log == nil {
+		return zap.NewNop()
+	}
+	return o.Log
+}
+
+// Seal wraps key with the KEK that spec names and returns the token. Spec is
+// [SpecPlatform] or the URL of a Key Vault key, with or without a version;
+// volume is the UUID of the volume.
+//
+// Sealing under the platform's KEK makes the host key file if there is none.
+// A version that the URL doesn't name is the newest one now, and the token
+// records which one that was.
+//
+// Seal returns a token only after it has unsealed that token the way Unseal
+// will: a KEK that wraps and then refuses to unwrap, as a disabled vault key is
+// reported to do, is an error here and not at the next boot.
+func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]byte) (json.RawMessage, error) {
+	volume, err := canonicalUUID(volume)
+	if err != nil {
+		return nil, fail("seal", spec, ClassConfig, err)
+	}
+	var t any
+	if spec == SpecPlatform {
+		t, err = sealHostKey(opts, volume, key)
+	} else {
+		t, err = sealVault(ctx, opts, spec, volume, key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	token, err := json.Marshal(t)
+	if err != nil {
+		return nil, fail("seal", spec, ClassInternal, err)
+	}
+
+	var check [KeySize]byte
+	defer clear(check[:])
+	if err := Unseal(ctx, opts, token, volume, &check); err != nil {
+		return nil, verifyError(err)
+	}
+	if subtle.ConstantTimeCompare(check[:], key[:]) != 1 {
+		return nil, fail("verify", spec, ClassIntegrity, errors.New("the token unseals to another key than was sealed"))
+	}
+	return token, nil
+}
+
+// verifyError marks err as found by Seal's own check, because "the vault
+// refuses to unwrap" means something else to a person who is just sealing.
+func verifyError(err error) error {
+	if e, ok := errors.AsType[*Error](err); ok {
+		marked := *e
+		marked.Op = "verify"
+		return &marked
+	}
+	return err
+}
+
+// Unseal unwraps the volume key in token into dst. It never creates anything.
+// dst is left alone when Unseal returns an error.
+func Unseal(ctx context.Context, opts Options, token json.RawMessage, volume string, dst *[KeySize]byte) error {
+	volume, err := canonicalUUID(volume)
+	if err != nil {
+		return fail("unseal", "", ClassConfig, err)
+	}
+	t, err := decodeToken(token)
+	if err != nil {
+		return err
+	}
+	switch t := t.(type) {
+	case *hostKeyToken:
+		return unsealHostKey(opts, t, volume, dst)
+	case *vaultToken:
+		return unsealVault(ctx, opts, t, volume, dst)
+	}
+	panic("keyunseal: token type without a KEK")
+}
+
+// A Description is what a token says about its KEK. It holds no secret and may
+// be shown to anyone who may read the header.
+type Description struct {
+	Type       string `json:"type"`
+	Version    int    `json:"version"`               // of the token's format
+	KeyID      string `json:"key_id"`                // host key id, or the vault key's URL without its version
+	KeyVersion string `json:"key_version,omitempty"` // of the vault key
+	Algorithm  string `json:"algorithm"`
+	Identity   string `json:"identity,omitempty"`
+	Tenant     string `json:"tenant,omitempty"`
+}
+
+// Describe reads a token without touching its KEK. An error about a foreign
+// token has [ErrNotOurs] in its chain.
+func Describe(token json.RawMessage) (Description, error) {
+	t, err := decodeToken(token)
+	if err != nil {
+		return Description{}, err
+	}
+	switch t := t.(type) {
+	case *hostKeyToken:
+		return Description{
+			Type: t.Type, Version: t.Version,
+			KeyID: t.HostKeyID, Algorithm: hostKeyAlgorithm,
+		}, nil
+	case *vaultToken:
+		base := t.id
+		base.version = ""
+		return Description{
+			Type: t.Type, Version: t.Version,
+			KeyID: base.String(), KeyVersion: t.id.version, Algorithm: t.Algorithm,
+			Identity: t.Identity, Tenant: t.Tenant,
+		}, nil
+	}
+	panic("keyunseal: token type without a description")
+}
+
+// canonicalUUID returns s in lower case. The UUID is bound into tokens, so that
+// two spellings of one UUID must not be two volumes.
+func canonicalUUID(s string) (string, error) {
+	if !isUUID(s) {
+		return "", fmt.Errorf("volume %q is not a UUID", s)
+	}
+	return strings.ToLower(s), nil
+}
+
+func isUUID(s string) bool {
+	if len(s) != 36 {
+		return false
+	}
+	for i := range len(s) {
+		switch i {
+		case 8, 13, 18, 23:
+			if s[i] != '-' {
+				return false
+			}
+		default:
+			if !isHex(s[i]) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+func isHex(c byte) bool {
+	return bytes.IndexByte([]byte("0123456789abcdefABCDEF"), c) >= 0
+}

@@ -1,0 +1,130 @@
+package keyunseal
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// A keyURL is a parsed vault key identifier. Identifiers are case-insensitive,
+// so host and version are kept in lower case and names are compared with
+// [strings.EqualFold].
+type keyURL struct {
+	host    string // "v.vault.azure.net"
+	name    string
+	version string // 32 hex digits, or "" for the newest
+}
+
+// Host names of vaults and of managed HSMs in the three Azure clouds. A vault
+// whose name ends otherwise could be anyone's: the identity's token would be
+// sent there. There is deliberately no setting that adds to this list.
+var (
+	vaultSuffixes = []string{"vault.azure.net", "vault.azure.cn", "vault.usgovcloudapi.net"}
+	hsmSuffixes   = []string{"managedhsm.azure.net", "managedhsm.azure.cn", "managedhsm.usgovcloudapi.net"}
+)
+
+// parseKeyURL parses https://VAULT.vault.azure.net/keys/NAME[/VERSION]. It
+// accepts nothing else: no other scheme, port, user, query, fragment, escape or
+// trailing slash. It doesn't use net/url, whose leniency is meant for browsers.
+func parseKeyURL(s string) (keyURL, error) {
+	const scheme = "https://"
+	if len(s) > 512 {
+		return keyURL{}, errors.New("key URL is longer than 512 bytes")
+	}
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c >= 0x7f || strings.IndexByte(`@?#%\"'<>`, c) >= 0 {
+			return keyURL{}, fmt.Errorf("key URL has the character %q", c)
+		}
+	}
+	if len(s) < len(scheme) || !strings.EqualFold(s[:len(scheme)], scheme) {
+		return keyURL{}, errors.New("key URL doesn't start with https://")
+	}
+	host, path, _ := strings.Cut(s[len(scheme):], "/")
+	host = strings.TrimSuffix(strings.ToLower(host), ":443")
+	if err := checkVaultHost(host); err != nil {
+		return keyURL{}, err
+	}
+
+	kind, path, _ := strings.Cut(path, "/")
+	if !strings.EqualFold(kind, "keys") {
+		return keyURL{}, fmt.Errorf("key URL has the path /%s, want /keys/NAME or /keys/NAME/VERSION", kind)
+	}
+	name, version, versioned := strings.Cut(path, "/")
+	if !isKeyName(name) {
+		return keyURL{}, fmt.Errorf("key name %q is not 1 to 127 letters, digits and hyphens", name)
+	}
+	if versioned && !isKeyVersion(version) {
+		return keyURL{}, fmt.Errorf("key version %q is not 32 hexadecimal digits", version)
+	}
+	return keyURL{host: host, name: name, version: strings.ToLower(version)}, nil
+}
+
+func checkVaultHost(host string) error {
+	for _, suffix := range vaultSuffixes {
+		label, ok := strings.CutSuffix(host, "."+suffix)
+		if !ok {
+			continue
+		}
+		// A vault's name is one DNS label of 3 to 24 letters, digits and hyphens.
+		if len(label) < 3 || len(label) > 24 || !isKeyName(label) || label[0] == '-' || label[len(label)-1] == '-' {
+			return fmt.Errorf("vault name %q is not 3 to 24 letters, digits and inner hyphens", label)
+		}
+		return nil
+	}
+	for _, suffix := range hsmSuffixes {
+		if strings.HasSuffix(host, "."+suffix) {
+			return fmt.Errorf("%s is a managed HSM, which this version doesn't support; use a key in a vault", host)
+		}
+	}
+	return fmt.Errorf("host %q is not in a Key Vault domain (%s)", host, strings.Join(vaultSuffixes, ", "))
+}
+
+func isKeyName(s string) bool {
+	if len(s) < 1 || len(s) > 127 {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '-') {
+			return false
+		}
+	}
+	return true
+}
+
+func isKeyVersion(s string) bool {
+	if len(s) != 32 {
+		return false
+	}
+	for i := range len(s) {
+		if !isHex(s[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+// String returns the canonical form, which parseKeyURL maps to the same keyURL.
+func (u keyURL) String() string {
+	s := u.vault() + "/keys/" + u.name
+	if u.version != "" {
+		s += "/" + u.version
+	}
+	return s
+}
+
+// vault returns the base URL of the vault.
+func (u keyURL) vault() string { return "https://" + u.host }
+
+// resource returns the audience that tokens for this vault are issued for.
+func (u keyURL) resource() string {
+	_, suffix, _ := strings.Cut(u.host, ".")
+	return "https://" + suffix
+}
+
+// answers reports whether an answer about key got may come from a request about
+// u, whose version may be open.
+func (u keyURL) answers(got keyURL) bool {
+	return got.host == u.host && strings.EqualFold(got.name, u.name) &&
+		got.version != "" && (u.version == "" || u.version == got.version)
+}
