@@ -1,0 +1,482 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/nbd"
+	"hostcryptd/sector"
+)
+
+// The control socket speaks HTTP on a Unix socket of mode 0600, to root and to
+// the user that the daemon runs as:
+//
+//	GET  /v1/status   the daemon's state, a [status]
+//	POST /v1/detach   stop; 409 if the kernel device is in use
+//
+// Both ends are in this file.
+
+// runDir holds the control sockets, one per volume, named by its UUID.
+const runDir = "/run/hostcryptd"
+
+// A status is the answer of the control socket. Its JSON names are part of the
+// interface.
+type status struct {
+	Version  string `json:"version"`
+	PID      int    `json:"pid"`
+	State    string `json:"state"` // unsealing, serving, stopping
+	Reason   string `json:"reason,omitempty"`
+	UUID     string `json:"uuid"`
+	Label    string `json:"label"`
+	Device   string `json:"device"`
+	Uptime   int64  `json:"uptime_seconds"`
+	Control  string `json:"control"`
+	Listen   string `json:"listen,omitempty"`
+	Attached string `json:"attached,omitempty"`
+
+	Unseal struct {
+		Attempts int        `json:"attempts"`
+		Token    *int       `json:"token,omitempty"` // the one that opened the volume
+		NextTry  *time.Time `json:"next_try,omitempty"`
+	} `json:"unseal"`
+
+	Volume *volumeStatus `json:"volume,omitempty"` // once it is unsealed
+	Server *serverStatus `json:"server,omitempty"`
+	Memory memoryStatus  `json:"memory"`
+}
+
+type volumeStatus struct {
+	Size       int64         `json:"size"`
+	SectorSize int           `json:"sector_size"`
+	ReadOnly   bool          `json:"read_only"`
+	Discard    bool          `json:"discard"`
+	Failed     bool          `json:"failed"` // a flush failed; writes are refused
+	Cipher     string        `json:"cipher"`
+	Runs       string        `json:"implementation"`
+	KeyMemory  string        `json:"key_memory"`
+	Warnings   []string      `json:"warnings,omitempty"`
+	Requests   *sector.Stats `json:"requests"`
+}
+
+type serverStatus struct {
+	Connections int    `json:"connections"`
+	InFlight    int    `json:"in_flight"`
+	ArenaSize   int64  `json:"arena_size"` // ceiling of the memory for payloads
+	ArenaUsed   int64  `json:"arena_used"`
+	ArenaPeak   int64  `json:"arena_peak"`
+	ArenaWaits  uint64 `json:"arena_waits"`
+}
+
+type memoryStatus struct {
+	Resident uint64 `json:"resident"` // bytes
+	Peak     uint64 `json:"peak"`
+}
+
+// serveControl starts the control socket and returns how to stop it.
+func (d *daemon) serveControl() (stop func(), err error) {
+	name := d.opts.control
+	if name == "" {
+		dir := controlDir()
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("control socket: %w; --control puts it elsewhere", err)
+		}
+		name = filepath.Join(dir, d.uuid+".sock")
+	}
+	l, err := listenUnix(name)
+	if err != nil {
+		if exitCode(err) == codeBusy {
+			err = fmt.Errorf("%w; is this volume served already?", err)
+		}
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	d.opts.control = name
+
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(d.status())
+	})
+	mux.HandleFunc("POST /v1/detach", func(w http.ResponseWriter, r *http.Request) {
+		if err := d.requestDetach(); err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+			return
+		}
+		w.WriteHeader(http.StatusAccepted)
+	})
+	server := &http.Server{
+		Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10,
+		ErrorLog: zap.NewStdLog(d.log),
+	}
+	done := make(chan bool)
+	go func() {
+		defer close(done)
+		server.Serve(&peerListener{l})
+	}()
+	return func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if server.Shutdown(ctx) != nil {
+			server.Close()
+		}
+		<-done
+	}, nil
+}
+
+// controlDir is runDir, or for an ordinary user the place that systemd gives
+// him.
+func controlDir() string {
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" && os.Geteuid() != 0 {
+		return filepath.Join(dir, "hostcryptd")
+	}
+	return runDir
+}
+
+// A peerListener accepts only root and the user that this process runs as. The
+// socket's mode says the same, but who made its directory may not have.
+type peerListener struct{ *net.UnixListener }
+
+func (l *peerListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		if uid, err := peerUID(c); err == nil && (uid == 0 || uid == os.Geteuid()) {
+			return c, nil
+		}
+		c.Close()
+	}
+}
+
+func peerUID(c *net.UnixConn) (uid int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	if cerr := raw.Control(func(fd uintptr) {
+		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); cerr != nil || err != nil {
+		return 0, errors.Join(cerr, err)
+	}
+	return int(cred.Uid), nil
+}
+
+// requestDetach makes the daemon stop, unless that would take a device from
+// under somebody.
+func (d *daemon) requestDetach() error {
+	d.mu.Lock()
+	attached, state := d.attached, d.state
+	d.mu.Unlock()
+	if state == stateUnsealing {
+		return fmt.Errorf("%s is not unsealed yet; a signal ends the server", d.opts.device)
+	}
+	if attached != "" {
+		f, err := os.OpenFile(attached, os.O_RDONLY|unix.O_EXCL, 0)
+		if errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("%s is in use%s", attached, users(attached))
+		}
+		if err == nil {
+			f.Close()
+		}
+	}
+	select {
+	case d.detach <- true:
+	default: // it was asked already
+	}
+	return nil
+}
+
+func (d *daemon) status() *status {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := &status{
+		Version: version(), PID: os.Getpid(), State: d.state, Reason: d.stateErr,
+		UUID: d.uuid, Label: d.label, Device: d.opts.device, Uptime: int64(time.Since(d.started).Seconds()),
+		Control: d.opts.control, Listen: d.opts.listen, Attached: d.attached,
+		Memory: memoryNow(),
+	}
+	s.Unseal.Attempts = d.attempts
+	if !d.nextTry.IsZero() {
+		s.Unseal.NextTry = &d.nextTry
+	}
+	if v := d.volume; v != nil {
+		token, size, requests := v.Token(), int64(0), v.Stats()
+		size, _ = v.Size()
+		s.Unseal.Token = &token
+		s.Volume = &volumeStatus{
+			Size: size, SectorSize: v.SectorSize(), ReadOnly: v.ReadOnly(), Discard: v.Discards(), Failed: v.Failed(),
+			Cipher: sector.Cipher, Runs: v.Implementation(), KeyMemory: v.SecretMemory(), Warnings: v.Warnings(), Requests: &requests,
+		}
+	}
+	if d.server != nil {
+		n := d.server.Stats()
+		s.Server = newServerStatus(n)
+	}
+	return s
+}
+
+func newServerStatus(n nbd.Stats) *serverStatus {
+	return &serverStatus{
+		Connections: n.Connections, InFlight: n.InFlight,
+		ArenaSize: n.Arena.Size, ArenaUsed: n.Arena.Used, ArenaPeak: n.Arena.Peak, ArenaWaits: n.Arena.Waits,
+	}
+}
+
+// memoryNow reads the memory of this process from the kernel.
+func memoryNow() (m memoryStatus) {
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return m
+	}
+	for line := range strings.Lines(string(b)) {
+		name, value, _ := strings.Cut(line, ":")
+		kib, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+		if err != nil {
+			continue
+		}
+		switch name {
+		case "VmRSS":
+			m.Resident = kib << 10
+		case "VmHWM":
+			m.Peak = kib << 10
+		}
+	}
+	return m
+}
+
+// A controlClient talks to the control socket of one daemon.
+type controlClient struct {
+	path string
+	http http.Client
+}
+
+func newControlClient(path string) *controlClient {
+	c := &controlClient{path: path}
+	c.http.Timeout = 10 * time.Second
+	c.http.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", path)
+	}}
+	return c
+}
+
+func (c *controlClient) do(ctx context.Context, method, path string, answer any) error {
+	r, err := http.NewRequestWithContext(ctx, method, "http://hostcryptd"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(r)
+	if err != nil {
+		return fmt.Errorf("%s: %w", c.path, reasonOf(err))
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %w", c.path, err)
+	case resp.StatusCode == http.StatusConflict:
+		return withCode(codeBusy, errors.New(string(bytes.TrimSpace(b))))
+	case resp.StatusCode/100 != 2:
+		return fmt.Errorf("%s: %s: %s", c.path, resp.Status, bytes.TrimSpace(b))
+	case answer == nil:
+		return nil
+	}
+	return json.Unmarshal(b, answer)
+}
+
+// reasonOf takes the URL out of an HTTP client's error: it means nothing here.
+func reasonOf(err error) error {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		return op.Err
+	}
+	return err
+}
+
+// running returns the status of every daemon that which may mean: a control
+// socket, a UUID, a label, a backing or kernel device; "" means all.
+func running(ctx context.Context, which string) ([]*status, error) {
+	var paths []string
+	if fi, err := os.Stat(which); err == nil && fi.Mode()&os.ModeSocket != 0 {
+		paths, which = []string{which}, ""
+	} else {
+		paths, _ = filepath.Glob(filepath.Join(controlDir(), "*.sock"))
+	}
+	list := []*status{}
+	for _, p := range paths {
+		s := &status{}
+		if err := newControlClient(p).do(ctx, "GET", "/v1/status", s); err != nil {
+			if errors.Is(err, unix.ECONNREFUSED) && len(paths) > 1 {
+				continue // left behind by a daemon that was killed
+			}
+			return nil, err
+		}
+		if which == "" || s.is(which) {
+			list = append(list, s)
+		}
+	}
+	if which != "" && len(list) == 0 {
+		return nil, withCode(codeDevice, fmt.Errorf("no volume %q is being served; 'hostcryptd status' lists those that are", which))
+	}
+	return list, nil
+}
+
+func (s *status) is(which string) bool {
+	if which == s.UUID || which == s.Label || which == s.Device || which == s.Attached || which == s.Listen {
+		return true
+	}
+	a, err1 := os.Stat(which)
+	b, err2 := os.Stat(s.Device)
+	return err1 == nil && err2 == nil && os.SameFile(a, b)
+}
+
+const whichHelp = `The volume is named by its label or UUID, its backing or kernel device, or by the
+daemon's control socket.`
+
+func (a *app) statusCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "status [VOLUME]",
+		Short: "show what the daemons are doing",
+		Long:  "status shows the daemon of one volume, or of all.\n\n" + whichHelp,
+		Args:  cobra.MaximumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			which := ""
+			if len(args) > 0 {
+				which = args[0]
+			}
+			list, err := running(c.Context(), which)
+			if err != nil {
+				return err
+			}
+			if a.json && which != "" {
+				return a.printJSON(list[0])
+			}
+			if a.json {
+				return a.printJSON(list)
+			}
+			if len(list) == 0 {
+				fmt.Fprintln(a.stdout, "no volume is being served")
+			}
+			for i, s := range list {
+				if i > 0 {
+					fmt.Fprintln(a.stdout)
+				}
+				s.print(a.stdout)
+			}
+			return nil
+		},
+	}
+	return a.jsonFlag(c)
+}
+
+func (s *status) print(w io.Writer) {
+	p := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "%-10s "+format+"\n", append([]any{name + ":"}, args...)...)
+	}
+	name := s.UUID
+	if s.Label != "" {
+		name = s.Label + " (" + s.UUID + ")"
+	}
+	p("volume", "%s", name)
+	p("device", "%s", s.Device)
+	state := fmt.Sprintf("%s, pid %d, for %v", s.State, s.PID, time.Duration(s.Uptime)*time.Second)
+	p("state", "%s", state)
+	if s.Reason != "" {
+		p("waiting", "%s", s.Reason)
+	}
+	if s.Unseal.NextTry != nil {
+		p("next try", "in %v, after %d tries", max(0, time.Until(*s.Unseal.NextTry)).Round(time.Second), s.Unseal.Attempts)
+	}
+	if s.Attached != "" {
+		p("kernel", "%s", s.Attached)
+	}
+	if s.Listen != "" {
+		p("socket", "%s", s.Listen)
+	}
+	if v := s.Volume; v != nil {
+		mode := "read and write"
+		if v.ReadOnly {
+			mode = "read-only"
+		}
+		if v.Failed {
+			mode = "FAILED: a flush was not completed, writes are refused; restart the daemon after looking at the disk"
+		}
+		p("size", "%s, sectors of %d bytes, %s", bytesText(uint64(v.Size)), v.SectorSize, mode)
+		p("cipher", "%s, %s, keys in %s", v.Cipher, v.Runs, v.KeyMemory)
+		p("opened by", "token %d", *s.Unseal.Token)
+		for _, warning := range v.Warnings {
+			p("warning", "%s", warning)
+		}
+		r := v.Requests
+		p("requests", "%d reads, %d writes, %d flushes, %d trims, %d zeroes, %d errors", r.Reads, r.Writes, r.Flushes, r.Trims, r.Zeroes, r.Errors)
+	}
+	if n := s.Server; n != nil {
+		p("clients", "%d connections, %d requests in flight", n.Connections, n.InFlight)
+		p("buffers", "%s of %s, peak %s", bytesText(uint64(n.ArenaUsed)), bytesText(uint64(n.ArenaSize)), bytesText(uint64(n.ArenaPeak)))
+	}
+	p("memory", "%s, peak %s", bytesText(s.Memory.Resident), bytesText(s.Memory.Peak))
+}
+
+func (a *app) detachCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "detach VOLUME",
+		Short: "stop serving a volume: drain, flush, detach, wipe the keys",
+		Long: `detach stops the daemon of a volume and waits until it has ended. It refuses while
+the kernel device is mounted or otherwise in use.
+
+` + whichHelp,
+		Args: oneArg("VOLUME"),
+		RunE: func(c *cobra.Command, args []string) error {
+			list, err := running(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if len(list) > 1 {
+				return usagef("%d volumes are called %q; name one by its UUID", len(list), args[0])
+			}
+			s := list[0]
+			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/detach", nil); err != nil {
+				return err
+			}
+			for processExists(s.PID) {
+				select {
+				case <-c.Context().Done():
+					return c.Context().Err()
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+			if a.json {
+				return a.printJSON(map[string]string{"uuid": s.UUID, "device": s.Device})
+			}
+			fmt.Fprintf(a.stdout, "%s is detached\n", s.Device)
+			return nil
+		},
+	}
+	return a.jsonFlag(c)
+}
+
+// processExists tells whether a process has not ended yet; one that waits for
+// its parent to notice has.
+func processExists(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	// The state follows the name, which stands in parentheses.
+	_, after, ok := bytes.Cut(b[bytes.LastIndexByte(b, ')')-1:], []byte(") "))
+	return ok && len(after) > 0 && after[0] != 'Z' && after[0] != 'X'
+}

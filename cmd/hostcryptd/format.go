@@ -1,0 +1,277 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"hostcryptd/keyunseal"
+	"hostcryptd/sector"
+	"hostcryptd/sector/luks2"
+)
+
+func (a *app) formatCommand() *cobra.Command {
+	var (
+		keys                       keyFlags
+		key, label, uuid, recovery string
+		sectorSize                 int
+		yes, force                 bool
+	)
+	c := &cobra.Command{
+		Use:   "format DEVICE",
+		Short: "make a device an encrypted volume",
+		Long: `format writes a LUKS2 header with new keys to DEVICE, a block device or an image
+file. What was on it is lost. A device that carries a known signature, such as a
+file system or a partition table, is refused without --force.
+
+The volume key is wrapped by the platform key (a host key file, made at first
+use) or by the RSA key in Azure Key Vault whose URL --key gives; the vault is asked
+to unwrap it again before anything is written.
+
+Without a recovery key, losing the key means losing the data. With
+--recovery-key FILE one is generated and written to FILE, and cryptsetup opens the
+volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
+		Example: `  hostcryptd format /dev/sdb --recovery-key /root/sdb.recovery
+  hostcryptd format /dev/sdb --key https://VAULT.vault.azure.net/keys/NAME --yes`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			device := args[0]
+			d, err := sector.OpenDevice(device, sector.DeviceOptions{})
+			if err != nil {
+				return missingFile(err)
+			}
+			defer d.Close()
+			found, err := signatures(device)
+			if err != nil && !force {
+				return err
+			}
+			if found != "" && !force {
+				return withCode(codeBusy, fmt.Errorf("%s carries %s; if that can go, use --force", device, found))
+			}
+			if sectorSize != 512 && sectorSize != 4096 {
+				return usagef("--sector-size is 512 or 4096, not %d", sectorSize)
+			}
+			if !yes {
+				if err := a.confirm(device, uint64(d.Size())); err != nil {
+					return err
+				}
+			}
+			if n := d.AtomicSize(); n != 0 && sectorSize > n {
+				a.warnf("sectors of %d bytes on a disk that writes %d at a time: a power cut can leave a sector half old and half new, as it can a block of a file system on the plain disk; --sector-size %d avoids it", sectorSize, n, n)
+			}
+
+			o := sector.FormatOptions{
+				UUID: uuid, Label: label, SectorSize: sectorSize,
+				Seal: []sector.Sealer{keys.sealer(key, a.cliLog())},
+			}
+			if recovery != "" {
+				if o.RecoveryKey, err = writeRecoveryKey(recovery); err != nil {
+					return err
+				}
+				defer clear(o.RecoveryKey)
+			}
+			if force && found != "" {
+				if err := wipeSignatures(device); err != nil {
+					return errors.Join(err, removeUnused(recovery))
+				}
+			}
+			h, err := sector.Format(c.Context(), d, o)
+			if err != nil {
+				return errors.Join(fmt.Errorf("%s: %w", device, err), removeUnused(recovery))
+			}
+			return a.printFormatted(device, h, recovery)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&key, "key", keyunseal.SpecPlatform, "`KEY` that wraps the volume key: platform, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]")
+	keys.add(c)
+	f.IntVar(&sectorSize, "sector-size", 4096, "size of an encrypted sector in `BYTES`, 512 or 4096")
+	f.StringVar(&label, "label", "", "name of the volume, for people")
+	f.StringVar(&uuid, "uuid", "", "UUID of the volume (default: a random one)")
+	f.StringVar(&recovery, "recovery-key", "", "write a generated recovery key to this new `FILE`, exactly as cryptsetup --key-file takes it")
+	f.BoolVar(&yes, "yes", false, "don't ask for confirmation")
+	f.BoolVar(&force, "force", false, "overwrite a device that carries a known signature")
+	return a.jsonFlag(c)
+}
+
+// oneArg checks for exactly one argument, and says what it should have been.
+func oneArg(name string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return usagef("%s takes one argument, %s, not %d", c.CommandPath(), name, len(args))
+		}
+		return nil
+	}
+}
+
+// confirm asks a person, who has to type the device's name.
+func (a *app) confirm(device string, size uint64) error {
+	if !isTerminal(a.stdin) {
+		return usagef("%s would lose its content: confirm with --yes", device)
+	}
+	fmt.Fprintf(a.stderr, "This destroys what is on %s, %s.\nType its name to go on: ", device, bytesText(size))
+	line, err := bufio.NewReader(a.stdin).ReadString('\n')
+	if err != nil || strings.TrimSpace(line) != device {
+		return usagef("not confirmed; nothing was changed")
+	}
+	return nil
+}
+
+// signatures asks blkid what is on a device, and returns words for it, or "".
+func signatures(device string) (string, error) {
+	cmd := exec.Command(tool("blkid"), "--probe", "--output", "export", device)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		switch exit.ExitCode() {
+		case 2: // nothing was found
+			return "", nil
+		case 8: // blkid(8): several things were found
+			return "several conflicting signatures", nil
+		}
+	}
+	if err != nil {
+		return "", withCode(codeUsage, fmt.Errorf("%s: looking for signatures with blkid (package util-linux): %w %s; --force goes on without", device, err, bytes.TrimSpace(stderr.Bytes())))
+	}
+	return describeSignature(string(out)), nil
+}
+
+// describeSignature makes words of blkid's NAME=value lines.
+func describeSignature(export string) string {
+	values := map[string]string{}
+	for line := range strings.Lines(export) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
+			values[name] = value
+		}
+	}
+	var what string
+	switch {
+	case values["TYPE"] == "crypto_LUKS" && values["SUBSYSTEM"] == sector.Subsystem:
+		what = "a hostcryptd volume"
+	case values["USAGE"] == "filesystem":
+		what = "a file system of type " + values["TYPE"]
+	case values["TYPE"] != "":
+		what = "a signature of type " + values["TYPE"]
+	case values["PTTYPE"] != "":
+		what = "a partition table of type " + values["PTTYPE"]
+	case len(values) > 1 || values["DEVNAME"] == "" && len(values) > 0:
+		what = "a signature that blkid knows"
+	default:
+		return ""
+	}
+	for _, name := range []string{"LABEL", "UUID"} {
+		if v := values[name]; v != "" {
+			what += fmt.Sprintf(" (%s %s)", strings.ToLower(name), v)
+			break
+		}
+	}
+	return what
+}
+
+// wipeSignatures removes all signatures, also those behind the header.
+func wipeSignatures(device string) error {
+	out, err := exec.Command(tool("wipefs"), "--all", "--force", "--quiet", device).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s: wiping signatures with wipefs: %w: %s", device, err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// tool finds a program of the system administrator's, whose directories are
+// not in everybody's PATH.
+func tool(name string) string {
+	if path, err := exec.LookPath(name); err == nil {
+		return path
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if path := filepath.Join(dir, name); isExecutable(path) {
+			return path
+		}
+	}
+	return name
+}
+
+func isExecutable(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0
+}
+
+// writeRecoveryKey generates a recovery key and makes sure that it is on disk
+// before a volume depends on it.
+func writeRecoveryKey(name string) ([]byte, error) {
+	key := sector.NewRecoveryKey()
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return nil, withCode(codeBusy, fmt.Errorf("%s exists; a recovery key is written to a new file", name))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("recovery key: %w", err)
+	}
+	_, err = f.Write(key)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = syncDir(filepath.Dir(name))
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("recovery key: %w", err), os.Remove(name))
+	}
+	return key, nil
+}
+
+// removeUnused removes the file of a recovery key that opens nothing.
+func removeUnused(name string) error {
+	if name == "" {
+		return nil
+	}
+	return os.Remove(name)
+}
+
+func syncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// printFormatted tells what was made, and what to do with it.
+func (a *app) printFormatted(device string, h *luks2.Header, recovery string) error {
+	if a.json {
+		return a.printJSON(map[string]any{
+			"device": device, "uuid": h.UUID, "label": h.Label,
+			"sector_size": h.Segments[0].SectorSize, "recovery_key": recovery,
+			"tokens": tokenInfos(h),
+		})
+	}
+	fmt.Fprintf(a.stdout, "%s is now a hostcryptd volume\n", device)
+	fmt.Fprintf(a.stdout, "  UUID:         %s\n", h.UUID)
+	if h.Label != "" {
+		fmt.Fprintf(a.stdout, "  label:        %s\n", h.Label)
+	}
+	fmt.Fprintf(a.stdout, "  sector size:  %d bytes\n", h.Segments[0].SectorSize)
+	for _, t := range tokenInfos(h) {
+		if t.Key != nil {
+			fmt.Fprintf(a.stdout, "  key:          %s\n", t.Key.text())
+		}
+	}
+	if recovery != "" {
+		fmt.Fprintf(a.stdout, "  recovery key: %s; keep it somewhere else\n", recovery)
+	} else {
+		a.warnf("there is no recovery key: if the key is lost, so is the data; 'hostcryptd recovery add %s' makes one", device)
+	}
+	if slices.ContainsFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Type == keyunseal.TypeHostKey }) {
+		fmt.Fprintln(a.stdout, "The host key protects a disk that is lost without this host. Keep the host key file off this disk.")
+	}
+	fmt.Fprintf(a.stdout, "What was in the data area before is still there until it is overwritten.\nNext: hostcryptd serve %s --attach auto\n", device)
+	return nil
+}

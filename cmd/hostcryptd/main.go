@@ -1,0 +1,149 @@
+// Command hostcryptd is encryption at host for any Linux machine: it stands in
+// front of a raw backing disk as an NBD server and encrypts every sector, so
+// that the host's swap, file systems, dumps and logs never reach the disk in
+// plaintext. This one binary is the daemon ("serve") and its administration.
+//
+// This package is the composition root: it is the only one that knows all the
+// others, and it holds no logic that one of them could hold. serve.go is where
+// the parts are put together; read it first.
+//
+// Rules of the user interface. What a command was asked for goes to standard
+// output, everything else to standard error. With --json standard output is
+// one JSON value. Messages start in lower case and have no full stop; an error
+// says what was being done, to what, why it went wrong and, where that is
+// known, what to do next. Nothing secret is ever printed, logged, or taken from
+// an argument or the environment.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/keyunseal"
+)
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == keyunseal.ChildArg {
+		os.Exit(keyunseal.ChildMain())
+	}
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// run is main without the process: it executes one command line and returns
+// its exit code.
+func run(ctx context.Context, args []string, stdin *os.File, stdout, stderr io.Writer) int {
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr}
+	root := a.root()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err != nil {
+		fmt.Fprintln(stderr, "hostcryptd:", err)
+	}
+	return exitCode(err)
+}
+
+// An app is what all commands share.
+type app struct {
+	stdin          *os.File
+	stdout, stderr io.Writer
+	json           bool // --json
+}
+
+const rootLong = `hostcryptd encrypts a disk at the host. It stands in front of a raw backing
+device as an NBD server and encrypts every sector with AES-256-XTS; the kernel
+attaches it as /dev/nbdN, and QEMU or any libnbd client uses a Unix socket.
+
+The data key is stored wrapped in the disk's LUKS2 header. It is unwrapped with a
+key in Azure Key Vault that never leaves it, or with a host key file that needs
+no configuration. With its recovery key cryptsetup opens the same disk.`
+
+const rootExample = `  hostcryptd format /dev/sdb --recovery-key /root/sdb.recovery
+  hostcryptd serve /dev/sdb --attach auto
+  mkfs.ext4 /dev/nbd0
+
+  hostcryptd format disk.img --key https://VAULT.vault.azure.net/keys/NAME
+  hostcryptd serve disk.img --listen /run/disk.sock
+  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/disk.sock,format=raw`
+
+func (a *app) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:     "hostcryptd",
+		Short:   "encryption at host: encrypted disks over NBD",
+		Long:    rootLong + "\n\n" + exitCodesHelp(),
+		Example: rootExample,
+
+		SilenceUsage:  true, // an error message is worth more than a page of flags
+		SilenceErrors: true,
+
+		PersistentPreRunE: func(*cobra.Command, []string) error { return harden() },
+	}
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return withCode(codeUsage, fmt.Errorf("%w; '%s --help' lists the flags", err, c.CommandPath()))
+	})
+	root.AddCommand(
+		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.detachCommand(), a.dumpCommand(),
+		a.recoveryCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(),
+	)
+	return root
+}
+
+// jsonFlag adds --json to a command whose answer a program may read.
+func (a *app) jsonFlag(c *cobra.Command) *cobra.Command {
+	c.Flags().BoolVar(&a.json, "json", false, "print the answer as JSON")
+	return c
+}
+
+// printJSON prints the answer of a command with --json.
+func (a *app) printJSON(v any) error {
+	e := json.NewEncoder(a.stdout)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+func (a *app) warnf(format string, args ...any) {
+	fmt.Fprintf(a.stderr, "hostcryptd: warning: "+format+"\n", args...)
+}
+
+// harden keeps keys out of core dumps, and other processes of the same user
+// out of our memory.
+func harden() error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("making the process undumpable: %w", err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("switching off core dumps: %w", err)
+	}
+	return nil
+}
+
+// isTerminal tells whether a person sits at f.
+func isTerminal(f any) bool {
+	file, ok := f.(*os.File)
+	if !ok {
+		return false
+	}
+	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// bytesText writes a size for people: exact in bytes, and rounded.
+func bytesText(n uint64) string {
+	units := []string{"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+	f, unit := float64(n), ""
+	for i := 0; f >= 1024 && i < len(units); i++ {
+		f, unit = f/1024, units[i]
+	}
+	if unit == "" {
+		return fmt.Sprintf("%d bytes", n)
+	}
+	return fmt.Sprintf("%d bytes (%.1f %s)", n, f, unit)
+}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"hostcryptd/keyunseal"
+	"hostcryptd/nbd/nbdnl"
+)
+
+// TestMain lets the test binary be hostcryptd when a script calls it by that
+// name, so that scripts test the real command line, with real processes. The
+// unsealing child is this binary too, under its own name.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == keyunseal.ChildArg {
+		main()
+	}
+	testscript.Main(m, map[string]func(){
+		"hostcryptd": func() { main() },
+	})
+}
+
+// tools are what the scripts call, by the Debian package that has them.
+var tools = map[string]string{
+	"nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "qemu-io": "qemu-utils", "qemu-img": "qemu-utils",
+	"cryptsetup": "cryptsetup-bin", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "sfdisk": "fdisk", "blkid": "util-linux", "losetup": "mount",
+	"ip": "iproute2", "unshare": "util-linux", "man": "man-db",
+}
+
+func TestScripts(t *testing.T) {
+	for name, pkg := range tools {
+		if !isExecutable(tool(name)) {
+			t.Errorf("%s is not installed (Debian package %s); run make deps", name, pkg)
+		}
+	}
+	if t.Failed() {
+		return
+	}
+	testscript.Run(t, params("testdata/script"))
+}
+
+// params are those of all scripts. The names of Cmds must not be those of
+// testscript's own commands, which would win.
+func params(dir string) testscript.Params {
+	return testscript.Params{
+		Dir:                 dir,
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			// System tools live in sbin, and HOME must not be the user's.
+			env.Setenv("PATH", env.Getenv("PATH")+string(os.PathListSeparator)+"/usr/sbin:/sbin:/usr/bin:/bin")
+			env.Setenv("XDG_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
+			return nil
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "kernelnbd" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			c, err := nbdnl.Dial()
+			if err == nil {
+				c.Close()
+			}
+			return !errors.Is(err, nbdnl.ErrNotSupported), nil
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"size":       cmdSize,
+			"noise":      cmdNoise,
+			"poke":       cmdPoke,
+			"waitfor":    cmdWaitFor,
+			"waitstatus": cmdWaitStatus,
+			"code":       cmdCode,
+			"terminate":  cmdTerminate,
+			"cmpn":       cmdCompare,
+		},
+	}
+}
+
+// size FILE BYTES makes a file of a size.
+func cmdSize(ts *testscript.TestScript, neg bool, args []string) {
+	n, err := strconv.ParseInt(args[1], 10, 64)
+	ts.Check(err)
+	f, err := os.OpenFile(ts.MkAbs(args[0]), os.O_RDWR|os.O_CREATE, 0o600)
+	ts.Check(err)
+	ts.Check(errors.Join(f.Truncate(n), f.Close()))
+}
+
+// noise FILE BYTES makes a file of random bytes.
+func cmdNoise(ts *testscript.TestScript, neg bool, args []string) {
+	n, err := strconv.Atoi(args[1])
+	ts.Check(err)
+	b := make([]byte, n)
+	rand.Read(b)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), b, 0o600))
+}
+
+// poke FILE OFFSET TEXT overwrites a part of a file.
+func cmdPoke(ts *testscript.TestScript, neg bool, args []string) {
+	off, err := strconv.ParseInt(args[1], 10, 64)
+	ts.Check(err)
+	f, err := os.OpenFile(ts.MkAbs(args[0]), os.O_RDWR, 0)
+	ts.Check(err)
+	_, err = f.WriteAt([]byte(args[2]), off)
+	ts.Check(errors.Join(err, f.Close()))
+}
+
+// waitfor SOCKET waits until somebody listens on a socket.
+func cmdWaitFor(ts *testscript.TestScript, neg bool, args []string) {
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if c, err := net.Dial("unix", ts.MkAbs(args[0])); err == nil {
+			c.Close()
+			return
+		}
+	}
+	ts.Fatalf("nobody listens on %s", args[0])
+}
+
+// waitstatus SOCKET REGEXP waits until what status prints matches.
+func cmdWaitStatus(ts *testscript.TestScript, neg bool, args []string) {
+	want := regexp.MustCompile(args[1])
+	var out strings.Builder
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		list, err := running(context.Background(), ts.MkAbs(args[0]))
+		ts.Check(err)
+		out.Reset()
+		list[0].print(&out)
+		if want.MatchString(out.String()) {
+			return
+		}
+	}
+	ts.Fatalf("status never said %q, last:\n%s", args[1], out.String())
+}
+
+// code N COMMAND... runs a command, and fails unless its exit code is N.
+func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	err = ts.Exec(args[1], args[2:]...)
+	got := 0
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		got = exit.ExitCode()
+	} else {
+		ts.Check(err)
+	}
+	if got != want {
+		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+// terminate sends SIGTERM to the process whose daemon has the control socket.
+func cmdTerminate(ts *testscript.TestScript, neg bool, args []string) {
+	list, err := running(context.Background(), ts.MkAbs(args[0]))
+	ts.Check(err)
+	ts.Check(syscall.Kill(list[0].PID, syscall.SIGTERM))
+}
+
+// cmpn N A B compares the first N bytes of two files.
+func cmdCompare(ts *testscript.TestScript, neg bool, args []string) {
+	err := ts.Exec("cmp", "-n", args[0], args[1], args[2])
+	if (err == nil) == neg {
+		ts.Fatalf("%s and %s: %v", args[1], args[2], err)
+	}
+}
+
+func TestExitCodes(t *testing.T) {
+	unreachable := &keyunseal.Error{Class: keyunseal.ClassUnreachable}
+	wrong := &keyunseal.Error{Class: keyunseal.ClassWrongKey}
+	for _, tt := range []struct {
+		err  error
+		want int
+	}{
+		{nil, 0},
+		{errors.New("x"), codeUsage},
+		{fmt.Errorf("device: %w", unreachable), codeUnreachable},
+		{errors.Join(wrong, unreachable), codeWrongKey},
+		{hopeful(errors.Join(wrong, unreachable)), codeUnreachable},
+		{hopeful(wrong), codeWrongKey},
+		{&os.PathError{Op: "open", Path: "x", Err: syscall.ENOENT}, codeDevice},
+		{&os.PathError{Op: "open", Path: "x", Err: syscall.EBUSY}, codeBusy},
+	} {
+		if got := exitCode(tt.err); got != tt.want {
+			t.Errorf("exitCode(%v) = %d, want %d", tt.err, got, tt.want)
+		}
+	}
+}
+
+func TestDescribeSignature(t *testing.T) {
+	for in, want := range map[string]string{
+		"": "",
+		"DEVNAME=x\nTYPE=ext4\nUSAGE=filesystem\nUUID=1-2\n":                "a file system of type ext4 (uuid 1-2)",
+		"DEVNAME=x\nPTTYPE=dos\nPTUUID=7\n":                                 "a partition table of type dos",
+		"DEVNAME=x\nTYPE=crypto_LUKS\nUSAGE=crypto\n":                       "a signature of type crypto_LUKS",
+		"DEVNAME=x\nTYPE=crypto_LUKS\nSUBSYSTEM=hostcryptd\nUSAGE=crypto\n": "a hostcryptd volume",
+		"DEVNAME=x\nTYPE=swap\nUSAGE=other\nLABEL=s\n":                      "a signature of type swap (label s)",
+	} {
+		if got := describeSignature(in); got != want {
+			t.Errorf("describeSignature(%q) = %q, want %q", in, got, want)
+		}
+	}
+}

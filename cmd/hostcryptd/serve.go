@@ -1,0 +1,509 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/keyunseal"
+	"hostcryptd/nbd"
+	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/sector"
+	"hostcryptd/systemd"
+)
+
+// A volume is what the NBD server serves.
+var _ nbd.Device = (*sector.Volume)(nil)
+
+// serveOptions are the flags of serve.
+type serveOptions struct {
+	device, name  string
+	keys          keyFlags
+	listen        string
+	attach        string
+	connections   int
+	control       string
+	readOnly      bool
+	discard       bool
+	unsealTimeout time.Duration
+}
+
+func (a *app) serveCommand() *cobra.Command {
+	var o serveOptions
+	c := &cobra.Command{
+		Use:   "serve DEVICE|NAME",
+		Short: "serve a volume, in the foreground",
+		Long: `serve unseals the volume on DEVICE and serves it until SIGTERM or 'hostcryptd
+detach'. An argument without a slash is a NAME in ` + tabFile + `.
+
+--listen offers the volume on a Unix socket, for QEMU and libnbd clients; --attach
+makes it a device of this kernel. Both appear only when the volume is ready. As
+long as the vault can't be reached, serve waits and tries again.
+
+On SIGTERM it stops taking requests, answers those it has, flushes, detaches and
+wipes the keys. While the kernel device is mounted or otherwise in use it waits,
+since to go would be to lose what was not yet written.`,
+		Example: `  hostcryptd serve /dev/sdb --attach auto
+  hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control`,
+		Args: oneArg("DEVICE or NAME"),
+		RunE: func(c *cobra.Command, args []string) error {
+			o.device = args[0]
+			if !strings.Contains(o.device, "/") {
+				if _, err := os.Stat(o.device); err != nil {
+					e, err := lookup(tabFile, o.device)
+					if err != nil {
+						return err
+					}
+					o.device = e.device
+					if err := e.apply(&o); err != nil {
+						return err
+					}
+				}
+			}
+			if o.listen == "" && o.attach == "" {
+				return usagef("nothing to serve to: use --attach auto, --listen SOCKET, or both")
+			}
+			if o.connections < 1 || o.connections > 64 {
+				return usagef("--connections is 1 to 64, not %d", o.connections)
+			}
+			if o.attach != "" && o.attach != "auto" {
+				if _, err := nbdnl.ParsePath(o.attach); err != nil {
+					return usagef("--attach is auto or /dev/nbdN, not %q", o.attach)
+				}
+			}
+			// Others see these paths in the status, from other directories.
+			for _, p := range []*string{&o.device, &o.listen, &o.control} {
+				if *p == "" {
+					continue
+				}
+				abs, err := filepath.Abs(*p)
+				if err != nil {
+					return err
+				}
+				*p = abs
+			}
+			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
+			defer stop()
+			d := &daemon{opts: o, log: a.daemonLog(), started: time.Now(), detach: make(chan bool, 1)}
+			err := d.run(ctx)
+			d.log.Sync()
+			return err
+		},
+	}
+	f := c.Flags()
+	o.keys.add(c)
+	f.StringVar(&o.listen, "listen", "", "offer the volume on this Unix `SOCKET`")
+	f.StringVar(&o.attach, "attach", "", "attach the volume to the kernel: auto or `/dev/nbdN`")
+	f.IntVar(&o.connections, "connections", 1, "`NUMBER` of sockets between the kernel and the server")
+	f.StringVar(&o.control, "control", "", "control `SOCKET` (default "+filepath.Join(runDir, "UUID.sock")+")")
+	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes, and write nothing to the device")
+	f.BoolVar(&o.discard, "discard", false, "pass discards on to the device, which shows an observer what is not in use")
+	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
+	return c
+}
+
+// A daemon serves one volume: one data key per address space.
+type daemon struct {
+	opts    serveOptions
+	log     *zap.Logger
+	started time.Time
+	detach  chan bool // receives true when 'hostcryptd detach' asks to stop
+
+	// mu guards what the control socket shows while it changes.
+	mu       sync.Mutex
+	state    string // see the state constants
+	stateErr string // what the state is waiting for
+	attempts int    // to unseal
+	nextTry  time.Time
+	device   *sector.Device
+	uuid     string
+	label    string
+	volume   *sector.Volume
+	server   *nbd.Server
+	attached string // "/dev/nbd0"
+}
+
+// States of a daemon, as status shows them.
+const (
+	stateUnsealing = "unsealing"
+	stateServing   = "serving"
+	stateStopping  = "stopping"
+)
+
+// run puts the parts together, in the order in which they depend on each
+// other, and takes them apart in the reverse order:
+//
+//	backing device → header → control socket → unsealed volume → NBD server
+//	→ Unix socket and kernel device → READY
+func (d *daemon) run(ctx context.Context) (err error) {
+	d.device, err = sector.OpenDevice(d.opts.device, sector.DeviceOptions{ReadOnly: d.opts.readOnly})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.device.Close()) }()
+
+	h, _, err := sector.ReadHeader(d.device)
+	if err != nil {
+		return fmt.Errorf("%s: %w", d.opts.device, err)
+	}
+	d.uuid, d.label = h.UUID, h.Label
+	d.log = d.log.With(zap.String("volume", d.uuid))
+
+	// From here on people can ask how far we are, also while a vault is down.
+	d.setState(stateUnsealing, "")
+	stopControl, err := d.serveControl()
+	if err != nil {
+		return err
+	}
+	defer stopControl()
+
+	if err := d.unseal(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.volume.Close()) }() // wipes the keys
+	for _, w := range d.volume.Warnings() {
+		d.log.Warn(w)
+	}
+
+	server, err := nbd.New(nbd.Config{Log: d.log}, nbd.Export{
+		Name: d.exportName(), Description: "hostcryptd volume " + d.uuid,
+		Device: d.volume, ReadOnly: d.volume.ReadOnly(), Trim: d.volume.Discards(),
+		BlockSize: uint32(d.volume.SectorSize()),
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, server.Close()) }()
+	d.mu.Lock()
+	d.server = server
+	d.mu.Unlock()
+	return d.serve(ctx)
+}
+
+func (d *daemon) exportName() string {
+	if d.label != "" {
+		return d.label
+	}
+	return d.uuid
+}
+
+// unseal opens the volume, trying again as long as that may help.
+func (d *daemon) unseal(ctx context.Context) error {
+	if t := d.opts.unsealTimeout; t > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, t, errUnsealTimeout)
+		defer cancel()
+	}
+	unsealer := d.opts.keys.unsealer(d.log)
+	err := keyunseal.Retry(ctx, func(err error, wait time.Duration) {
+		next := time.Now().Add(wait)
+		d.mu.Lock()
+		d.stateErr, d.nextTry = err.Error(), next
+		d.mu.Unlock()
+		d.log.Warn("volume can't be unsealed yet", zap.Error(err), zap.Duration("next_try_in", wait.Round(time.Millisecond)))
+		d.notify(systemd.Status("waiting to be unsealed: %v", err))
+	}, func(ctx context.Context) error {
+		d.mu.Lock()
+		d.attempts++
+		d.mu.Unlock()
+		v, err := sector.Open(ctx, d.device, unsealer, sector.OpenOptions{ReadOnly: d.opts.readOnly, Discard: d.opts.discard})
+		if err != nil {
+			return hopeful(err)
+		}
+		d.mu.Lock()
+		d.volume = v
+		d.mu.Unlock()
+		return nil
+	})
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(context.Cause(ctx), errUnsealTimeout):
+		return fmt.Errorf("%s: not unsealed in %v: %w", d.opts.device, d.opts.unsealTimeout, err)
+	case ctx.Err() != nil:
+		return withCode(codeUsage, fmt.Errorf("%s: stopped before it was unsealed: %w", d.opts.device, err))
+	}
+	return fmt.Errorf("%s: %w", d.opts.device, err)
+}
+
+var errUnsealTimeout = errors.New("timeout of --unseal-timeout")
+
+// serve offers the volume until it is told to stop.
+func (d *daemon) serve(ctx context.Context) (err error) {
+	// The server's own context: it goes on while a signal waits for the kernel
+	// device to be free.
+	serveCtx, stopServing := context.WithCancelCause(context.WithoutCancel(ctx))
+	var serving sync.WaitGroup
+	failed := make(chan error, 1+d.opts.connections)
+
+	var k *kernelDevice
+	defer func() {
+		// Stop reading, answer what was accepted, flush; then the caller wipes
+		// the keys and closes the device. The kernel device goes first, while
+		// the server still answers: what the kernel holds back until the last
+		// moment must reach the disk.
+		d.setState(stateStopping, "")
+		d.notify(systemd.Stopping, systemd.Status("stopping"))
+		if k != nil {
+			err = errors.Join(err, k.detach())
+		}
+		stopServing(errStopping)
+		serving.Wait()
+		if !d.volume.ReadOnly() {
+			err = errors.Join(err, d.volume.Sync())
+		}
+		s := d.volume.Stats()
+		d.log.Info("volume closed", zap.Uint64("bytes_read", s.BytesRead), zap.Uint64("bytes_written", s.BytesWritten), zap.Error(err))
+	}()
+
+	if d.opts.listen != "" {
+		l, err := listenUnix(d.opts.listen)
+		if err != nil {
+			return fmt.Errorf("--listen: %w", err)
+		}
+		serving.Go(func() {
+			if err := d.server.ServeListener(serveCtx, l); err != nil && !errors.Is(err, errStopping) {
+				failed <- fmt.Errorf("listening on %s: %w", d.opts.listen, err)
+			}
+		})
+	}
+	if d.opts.attach != "" {
+		k, err = d.attachKernel(serveCtx, &serving, failed)
+		if err != nil {
+			return err
+		}
+	}
+
+	size, _ := d.volume.Size()
+	d.setState(stateServing, "")
+	d.log.Info("volume is ready",
+		zap.String("device", d.opts.device), zap.Int64("size", size), zap.Int("sector_size", d.volume.SectorSize()),
+		zap.String("listen", d.opts.listen), zap.String("attached", d.attached), zap.Bool("read_only", d.volume.ReadOnly()),
+		zap.String("cipher", d.volume.Implementation()), zap.String("key_memory", d.volume.SecretMemory()))
+	d.notify(systemd.Ready, systemd.Status("serving %d bytes", size))
+
+	select {
+	case <-ctx.Done():
+		d.log.Info("stopping on a signal")
+		return d.waitUnused(k)
+	case <-d.detach:
+		d.log.Info("stopping on request")
+		return nil
+	case err := <-failed:
+		if err == nil {
+			d.log.Info("stopping, as the kernel device was detached by another program")
+			k.conn.Close()
+			k = nil
+		}
+		return err
+	}
+}
+
+var errStopping = fmt.Errorf("server is stopping: %w", syscall.ESHUTDOWN)
+
+// A kernelDevice is the volume as a device of this kernel.
+type kernelDevice struct {
+	conn  *nbdnl.Conn
+	index int
+}
+
+// attachKernel makes the volume a kernel device, with one server per socket.
+func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, failed chan<- error) (*kernelDevice, error) {
+	conn, err := nbdnl.Dial()
+	if err != nil {
+		return nil, fmt.Errorf("--attach: %w", err)
+	}
+	flags, err := d.server.TransmissionFlags(d.exportName())
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	size, _ := d.volume.Size()
+	cfg := nbdnl.Config{
+		Index: nbdnl.FirstFree, Size: uint64(size), BlockSize: uint64(d.volume.SectorSize()),
+		ServerFlags: flags, Backend: "hostcryptd-" + d.uuid,
+	}
+	if d.opts.attach != "auto" {
+		if cfg.Index, err = nbdnl.ParsePath(d.opts.attach); err != nil {
+			conn.Close()
+			return nil, err
+		}
+	}
+	var kernelEnds []*os.File
+	defer func() {
+		for _, f := range kernelEnds {
+			f.Close()
+		}
+	}()
+	// If attaching fails, closing the kernel's ends ends the servers below.
+	for range d.opts.connections {
+		kernel, server, err := nbdnl.Socketpair()
+		if err != nil {
+			conn.Close()
+			return nil, fmt.Errorf("--attach: %w", err)
+		}
+		kernelEnds = append(kernelEnds, kernel)
+		serving.Go(func() {
+			defer server.Close()
+			err := d.server.ServeTransmission(ctx, server, d.exportName())
+			if ctx.Err() == nil {
+				failed <- err // nil: the kernel said goodbye
+			}
+		})
+	}
+	index, err := conn.Connect(cfg, kernelEnds...)
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("--attach: %w", err)
+	}
+	k := &kernelDevice{conn, index}
+	d.mu.Lock()
+	d.attached = k.path()
+	d.mu.Unlock()
+	if err := nbdnl.WaitReady(ctx, index, uint64(size)); err != nil {
+		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach())
+	}
+	return k, nil
+}
+
+func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
+
+// inUse returns an error that says that somebody uses the device, or nil.
+func (k *kernelDevice) inUse() error {
+	f, err := os.OpenFile(k.path(), os.O_RDONLY|unix.O_EXCL, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return withCode(codeBusy, fmt.Errorf("%s is in use%s", k.path(), users(k.path())))
+	}
+	if err == nil {
+		f.Close()
+	}
+	return nil
+}
+
+// detach flushes what the kernel still holds for the device, and detaches it.
+func (k *kernelDevice) detach() error {
+	// While we hold the device exclusively, nobody can mount it. If somebody
+	// does have it mounted, there is nothing left to be done for him here.
+	f, err := os.OpenFile(k.path(), os.O_RDWR|unix.O_EXCL, 0)
+	if err == nil {
+		err = f.Sync()
+		if errors.Is(err, unix.EROFS) {
+			err = nil
+		}
+	} else if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) {
+		err = nil // a read-only device has nothing to flush
+	}
+	err = errors.Join(err, k.conn.Disconnect(k.index))
+	if f != nil {
+		f.Close()
+	}
+	return errors.Join(err, k.conn.Close())
+}
+
+// waitUnused waits until nobody uses the kernel device, however long it takes:
+// to detach it from under a file system would lose data.
+func (d *daemon) waitUnused(k *kernelDevice) error {
+	said := ""
+	for k != nil {
+		err := k.inUse()
+		if err == nil {
+			return nil
+		}
+		if msg := err.Error(); msg != said {
+			said = msg
+			d.setState(stateStopping, msg)
+			d.log.Warn("waiting to stop", zap.Error(err))
+			d.notify(systemd.Stopping, systemd.Status("waiting to stop: %v", err))
+		}
+		select {
+		case <-d.detach:
+			return nil
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// users says who uses a block device, as far as the kernel tells: its mounts,
+// swap, and the devices on top of it.
+func users(path string) string {
+	var list []string
+	if b, err := os.ReadFile("/proc/self/mounts"); err == nil {
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); len(f) > 1 && (f[0] == path || strings.HasPrefix(f[0], path+"p")) {
+				list = append(list, "mounted on "+f[1])
+			}
+		}
+	}
+	if b, err := os.ReadFile("/proc/swaps"); err == nil {
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); len(f) > 0 && (f[0] == path || strings.HasPrefix(f[0], path+"p")) {
+				list = append(list, "swap")
+			}
+		}
+	}
+	holders, _ := filepath.Glob("/sys/block/" + filepath.Base(path) + "/holders/*")
+	for _, h := range holders {
+		list = append(list, "used by "+filepath.Base(h))
+	}
+	if list == nil {
+		return ""
+	}
+	return ": " + strings.Join(list, ", ")
+}
+
+// listenUnix listens on a Unix socket that only its owner can use. A socket
+// that nobody listens on any more is replaced; anything else in the way is an
+// error.
+func listenUnix(name string) (*net.UnixListener, error) {
+	fi, err := os.Lstat(name)
+	switch {
+	case err == nil && fi.Mode()&os.ModeSocket == 0:
+		return nil, withCode(codeBusy, fmt.Errorf("%s exists and is no socket", name))
+	case err == nil:
+		c, err := net.Dial("unix", name)
+		if err == nil {
+			c.Close()
+		}
+		if !errors.Is(err, unix.ECONNREFUSED) {
+			return nil, withCode(codeBusy, fmt.Errorf("%s is in use by another server", name))
+		}
+		if err := os.Remove(name); err != nil {
+			return nil, err
+		}
+	}
+	// The mode must be right from the first moment, and bind(2) takes it from
+	// the process's mask. Nothing else creates files at this time.
+	old := unix.Umask(0o177)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"})
+	unix.Umask(old)
+	if errors.Is(err, unix.EINVAL) {
+		err = fmt.Errorf("%w; is the path longer than 107 bytes?", err)
+	}
+	return l, err
+}
+
+func (d *daemon) setState(state, why string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.state, d.stateErr, d.nextTry = state, why, time.Time{}
+}
+
+// notify tells systemd; that it can't be told is no reason to stop serving.
+func (d *daemon) notify(states ...string) {
+	if err := systemd.Notify(states...); err != nil {
+		d.log.Warn("service manager was not notified", zap.Error(err))
+	}
+}
