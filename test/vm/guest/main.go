@@ -1,0 +1,60 @@
+// Command guest is the program that runs inside of a virtual machine of
+// test/vm: as PID 1 of an initramfs it sets the machine up, runs the scenario
+// that the kernel command line names, reports and powers off.
+//
+//	hostcryptd.scenario=NAME   which one, see scenarios
+//	hostcryptd.canary=TEXT     a string to write through the volume
+//
+// It finds its disks by their serial: "volume" is the backing device, "state"
+// a small disk whose files outlive the boot, "payload" a tar archive.
+//
+// With the argument "host" it runs the same scenario on the kernel of a host
+// instead, as root, in a mount and a network namespace of its own, and
+// reports on standard output. With "vault" it is the double of the key vault.
+// In both places the hostcryptd under test is the product as it is: it talks
+// to the real names on the real ports, and only the machine around it knows
+// that they lead to the double.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	if os.Getpid() == 1 {
+		initMachine() // does not return
+	}
+	if err := subcommand(os.Args[1:]); err != nil {
+		fmt.Fprintf(os.Stderr, "guest: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func subcommand(args []string) error {
+	if len(args) == 0 {
+		return errors.New("usage: guest host|vault ... (or as PID 1)")
+	}
+	switch args[0] {
+	case "host":
+		return runOnHost(args[1:])
+	case insideNamespaces:
+		return runInNamespaces(args[1:])
+	case "vault":
+		return runVault(args[1:])
+	}
+	return fmt.Errorf("unknown argument %q", args[0])
+}
+
+// uptime is the time since the kernel started.
+func uptime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
+}

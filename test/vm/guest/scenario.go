@@ -1,0 +1,245 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// scenarios by the name that the kernel command line gives.
+var scenarios = map[string]func(*machine) error{
+	"smoke":         smoke,
+	"complain":      complain,
+	"boot":          boot,
+	"reboot":        reboot,
+	"stolen":        stolen,
+	"leave":         leave,
+	"export-write":  exportWrite,
+	"export-verify": exportVerify,
+	"demo-1":        demoFirstBoot,
+	"demo-2":        demoSecondBoot,
+	"demo-on-host":  demoOnHost,
+}
+
+func (m *machine) runScenario(name string) error {
+	f, ok := scenarios[name]
+	if !ok {
+		return fmt.Errorf("no scenario %q: there are %s", name, strings.Join(slices.Sorted(maps.Keys(scenarios)), ", "))
+	}
+	defer m.stopVault()
+	return f(m)
+}
+
+// smoke shows that the machine itself works, without hostcryptd.
+func smoke(m *machine) error {
+	dev, err := freeDevice()
+	if err != nil {
+		return err
+	}
+	m.say("first free kernel device: %s", dev)
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_REALTIME, &ts); err != nil {
+		return err
+	}
+	if year := time.Unix(ts.Unix()).Year(); year < 2026 {
+		return fmt.Errorf("the clock says %d: no certificate would be valid", year)
+	}
+	for _, v := range [][]string{{"mkfs.ext4", "-V"}, {"e2fsck", "-V"}, {"cryptsetup", "--version"}, {"dmsetup", "--version"}, {"blkid", "--version"}} {
+		if _, err := m.run(v[0], v[1:]...); err != nil {
+			return err
+		}
+	}
+	if err := m.startVault(); err != nil {
+		return err
+	}
+	return m.checkVault()
+}
+
+// complain passes all its own checks while the kernel logs an error: the
+// boot must fail.
+func complain(*machine) error {
+	return os.WriteFile("/dev/kmsg", []byte("<3>test: I/O error, dev none, sector 0"), 0)
+}
+
+// checkVault asks the double the way any client would: by the real names,
+// with the machine's own certificates.
+func (m *machine) checkVault() error {
+	for _, ask := range []struct {
+		url  string
+		want int
+	}{
+		{keyURL + "?api-version=7.4", http.StatusUnauthorized}, // there is no token
+		{"http://" + metadataAddress + "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https://vault.azure.net", http.StatusOK},
+	} {
+		req, err := http.NewRequest("GET", ask.url, nil)
+		if err != nil {
+			return err
+		}
+		req.Header.Set("Metadata", "true")
+		m.typed("curl", "-H", "Metadata:true", ask.url)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return err
+		}
+		resp.Body.Close()
+		m.output(resp.Status)
+		if resp.StatusCode != ask.want {
+			return fmt.Errorf("%s answered %s, want %d", ask.url, resp.Status, ask.want)
+		}
+	}
+	return nil
+}
+
+// boot makes a volume, attaches it and fills a file system on it.
+func boot(m *machine) error {
+	if err := m.format(); err != nil {
+		return err
+	}
+	s, err := m.attach()
+	if err != nil {
+		return err
+	}
+	if _, err := m.run("mkfs.ext4", "-q", "-L", "plaintext-label", s.dev); err != nil {
+		return err
+	}
+	if err := m.mount(s.dev); err != nil {
+		return err
+	}
+	if err := m.fill(); err != nil {
+		return err
+	}
+	// The control for the host's search of the raw disk: through the volume
+	// the canary is there.
+	found, err := m.find(s.dev)
+	if err != nil {
+		return err
+	}
+	if !found {
+		return fmt.Errorf("the canary is not on %s, so looking for it elsewhere proves nothing", s.dev)
+	}
+	return s.detach()
+}
+
+// reboot opens the volume of boot again.
+func reboot(m *machine) error {
+	s, err := m.attach()
+	if err != nil {
+		return err
+	}
+	if err := m.checkFiles(s.dev); err != nil {
+		return err
+	}
+	return s.detach()
+}
+
+// Exit codes of hostcryptd that this program expects.
+const (
+	exitVaultUnreachable    = 10
+	exitIdentityUnavailable = 14
+)
+
+// stolen tries to open the volume where neither the vault nor an identity
+// exists: on somebody else's machine.
+func stolen(m *machine) error {
+	begun := time.Now()
+	s, err := m.serve("--unseal-timeout", "5s")
+	if err != nil {
+		return err
+	}
+	if s.running() {
+		return errors.Join(errors.New("the volume opened without the vault"), s.kill())
+	}
+	if s.code != exitVaultUnreachable && s.code != exitIdentityUnavailable {
+		return fmt.Errorf("hostcryptd serve ended with exit code %d without the vault, want %d or %d",
+			s.code, exitVaultUnreachable, exitIdentityUnavailable)
+	}
+	m.figure("refused after", time.Since(begun).Seconds(), "s")
+	m.figure("exit code", float64(s.code), "")
+	// No kernel device may be left with a size.
+	if dev, err := freeDevice(); err != nil || dev != "/dev/nbd0" {
+		return errors.Join(fmt.Errorf("first free kernel device is %q, want /dev/nbd0", dev), err)
+	}
+	return nil
+}
+
+// leave opens the volume of boot with cryptsetup, dm-crypt and the recovery
+// key: without hostcryptd, the vault or the network.
+func leave(m *machine) (err error) {
+	const name = "hostcryptd-left"
+	if _, err := m.run("cryptsetup", "open", "--type", "luks2", "--key-file", m.recoveryKey(), m.disk, name); err != nil {
+		return err
+	}
+	defer func() {
+		_, err2 := m.run("cryptsetup", "close", name)
+		err = errors.Join(err, err2)
+	}()
+	table, err := m.run("dmsetup", "table", name)
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(table, " crypt aes-xts-plain64 ") {
+		return fmt.Errorf("the device mapper table is %q, want a crypt target with aes-xts-plain64", strings.TrimSpace(table))
+	}
+	return m.checkFiles("/dev/mapper/" + name)
+}
+
+// exportWrite fills a file system on the disk "volume", which QEMU reads and
+// writes through an NBD export.
+func exportWrite(m *machine) error {
+	if _, err := m.run("mkfs.ext4", "-q", m.disk); err != nil {
+		return err
+	}
+	if err := m.mount(m.disk); err != nil {
+		return err
+	}
+	return m.fill()
+}
+
+// exportVerify finds those files again.
+func exportVerify(m *machine) error { return m.checkFiles(m.disk) }
+
+// format writes a new header, with the vault's key and a recovery key.
+func (m *machine) format() error {
+	if err := m.startVault(); err != nil {
+		return err
+	}
+	os.Remove(m.recoveryKey())
+	_, err := m.run("hostcryptd", "format", m.disk, "--key", keyURL, "--recovery-key", m.recoveryKey(), "--yes")
+	return err
+}
+
+// attach serves the volume through the vault.
+func (m *machine) attach() (*server, error) {
+	if err := m.startVault(); err != nil {
+		return nil, err
+	}
+	s, err := m.serve("--unseal-timeout", "60s")
+	if err != nil {
+		return nil, err
+	}
+	if !s.running() {
+		return nil, fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, strings.TrimSpace(s.log.String()))
+	}
+	return s, nil
+}
+
+// checkFiles checks the file system on a device and its files.
+func (m *machine) checkFiles(dev string) error {
+	if _, err := m.run("e2fsck", "-fn", dev); err != nil {
+		return err
+	}
+	if err := m.mount(dev); err != nil {
+		return err
+	}
+	if err := m.verify(); err != nil {
+		return errors.Join(err, m.unmount())
+	}
+	return m.unmount()
+}

@@ -1,0 +1,283 @@
+//go:build vm
+
+package vm
+
+import (
+	"crypto/rand"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"hostcryptd/test/vm/evidence"
+	"hostcryptd/test/vm/report"
+	"hostcryptd/test/vm/vmtest"
+)
+
+const (
+	volumeSize  = 128 << 20
+	stateSize   = 32 << 20
+	dataOffset  = 16 << 20 // of the data area, see sector/FORMAT.md
+	payloadSize = 50 << 20
+)
+
+// A lab is what all boots of one test share.
+type lab struct {
+	*vmtest.Lab
+	rows []string // of the table at the end
+}
+
+// newLab fetches the kernel and builds the initramfs. The lab's folder is
+// removed at the end of a test that passed, and named at the end of one that
+// failed.
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "hostcryptd-vm-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { keepOrRemove(t, dir) })
+	l, err := vmtest.NewLab(t.Context(), dir, vmtest.Series(), t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &lab{Lab: l}
+}
+
+func keepOrRemove(t *testing.T, dir string) {
+	if f := flag.Lookup("test.artifacts"); f != nil && f.Value.String() == "true" {
+		for _, pattern := range []string{"*.log", "*.jsonl", "*.command"} {
+			files, _ := filepath.Glob(filepath.Join(dir, pattern))
+			for _, name := range files {
+				if err := vmtest.CopySparse(filepath.Join(t.ArtifactDir(), filepath.Base(name)), name); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}
+	if t.Failed() || os.Getenv("HOSTCRYPTD_VM_KEEP") != "" {
+		t.Logf("disks, logs and command lines are kept in %s", dir)
+		return
+	}
+	os.RemoveAll(dir)
+}
+
+// boot runs one scenario in a virtual machine and fails the test if the
+// scenario fails.
+func (l *lab) boot(t *testing.T, scenario string, params map[string]string, disks ...vmtest.Disk) *vmtest.Result {
+	t.Helper()
+	r, err := l.Boot(t.Context(), scenario, params, func(e report.Event) { t.Log(e) }, disks...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// row adds a line to the table: the scenario, its wall time with everything
+// that the host did, and the figures of its boots.
+func (l *lab) row(name string, wall time.Duration, boots ...*vmtest.Result) {
+	var cells []string
+	for _, r := range boots {
+		cells = append(cells, fmt.Sprintf("kernel %.1f s, VM %.1f s", r.Boot.Seconds(), r.Wall.Seconds()))
+		for _, key := range slices.Sorted(maps.Keys(r.Figures)) {
+			f := r.Figures[key]
+			cells = append(cells, strings.TrimSpace(fmt.Sprintf("%s %.4g %s", key, f.Value, f.Text)))
+		}
+	}
+	l.rows = append(l.rows, fmt.Sprintf("%s\t%.1f s\t%s\n", name, wall.Seconds(), strings.Join(cells, "; ")))
+}
+
+func (l *lab) table() string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "scenario\twall\tfigures (Linux %s, emulated: good for comparisons with earlier runs only)\n", l.Kernel.Release)
+	for _, r := range l.rows {
+		fmt.Fprint(w, r)
+	}
+	w.Flush()
+	return b.String()
+}
+
+// newCanary returns a string that occurs nowhere else.
+func newCanary() string { return "HOSTCRYPTD-CANARY-" + rand.Text() }
+
+// TestGuest boots without hostcryptd taking part: if this fails, the cause
+// is the kernel, QEMU or the guest program.
+func TestGuest(t *testing.T) {
+	l := newLab(t)
+	t.Run("Works", func(t *testing.T) {
+		state := filepath.Join(l.Dir, "state.img")
+		if err := vmtest.Sparse(state, stateSize); err != nil {
+			t.Fatal(err)
+		}
+		r := l.boot(t, "smoke", nil, vmtest.Disk{Serial: "state", Path: state})
+		l.row("smoke", r.Wall, r)
+	})
+	// The control: what the kernel complains about fails a boot.
+	t.Run("KernelComplains", func(t *testing.T) {
+		_, err := l.Boot(t.Context(), "complain", nil, nil)
+		if err == nil || !strings.Contains(err.Error(), "the kernel log has: test: I/O error") {
+			t.Errorf("a boot with an I/O error in the kernel log: %v, want that error", err)
+		}
+	})
+	t.Logf("\n%s", l.table())
+}
+
+// TestDemoOnHost runs the demo the way it runs on a host's own kernel. The
+// host is a virtual machine.
+func TestDemoOnHost(t *testing.T) {
+	l := newLab(t)
+	disk := filepath.Join(l.Dir, "host.img")
+	if err := vmtest.Sparse(disk, volumeSize); err != nil {
+		t.Fatal(err)
+	}
+	payload, err := vmtest.Payload(t.Context(), filepath.Join(l.Dir, "payload.tar"), 6<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := l.boot(t, "demo-on-host", map[string]string{"canary": newCanary()},
+		vmtest.Disk{Serial: "volume", Path: disk}, vmtest.Disk{Serial: "payload", Path: payload.Path, ReadOnly: true})
+	l.row("demo on host", r.Wall, r)
+	t.Logf("\n%s", l.table())
+}
+
+// TestVM runs the scenarios. Each of them can be asked for alone: Reboot,
+// StolenDisk and Leave make the disk of Boot first if Boot didn't.
+func TestVM(t *testing.T) {
+	l := newLab(t)
+	defer func() { t.Logf("\n%s", l.table()) }()
+	d := &disk{lab: l}
+
+	t.Run("Boot", func(t *testing.T) { d.make(t) })
+	t.Run("Reboot", func(t *testing.T) {
+		d.make(t)
+		begun := time.Now()
+		r := l.boot(t, "reboot", nil, d.disks()...)
+		l.row("Reboot", time.Since(begun), r)
+	})
+	t.Run("StolenDisk", func(t *testing.T) { testStolenDisk(t, d) })
+	t.Run("Leave", func(t *testing.T) {
+		d.make(t)
+		begun := time.Now()
+		r := l.boot(t, "leave", nil, d.disks()...)
+		l.row("Leave", time.Since(begun), r)
+	})
+	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
+}
+
+// A disk is the volume that Boot makes and the other scenarios use.
+type disk struct {
+	*lab
+	begun   bool
+	made    bool
+	canary  string
+	payload *vmtest.Tree
+}
+
+func (d *disk) path() string  { return filepath.Join(d.Dir, "volume.img") }
+func (d *disk) state() string { return filepath.Join(d.Dir, "state.img") }
+
+func (d *disk) disks() []vmtest.Disk {
+	return []vmtest.Disk{{Serial: "volume", Path: d.path()}, {Serial: "state", Path: d.state()}}
+}
+
+// make runs the scenario Boot, once.
+func (d *disk) make(t *testing.T) {
+	t.Helper()
+	if d.made {
+		return
+	}
+	if d.begun {
+		t.Fatal("there is no disk: the scenario Boot failed")
+	}
+	d.begun = true
+	begun := time.Now()
+	d.canary = newCanary()
+	err := errors.Join(vmtest.Sparse(d.path(), volumeSize), vmtest.Sparse(d.state(), stateSize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d.payload, err = vmtest.Payload(t.Context(), filepath.Join(d.Dir, "payload.tar"), payloadSize); err != nil {
+		t.Fatal(err)
+	}
+	r := d.boot(t, "boot", map[string]string{"canary": d.canary},
+		append(d.disks(), vmtest.Disk{Serial: "payload", Path: d.payload.Path, ReadOnly: true})...)
+	if n := int64(r.Figures["bytes"].Value); n < d.payload.Bytes {
+		t.Fatalf("the guest wrote %d bytes of files, want %d", n, d.payload.Bytes)
+	}
+	d.made = true
+	d.row("Boot", time.Since(begun), r)
+}
+
+// testStolenDisk boots the disk where there is no vault, then looks at the
+// raw disk the way a thief would.
+func testStolenDisk(t *testing.T, d *disk) {
+	d.make(t)
+	begun := time.Now()
+	r := d.boot(t, "stolen", nil, d.disks()...)
+	checkCiphertext(t, d.path(), d.canary, d.payload)
+	d.row("StolenDisk", time.Since(begun), r)
+}
+
+// checkCiphertext checks that a raw image holds no plaintext and that every
+// block of its data area that was written looks random, and that the same
+// two checks find the plaintext when they are shown it.
+func checkCiphertext(t *testing.T, image, canary string, payload *vmtest.Tree) {
+	t.Helper()
+	secrets := [][]byte{[]byte(canary), []byte(vmtest.Source), []byte("plaintext-label"), []byte("lost+found")}
+
+	counts, blocks := inspect(t, payload.Path, 0, secrets)
+	if counts[1] < 100 {
+		t.Errorf("control: %q is %d times in the plaintext, want at least 100", secrets[1], counts[1])
+	}
+	if blocks.Patterned < blocks.Written()*9/10 || blocks.LooksEncrypted() == nil {
+		t.Errorf("control: only %d of %d blocks of the plaintext fail the test for randomness, want 90 %%", blocks.Patterned, blocks.Written())
+	}
+
+	// The whole image is searched; the test for randomness is for the data
+	// area, as the header is text.
+	counts, _ = inspect(t, image, 0, secrets)
+	for i, n := range counts {
+		if n != 0 {
+			t.Errorf("%q is %d times on the raw disk", secrets[i], n)
+		}
+	}
+	_, blocks = inspect(t, image, dataOffset, nil)
+	t.Logf("raw disk: %d blocks of the data area written (%d in part), worst chi-square %.0f, all %.0f (random: 255, limits %d and %d)",
+		blocks.Written(), blocks.Partial, blocks.Worst, blocks.Sum, evidence.ChiSquareLow, evidence.ChiSquareHigh)
+	if err := blocks.LooksEncrypted(); err != nil {
+		t.Errorf("raw disk: %v", err)
+	}
+	if want := payload.Bytes / evidence.BlockSize; int64(blocks.Written()) < want {
+		t.Errorf("raw disk: %d blocks are written, want at least the %d of the files", blocks.Written(), want)
+	}
+}
+
+func inspect(t *testing.T, name string, from int64, needles [][]byte) ([]int, evidence.Blocks) {
+	t.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	extents, err := evidence.Extents(f, from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	counts, err := evidence.Search(f, extents, needles...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks, err := evidence.Measure(f, extents)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return counts, blocks
+}

@@ -1,0 +1,90 @@
+package vmtest
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"hostcryptd/test/vm/report"
+)
+
+// modules that a guest loads, in this order, each after what it needs. A
+// kernel that has one built in does without.
+var modules = []string{
+	"virtio_pci", "virtio_blk", "virtio_console", "nbd", "ext4",
+	"dm-crypt", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
+}
+
+// guestTools that a guest runs, copied from the host.
+var guestTools = []string{"mkfs.ext4", "e2fsck", "cryptsetup", "dmsetup", "blkid"}
+
+// A Lab is what several boots share: a folder, a kernel and an initramfs
+// with hostcryptd and the guest program. Its fields may be read by several
+// goroutines.
+type Lab struct {
+	Dir        string // disks, logs and the initramfs
+	Kernel     *Kernel
+	Initrd     string
+	Hostcryptd string // the program under test, on the host
+}
+
+// NewLab fetches the kernel of a series, see [Series], builds the programs,
+// see [Programs], and writes the initramfs into dir, which must exist.
+func NewLab(ctx context.Context, dir, series string, logf func(format string, args ...any)) (*Lab, error) {
+	kernel, err := FetchKernel(ctx, series, logf)
+	if err != nil {
+		return nil, err
+	}
+	hostcryptd, guest, err := Programs(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	im := NewImage()
+	im.AddFile("/init", guest, 0o755)
+	err = errors.Join(
+		im.AddProgram(ctx, "/bin/hostcryptd", hostcryptd),
+		im.AddTools(ctx, guestTools...),
+		im.AddModules(ctx, kernel, modules...),
+	)
+	if err != nil {
+		return nil, err
+	}
+	l := &Lab{Dir: dir, Kernel: kernel, Initrd: filepath.Join(dir, "initramfs.cpio"), Hostcryptd: hostcryptd}
+	return l, im.WriteFile(l.Initrd)
+}
+
+// Series is the kernel series to boot: $HOSTCRYPTD_VM_KERNEL, such as "6.1",
+// else 6.12.
+func Series() string {
+	if s := os.Getenv("HOSTCRYPTD_VM_KERNEL"); s != "" {
+		return s
+	}
+	return "6.12"
+}
+
+// Boot runs one scenario of the guest program and waits for its end. params
+// go onto the kernel command line, so they can't have spaces.
+func (l *Lab) Boot(ctx context.Context, scenario string, params map[string]string, onEvent func(report.Event), disks ...Disk) (*Result, error) {
+	words := []string{"hostcryptd.scenario=" + scenario}
+	for _, key := range slices.Sorted(maps.Keys(params)) {
+		words = append(words, "hostcryptd."+key+"="+params[key])
+	}
+	v, err := Start(ctx, Config{
+		Name:    scenario,
+		Dir:     l.Dir,
+		Kernel:  l.Kernel,
+		Initrd:  l.Initrd,
+		Append:  words,
+		Disks:   disks,
+		Timeout: 4 * time.Minute,
+		OnEvent: onEvent,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return v.Wait()
+}
