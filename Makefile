@@ -1,0 +1,99 @@
+# Targets are documented by the ## after them; 'make help' lists those.
+
+GO          ?= go
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null)
+LDFLAGS     := -X main.linkedVersion=$(VERSION)
+DESTDIR     ?=
+PREFIX      ?= /usr
+FUZZTIME    ?= 20s
+RUN         ?=
+
+# What building and testing takes, by Debian's package names. Go itself is not
+# among them: Debian 12 has an older one than go.mod asks for.
+DEPS := gcc libc6-dev git ca-certificates \
+	qemu-system-x86 qemu-utils libnbd-bin cryptsetup-bin dmsetup \
+	e2fsprogs util-linux fdisk mount kmod xz-utils cpio \
+	iproute2 man-db systemd openssl qemu-user-static
+
+export CGO_ENABLED ?= 0
+
+.DEFAULT_GOAL := build
+
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+build: ## build bin/hostcryptd, a static binary
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/hostcryptd ./cmd/hostcryptd
+
+deps: ## install with apt what building and testing takes (needs root), or say what is missing
+	@missing=$$(for p in $(DEPS); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "missing packages; as root: apt-get install --no-install-recommends" $$missing >&2; exit 1; fi; \
+	echo "installing" $$missing; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -qq && apt-get -o DPkg::Lock::Timeout=300 install -qq -y --no-install-recommends $$missing >/dev/null
+
+demo: deps build ## show the main job on real data, in a virtual machine or on this kernel
+	@HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) run ./test/vm/demo
+
+test: deps check test-unit test-vm ## run every test; CI runs this
+
+check: ## gofmt, vet, staticcheck and generated files
+	@bad=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$bad" ] || { echo "not gofmt'ed:" $$bad >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags vm ./...
+	GOARCH=arm64 $(GO) vet ./...
+	$(GO) mod tidy -diff
+	$(GO) run $(STATICCHECK) -tags vm ./...
+	@$(MAKE) --no-print-directory check-generate
+
+test-unit: ## unit tests with the race detector, and interop with other people's tools
+	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./...
+	$(GO) test -tags purego ./xts
+	GOARCH=arm64 HOSTCRYPTD_MUST_RUN=xts $(GO) test -exec qemu-aarch64-static ./xts/...
+
+test-vm: build ## boot QEMU with a real kernel and run the scenarios; RUN=Boot for one
+	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 20m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
+
+fuzz: ## run each fuzz target for FUZZTIME
+	@for p in $$($(GO) list ./...); do \
+		for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
+			echo "== $$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; \
+		done; \
+	done
+
+bench: ## Go benchmarks of cipher, volume and server
+	$(GO) test -run '^$$' -bench . -benchtime 300ms ./xts ./sector ./nbd
+
+bench-xts: ## cipher speed on each tier, against the ceiling of the processor and against OpenSSL
+	$(GO) run ./xts/internal/bench
+
+generate: ## rewrite generated files: the assembly of xts, examples in FORMAT.md
+	$(GO) generate ./...
+	$(GO) test -run TestFormatExamples ./sector -update
+
+check-bench-xts: ## cipher speed on each tier, against the ceiling of the processor and against OpenSSL
+	$(GO) run ./xts/internal/bench
+
+generate: ## fail if generated files are not up to date
+	@before=$$(git diff | sha256sum); $(MAKE) --no-print-directory generate >/dev/null; \
+	[ "$$before" = "$$(git diff | sha256sum)" ] || { echo "'make generate' changed files:" >&2; git diff --stat >&2; exit 1; }
+
+man: build ## write the manual pages to dist/man
+	bin/hostcryptd man dist/man
+
+install: build man ## install binary, manual, completions and units under DESTDIR
+	install -D -m 755 bin/hostcryptd $(DESTDIR)$(PREFIX)/sbin/hostcryptd
+	install -d $(DESTDIR)$(PREFIX)/share/man/man8
+	install -m 644 dist/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
+	install -D -m 644 systemd/hostcryptd@.service $(DESTDIR)$(PREFIX)/lib/systemd/system/hostcryptd@.service
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	bin/hostcryptd completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hostcryptd
+	bin/hostcryptd completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hostcryptd
+	bin/hostcryptd completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hostcryptd.fish
+
+clean: ## remove what was built
+	rm -rf bin dist
+
+.PHONY: help build deps demo test check test-unit test-vm fuzz bench bench-xts generate check-generate man install clean
