@@ -73,10 +73,7 @@ generate: ## rewrite generated files: the assembly of xts, examples in FORMAT.md
 	$(GO) generate ./...
 	$(GO) test -run TestFormatExamples ./sector -update
 
-check-bench-xts: ## cipher speed on each tier, against the ceiling of the processor and against OpenSSL
-	$(GO) run ./xts/internal/bench
-
-generate: ## fail if generated files are not up to date
+check-generate: ## fail if generated files are not up to date
 	@before=$$(git diff | sha256sum); $(MAKE) --no-print-directory generate >/dev/null; \
 	[ "$$before" = "$$(git diff | sha256sum)" ] || { echo "'make generate' changed files:" >&2; git diff --stat >&2; exit 1; }
 
