@@ -1,6 +1,7 @@
 package sector
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -86,7 +87,7 @@ func openDevice(name string, o DeviceOptions) (_ *Device, err error) {
 		}
 	}()
 	if d.block {
-		err = d.probeBlock()
+		err = d.probeBlock(o)
 	} else {
 		err = d.probeFile(o)
 	}
@@ -105,8 +106,12 @@ func reason(err error) error {
 	return err
 }
 
-func (d *Device) probeBlock() error {
+func (d *Device) probeBlock(o DeviceOptions) error {
 	fd := int(d.f.Fd())
+	// A device that was set read-only can be opened for writing all the same.
+	if ro, err := unix.IoctlGetInt(fd, unix.BLKROGET); err == nil && ro != 0 && !o.ReadOnly {
+		return fmt.Errorf("%w: it is read-only", ErrDevice)
+	}
 	logical, err := unix.IoctlGetInt(fd, unix.BLKSSZGET)
 	if err != nil {
 		return fmt.Errorf("logical block size: %w", err)
@@ -160,9 +165,12 @@ func (d *Device) Alignment() int { return d.align }
 func (d *Device) AtomicSize() int { return d.physical }
 
 // LockHeader takes the lock that cryptsetup takes for the header.
-func (d *Device) LockHeader(exclusive bool) (unlock func(), err error) {
-	return luks2.Lock(d.f, exclusive)
+func (d *Device) LockHeader(ctx context.Context, exclusive bool) (unlock func(), err error) {
+	return luks2.Lock(ctx, d.f, exclusive)
 }
+
+// Direct is true of a block device, which is opened with O_DIRECT.
+func (d *Device) Direct() bool { return d.block }
 
 func (d *Device) ReadAt(p []byte, off int64) (int, error)  { return d.f.ReadAt(p, off) }
 func (d *Device) WriteAt(p []byte, off int64) (int, error) { return d.f.WriteAt(p, off) }

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"hostcryptd/sector/luks2"
 	"hostcryptd/xts"
@@ -17,10 +19,14 @@ import (
 // FormatOptions say how a new volume is to be.
 type FormatOptions struct {
 	UUID        string   // "" for a random one
-	Label       string   // up to 47 bytes
+	Label       string   // up to 47 bytes of printable UTF-8
 	SectorSize  int      // 512 or 4096
 	RecoveryKey []byte   // of the recovery keyslot, see [NewRecoveryKey]; nil for none
 	Seal        []Sealer // at least one; each makes a token
+
+	// BeforeWrite, if not nil, is called when everything that can be refused
+	// was not, and the next step destroys what is on the device.
+	BeforeWrite func() error
 }
 
 // Format makes b a new volume with new keys, and returns its header. Whatever
@@ -63,16 +69,22 @@ func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, err
 	}
 	nonce := make([]byte, 12)
 	rand.Read(nonce)
+	made := dataSize(b.Size(), h)
 	deks := map[string]wrappedDEK{"0": wrapDEK(k.volumeKey, k.dek, h.UUID, "0", uint32(o.SectorSize), nonce)}
-	if err := setVolumeToken(h, k.volumeKey, deks); err != nil {
+	if err := setVolumeToken(h, k.volumeKey, made, deks); err != nil {
 		return nil, err
 	}
 
-	unlock, err := b.LockHeader(true)
+	unlock, err := b.LockHeader(ctx, true)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	if o.BeforeWrite != nil {
+		if err := o.BeforeWrite(); err != nil {
+			return nil, err
+		}
+	}
 	// All of it, so that no copy or keyslot of an earlier header is left for a
 	// recovery to find.
 	zeros := alignedBytes(1 << 20)
@@ -131,8 +143,10 @@ func newHeader(b Backing, o *FormatOptions) (*luks2.Header, error) {
 	switch {
 	case !uuidForm.MatchString(o.UUID):
 		return nil, fmt.Errorf("sector: %q is not a UUID", o.UUID)
-	case len(o.Label) > 47 || strings.ContainsRune(o.Label, 0):
+	case len(o.Label) > 47:
 		return nil, fmt.Errorf("sector: label %q is longer than 47 bytes", o.Label)
+	case !utf8.ValidString(o.Label) || strings.ContainsFunc(o.Label, func(r rune) bool { return !unicode.IsPrint(r) }):
+		return nil, fmt.Errorf("sector: label %q is not printable text", o.Label)
 	case o.SectorSize != 512 && o.SectorSize != 4096:
 		return nil, fmt.Errorf("sector: sector size %d; it can be 512 or 4096", o.SectorSize)
 	case b.Alignment() > o.SectorSize:
@@ -156,6 +170,17 @@ func newHeader(b Backing, o *FormatOptions) (*luks2.Header, error) {
 	}
 	h.Segments[0] = s
 	return h, nil
+}
+
+// dataSize is the size of the volume of h on a device of the given size, whole
+// sectors.
+func dataSize(device int64, h *luks2.Header) int64 {
+	s := h.Segments[0]
+	if !s.Dynamic {
+		return int64(s.Size)
+	}
+	n := int64(s.SectorSize)
+	return (device - int64(s.Offset)) / n * n
 }
 
 // ownToken checks that a Sealer returned a token of a type that [Open] tries.

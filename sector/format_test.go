@@ -58,7 +58,7 @@ func exampleHeader(t *testing.T, volumeKey *[32]byte, dek *[64]byte) *luks2.Head
 		Digest: pbkdf2.Key(dek[:], salt, digestIterations, 32, sha256.New)}
 	nonce := bytes.Repeat([]byte{0x4e}, 12)
 	deks := map[string]wrappedDEK{"0": wrapDEK(volumeKey, dek, h.UUID, "0", 4096, nonce)}
-	if err := setVolumeToken(h, volumeKey, deks); err != nil {
+	if err := setVolumeToken(h, volumeKey, dataSize(d.Size(), h), deks); err != nil {
 		t.Fatal(err)
 	}
 	return h
@@ -150,7 +150,7 @@ func exampleValues(t *testing.T, h *luks2.Header, volumeKey *[32]byte) string {
 	}
 	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\nMAC: %x\ndigest: %x\n",
 		deriveKey(volumeKey, h.UUID, purposeWrap), dekData(h.UUID, "0", 4096), wrapped,
-		deriveKey(volumeKey, h.UUID, purposeMAC), headerMAC(volumeKey, h, v.DEKs), h.Digests[0].Digest)
+		deriveKey(volumeKey, h.UUID, purposeMAC), headerMAC(volumeKey, h, v.Size, v.DEKs), h.Digests[0].Digest)
 }
 
 func hexdump(b []byte) string {

@@ -37,6 +37,7 @@ type volumeToken struct {
 	Type     string                `json:"type"`
 	Keyslots []string              `json:"keyslots"`
 	Version  int                   `json:"version"`
+	Size     string                `json:"size"` // of the data when it was formatted, in bytes, as LUKS2 writes 64-bit integers
 	DEKs     map[string]wrappedDEK `json:"deks"` // by number of the digest they match
 	MAC      string                `json:"mac"`
 }
@@ -121,10 +122,10 @@ func unwrapDEK(volumeKey *[VolumeKeySize]byte, w wrappedDEK, dek *[dekSize]byte,
 }
 
 // headerMAC authenticates what decides how the volume is read: the UUID, all
-// segments, which digest each has, the requirements and the wrapped DEKs.
+// segments, the digest of each, the requirements, the size and the wrapped DEKs.
 // Keyslots, the other tokens, label and flags are left out, so that cryptsetup
 // may change them. FORMAT.md has an example.
-func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, deks map[string]wrappedDEK) []byte {
+func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, size string, deks map[string]wrappedDEK) []byte {
 	list := []string{"hostcryptd v1 header", h.UUID}
 	number := func(n uint64) { list = append(list, strconv.FormatUint(n, 10)) }
 
@@ -144,10 +145,18 @@ func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, deks map[string]
 		number(uint64(s.SectorSize))
 		number(uint64(len(s.Flags)))
 		list = append(list, slices.Sorted(slices.Values(s.Flags))...)
+		// The digest itself, not only its number: what it costs to check is
+		// then known to be what was chosen.
 		list = append(list, digestOf(h, id))
+		if d := h.SegmentDigest(id); d != nil {
+			list = append(list, d.Hash)
+			number(uint64(d.Iterations))
+			list = append(list, string(d.Salt), string(d.Digest))
+		}
 	}
 	number(uint64(len(h.Config.Requirements)))
 	list = append(list, slices.Sorted(slices.Values(h.Config.Requirements))...)
+	list = append(list, size)
 	number(uint64(len(deks)))
 	for _, id := range slices.Sorted(maps.Keys(deks)) {
 		list = append(list, id, deks[id].Nonce, deks[id].Wrapped)
@@ -173,11 +182,12 @@ func digestOf(h *luks2.Header, segment int) string {
 
 // setVolumeToken puts the wrapped DEKs and the MAC into h. It comes last when
 // a header is made or changed.
-func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, deks map[string]wrappedDEK) error {
+func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, made int64, deks map[string]wrappedDEK) error {
+	size := strconv.FormatInt(made, 10)
 	text, err := json.Marshal(volumeToken{
 		Type: volumeTokenType, Keyslots: []string{}, Version: formatVersion,
-		DEKs: deks,
-		MAC:  base64.StdEncoding.EncodeToString(headerMAC(volumeKey, h, deks)),
+		Size: size, DEKs: deks,
+		MAC: base64.StdEncoding.EncodeToString(headerMAC(volumeKey, h, size, deks)),
 	})
 	if err != nil {
 		return err
@@ -226,10 +236,20 @@ func findVolumeToken(h *luks2.Header) (int, *volumeToken, error) {
 	return found, &v, nil
 }
 
+// size is Size as a number; a Size that is none counts as 0, which excludes no
+// device. It was under the MAC when it was written.
+func (v *volumeToken) size() int64 {
+	n, err := strconv.ParseInt(v.Size, 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
 // verify checks the MAC with a volume key that a token gave.
 func (v *volumeToken) verify(h *luks2.Header, volumeKey *[VolumeKeySize]byte) error {
 	mac, err := base64.StdEncoding.DecodeString(v.MAC)
-	if err != nil || !hmac.Equal(mac, headerMAC(volumeKey, h, v.DEKs)) {
+	if err != nil || !hmac.Equal(mac, headerMAC(volumeKey, h, v.Size, v.DEKs)) {
 		return fmt.Errorf("%w: the header is not the one that was written with this volume key", ErrAuth)
 	}
 	return nil
@@ -251,7 +271,7 @@ func newDigest(dek *[dekSize]byte) *luks2.Digest {
 
 // maxDigestIterations bounds the work that a header can ask for; cryptsetup's
 // benchmark stays far below it.
-const maxDigestIterations = 100_000_000
+const maxDigestIterations = 10_000_000
 
 // checkDigest tells whether a DEK is the one that its digest was made of
 // (spec 3.4).

@@ -26,7 +26,7 @@ type OpenOptions struct {
 // unless something else stands in its place; [Volume.Warnings] tells. Open
 // does not take over b: the caller closes it after the volume.
 func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volume, error) {
-	h, copies, err := ReadHeader(b)
+	h, copies, err := ReadHeader(ctx, b)
 	if err != nil {
 		return nil, err
 	}
@@ -40,7 +40,7 @@ func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volu
 		return nil, err
 	}
 	if copies.Damaged() {
-		v.warnings = append(v.warnings, repairHeader(b, copies, o.ReadOnly))
+		v.warnings = append(v.warnings, repairHeader(ctx, b, copies, o.ReadOnly))
 	}
 	return v, nil
 }
@@ -55,19 +55,23 @@ func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsea
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrAuth, err)
 	}
-	return newVolume(b, h, token, k, c, o)
+	_, v, err := findVolumeToken(h)
+	if err != nil {
+		return nil, err
+	}
+	return newVolume(b, h, v.size(), token, k, c, o)
 }
 
 // repairHeader acts on damage that ReadHeader found, and says what it did.
 // The header was authenticated by then: a forged copy is not spread.
-func repairHeader(b Backing, found luks2.Copies, readOnly bool) string {
+func repairHeader(ctx context.Context, b Backing, found luks2.Copies, readOnly bool) string {
 	switch {
 	case readOnly:
 		return found.Describe() + "; it was not repaired, as the volume is read-only"
 	case found.Foreign():
 		return found.Describe() + "; something else stands in its place, so it was not repaired; if that can go, run 'cryptsetup repair'"
 	}
-	release, err := b.LockHeader(true)
+	release, err := b.LockHeader(ctx, true)
 	if err != nil {
 		return fmt.Sprintf("%s; it was not repaired: %v", found.Describe(), err)
 	}
@@ -165,63 +169,65 @@ func openDEK(h *luks2.Header, volumeKey *[VolumeKeySize]byte, dek *[dekSize]byte
 }
 
 // AddRecoveryKey adds a keyslot that opens the volume with a recovery key, and
-// returns its number. The volume may be in use meanwhile.
+// returns its number. The volume may be in use meanwhile. With an error the
+// number is -1 if nothing was added for certain; otherwise the key may open
+// the volume or not.
 func AddRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, recoveryKey []byte) (int, error) {
 	k, err := newKeys(xts.Size)
 	if err != nil {
-		return 0, err
+		return -1, err
 	}
 	defer k.free()
 	// Unsealing may take long, so it comes before the lock; what it gave is
 	// checked again under it.
-	h, _, err := ReadHeader(b)
+	h, _, err := ReadHeader(ctx, b)
 	if err != nil {
-		return 0, err
+		return -1, err
 	}
 	if _, err := unlock(ctx, h, k, unseal); err != nil {
-		return 0, err
+		return -1, err
 	}
 
-	release, err := b.LockHeader(true)
+	release, err := b.LockHeader(ctx, true)
 	if err != nil {
-		return 0, err
+		return -1, err
 	}
 	defer release()
 	h, copies, err := readHeader(b)
 	if err != nil {
-		return 0, err
+		return -1, err
 	}
 	if copies.Foreign() {
-		return 0, fmt.Errorf("%w: %s; run 'cryptsetup repair' first", ErrDamaged, copies.Describe())
+		return -1, fmt.Errorf("%w: %s; run 'cryptsetup repair' first", ErrDamaged, copies.Describe())
 	}
 	if err := openDEK(h, k.volumeKey, k.dek); err != nil {
-		return 0, err
+		return -1, err
 	}
 	id, err := luks2.Free(h.Keyslots, luks2.MaxKeyslots)
 	if err != nil {
-		return 0, err
+		return -1, err
 	}
 	offset, err := h.FreeArea(keyslotAreaSize)
 	if err != nil {
-		return 0, err
+		return -1, err
 	}
 	slot := newKeyslot(offset)
 	area := alignedBytes(keyslotAreaSize)
 	if err := sealKeyslot(slot, recoveryKey, k.dek, area); err != nil {
-		return 0, err
+		return -1, err
 	}
 	// The area first, then the header that makes it count.
 	if _, err := b.WriteAt(area, int64(offset)); err != nil {
-		return 0, fmt.Errorf("sector: writing keyslot %d: %w", id, err)
+		return -1, fmt.Errorf("sector: writing keyslot %d: %w", id, err)
 	}
 	if err := b.Sync(); err != nil {
-		return 0, fmt.Errorf("sector: writing keyslot %d: %w", id, err)
+		return -1, fmt.Errorf("sector: writing keyslot %d: %w", id, err)
 	}
 	h.Keyslots[id] = slot
 	d := h.SegmentDigest(0)
 	d.Keyslots = append(d.Keyslots, id)
 	if err := openKeyslot(b, h, id, recoveryKey, k.dek); err != nil {
-		return 0, fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
+		return -1, fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
 	}
 	return id, luks2.Write(b, h)
 }

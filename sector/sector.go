@@ -85,8 +85,11 @@ type Backing interface {
 	Size() int64
 	// Alignment is in bytes; 1 means that there is none to keep.
 	Alignment() int
+	// Direct tells that there is no cache between WriteAt and the device, so
+	// that the error of each operation is its own.
+	Direct() bool
 	// LockHeader keeps other programs from the header, see [luks2.Lock].
-	LockHeader(exclusive bool) (unlock func(), err error)
+	LockHeader(ctx context.Context, exclusive bool) (unlock func(), err error)
 }
 
 // A Sealer wraps a volume key and returns the token that holds it. The volume
@@ -117,8 +120,8 @@ const (
 
 // ReadHeader returns the header of a backing device and the state of its two
 // copies. It says what to do when there is none that can be used.
-func ReadHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
-	unlock, err := b.LockHeader(false)
+func ReadHeader(ctx context.Context, b Backing) (*luks2.Header, luks2.Copies, error) {
+	unlock, err := b.LockHeader(ctx, false)
 	if err != nil {
 		return nil, luks2.Copies{}, err
 	}

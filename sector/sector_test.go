@@ -400,16 +400,18 @@ func TestTornSector(t *testing.T) {
 // TestSyncFailure checks that a volume whose flush failed never reports
 // success again, from the first failure on and for FUA writes too.
 func TestSyncFailure(t *testing.T) {
-	for _, fua := range []bool{false, true} {
-		t.Run(fmt.Sprintf("fua=%v", fua), func(t *testing.T) {
+	for _, kind := range []string{"flush", "fua", "fua cached"} {
+		fua := kind != "flush"
+		t.Run(kind, func(t *testing.T) {
 			d := format(t, 4096, testVolumeSize)
+			d.Cached = kind == "fua cached"
 			v := open1(t, d, OpenOptions{})
 			p := make([]byte, 4096)
 			if _, err := v.WriteAt(p, 0); err != nil {
 				t.Fatal(err)
 			}
 			bad := sectortest.Sync
-			if fua {
+			if kind == "fua" {
 				bad = sectortest.Write
 			}
 			d.Fail(func(op sectortest.Op, n int, _ int64, _ int) error {
@@ -446,6 +448,89 @@ func TestSyncFailure(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestConcurrentFlushes has many flushes at once on a device that reports an
+// error once, to any of them: none of those that began before the error was
+// known may succeed.
+func TestConcurrentFlushes(t *testing.T) {
+	d := format(t, 4096, testVolumeSize)
+	v := open1(t, d, OpenOptions{})
+	slow := &slowSync{Disk: d, entered: make(chan bool, 100), release: make(chan error, 100)}
+	v.b = slow
+	errs := make(chan error)
+	go func() { errs <- v.Sync() }()
+	<-slow.entered // one runs
+	const waiting = 20
+	for range waiting {
+		go func() { errs <- v.Sync() }()
+	}
+	for { // until they wait for the next
+		if v.Stats().Flushes == waiting+1 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(10 * time.Millisecond)
+	slow.release <- syscall.EIO
+	for range 10 {
+		slow.release <- nil // what the kernel would tell the others
+	}
+	for range waiting + 1 {
+		if err := <-errs; !errors.Is(err, syscall.EIO) {
+			t.Errorf("a flush at the time of the failed one: %v", err)
+		}
+	}
+}
+
+// TestFlushesAreShared checks that flushes which wait share one of the device,
+// and that none is satisfied by one that began before it.
+func TestFlushesAreShared(t *testing.T) {
+	d := format(t, 4096, testVolumeSize)
+	v := open1(t, d, OpenOptions{})
+	slow := &slowSync{Disk: d, entered: make(chan bool, 100), release: make(chan error, 100)}
+	v.b = slow
+	errs := make(chan error)
+	go func() { errs <- v.Sync() }()
+	<-slow.entered
+	const waiting = 20
+	for range waiting {
+		go func() { errs <- v.Sync() }()
+	}
+	for v.Stats().Flushes < waiting+1 {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(10 * time.Millisecond)
+	slow.release <- nil
+	if err := <-errs; err != nil {
+		t.Error(err)
+	}
+	<-slow.entered // the second, for all of the others
+	select {
+	case err := <-errs:
+		t.Errorf("a flush ended (%v) before one that began after it", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	slow.release <- nil
+	for range waiting {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if n := len(slow.entered); n != 0 {
+		t.Errorf("%d flushes of the device more than two", n)
+	}
+}
+
+type slowSync struct {
+	*sectortest.Disk
+	entered chan bool
+	release chan error
+}
+
+func (s *slowSync) Sync() error {
+	s.entered <- true
+	return <-s.release
 }
 
 // TestDeviceErrors fails each operation below a write and a read, and lets
@@ -555,6 +640,7 @@ func TestTamper(t *testing.T) {
 			h.Segments[1] = &luks2.Segment{Type: "linear", Offset: dataOffset + 8192, Dynamic: true}
 		}, ErrUnsupported},
 		{"digest", func(h *luks2.Header) { h.Digests[0].Digest[0] ^= 1 }, ErrAuth},
+		{"digest iterations", func(h *luks2.Header) { h.Digests[0].Iterations = 1 << 31 }, ErrAuth},
 		{"digest number", func(h *luks2.Header) { h.Digests[1] = h.Digests[0]; delete(h.Digests, 0) }, ErrAuth},
 		{"no volume token", func(h *luks2.Header) { delete(h.Tokens, 1) }, ErrNotVolume},
 		{"two volume tokens", func(h *luks2.Header) { h.Tokens[2] = h.Tokens[1] }, ErrAuth},
@@ -621,7 +707,7 @@ func testTamperDEK(t *testing.T, change func(*volumeToken, wrappedDEK)) {
 		t.Fatal(err)
 	}
 	change(v, wrapDEK(k.volumeKey, k.dek, "another UUID", "0", 4096, make([]byte, 12)))
-	if err := errors.Join(setVolumeToken(h, k.volumeKey, v.DEKs), luks2.Write(d, h)); err != nil {
+	if err := errors.Join(setVolumeToken(h, k.volumeKey, v.size(), v.DEKs), luks2.Write(d, h)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(t.Context(), d, testUnseal, OpenOptions{}); !errors.Is(err, ErrAuth) || !strings.Contains(err.Error(), "wrapped DEK") {
@@ -700,6 +786,8 @@ func TestFormatRefuses(t *testing.T) {
 		{"sector smaller than block", 32 << 20, 4096, func(o *FormatOptions) { o.SectorSize = 512 }, "logical blocks are 4096"},
 		{"UUID", 32 << 20, 1, func(o *FormatOptions) { o.UUID = "x" }, "not a UUID"},
 		{"label", 32 << 20, 1, func(o *FormatOptions) { o.Label = strings.Repeat("l", 48) }, "47 bytes"},
+		{"label of bytes", 32 << 20, 1, func(o *FormatOptions) { o.Label = "a\xff" }, "printable"},
+		{"label with escapes", 32 << 20, 1, func(o *FormatOptions) { o.Label = "a\x1b]0;b" }, "printable"},
 		{"no key", 32 << 20, 1, func(o *FormatOptions) { o.Seal = nil }, "at least one key"},
 		{"sealing fails", 32 << 20, 1, func(o *FormatOptions) { o.Seal = []Sealer{testSeal, failing} }, "no key"},
 	}
@@ -708,6 +796,7 @@ func TestFormatRefuses(t *testing.T) {
 			d := sectortest.New(tt.size)
 			d.Align = tt.align
 			o := ok
+			o.BeforeWrite = func() error { t.Error("BeforeWrite was called"); return nil }
 			if tt.change != nil {
 				tt.change(&o)
 			}

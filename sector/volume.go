@@ -33,7 +33,7 @@ type Volume struct {
 
 	ranges rangeLock
 	bufs   *buffers
-	failed atomic.Bool // an earlier flush failed
+	flush  flusher
 
 	// open is held shared by each request, so that Close can't take the keys
 	// and buffers from under one. It guards closed, keys and cipher.
@@ -45,13 +45,17 @@ type Volume struct {
 	stats stats
 }
 
-func newVolume(b Backing, h *luks2.Header, token int, k *keys, c *xts.Cipher, o OpenOptions) (*Volume, error) {
+// newVolume makes a volume of what Open has found; made is the size of the
+// data area when it was formatted.
+func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xts.Cipher, o OpenOptions) (*Volume, error) {
 	s := h.Segments[0]
 	size := b.Size() - int64(s.Offset)
 	sectorSize := int64(s.SectorSize)
 	switch {
 	case s.Offset > maxIOOffset || s.Size > maxIOOffset || size < sectorSize || !s.Dynamic && int64(s.Size) > size:
 		return nil, fmt.Errorf("%w: it has %d bytes, which is less than its header says; was it cut off or only partly copied?", ErrDevice, b.Size())
+	case size < made:
+		return nil, fmt.Errorf("%w: it has room for %d bytes of data; when it was formatted it had %d; was it cut off or only partly copied?", ErrDevice, size, made)
 	case !s.Dynamic && int64(s.Size)%sectorSize != 0:
 		return nil, fmt.Errorf("%w: segment of %d bytes, not a multiple of its sector size", ErrUnsupported, s.Size)
 	case b.Alignment() > int(sectorSize):
@@ -96,7 +100,7 @@ func (v *Volume) ReadOnly() bool { return v.readOnly }
 func (v *Volume) Discards() bool { return v.discard && !v.readOnly }
 
 // Failed tells whether a flush has failed, see [ErrFailed].
-func (v *Volume) Failed() bool { return v.failed.Load() }
+func (v *Volume) Failed() bool { return v.flush.hasFailed() }
 
 // Warnings are what opening the volume found that an operator should know.
 func (v *Volume) Warnings() []string { return v.warnings }
@@ -171,7 +175,7 @@ func (v *Volume) writable() error {
 	if v.readOnly {
 		return fmt.Errorf("volume is read-only: %w", syscall.EPERM)
 	}
-	if v.failed.Load() {
+	if v.flush.hasFailed() {
 		return ErrFailed
 	}
 	return nil
@@ -261,18 +265,26 @@ func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // WriteAtFUA is WriteAt, and p is durable when it returns; earlier writes need
-// not be.
-//
-// A write that fails in this way fails the volume, like a flush: its error may
-// be that of an earlier write, which the kernel then does not report again.
+// not be. If it fails, the volume has failed as after a failed flush.
 func (v *Volume) WriteAtFUA(p []byte, off int64) (int, error) {
-	return v.writeAt(p, off, v.writeSync)
+	if v.b.Direct() {
+		return v.writeAt(p, off, v.writeSync)
+	}
+	n, err := v.writeAt(p, off, v.b.WriteAt)
+	if err == nil {
+		// Not WriteAtSync: the error of its flush could be that of an earlier
+		// write, which a flush then would not be told of, see flusher.
+		if err = v.count("flush", off, v.sync()); err != nil {
+			n = 0
+		}
+	}
+	return n, err
 }
 
 func (v *Volume) writeSync(p []byte, off int64) (int, error) {
 	n, err := v.b.WriteAtSync(p, off)
 	if err != nil {
-		v.failed.Store(true)
+		v.flush.fail()
 	}
 	return n, err
 }
@@ -435,25 +447,7 @@ func (v *Volume) Sync() error {
 	return v.count("flush", 0, v.sync())
 }
 
-// sync flushes the backing device, at most until the first failure. The kernel
-// reports a failed write-back once and then takes the pages for clean, so a
-// second fdatasync would report success for data that is lost (fsync(2),
-// "NOTES"; the PostgreSQL project's "fsyncgate" has the history).
-func (v *Volume) sync() error {
-	if v.failed.Load() {
-		return ErrFailed
-	}
-	if err := v.b.Sync(); err != nil {
-		v.failed.Store(true)
-		return err
-	}
-	// A flush that failed meanwhile may have been the one that was told of
-	// writes which this one was to cover.
-	if v.failed.Load() {
-		return ErrFailed
-	}
-	return nil
-}
+func (v *Volume) sync() error { return v.flush.flush(v.b.Sync) }
 
 // Close waits for the requests under way, wipes the keys and frees the memory.
 // It does not flush: who has to, calls Sync before. Requests after it fail

@@ -1,10 +1,12 @@
 package luks2
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,11 +17,12 @@ const lockDir = "/run/cryptsetup"
 // Lock takes the lock that cryptsetup takes on the header of f, shared for
 // reading or exclusive for writing, and waits for it. For a block device it is
 // flock on /run/cryptsetup/L_MAJOR:MINOR, for a file flock on the file itself
-// (cryptsetup's docs/LUKS2-locking.txt). unlock gives it back.
+// (cryptsetup's docs/LUKS2-locking.txt). unlock gives it back. Anybody who may
+// read an image file can hold its lock, so the wait ends with ctx.
 //
 // Where /run can't be written, as in a rescue system, there is no lock to take
 // and Lock succeeds without one, as cryptsetup does with --disable-locks.
-func Lock(f *os.File, exclusive bool) (unlock func(), err error) {
+func Lock(ctx context.Context, f *os.File, exclusive bool) (unlock func(), err error) {
 	fi, err := f.Stat()
 	if err != nil {
 		return nil, fmt.Errorf("luks2: locking the header: %w", err)
@@ -31,7 +34,7 @@ func Lock(f *os.File, exclusive bool) (unlock func(), err error) {
 		if err != nil {
 			return nil, fmt.Errorf("luks2: locking the header: %w", err)
 		}
-		return flock(own, exclusive, false)
+		return flock(ctx, own, exclusive, false)
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -52,7 +55,7 @@ func Lock(f *os.File, exclusive bool) (unlock func(), err error) {
 		if err != nil {
 			return nil, fmt.Errorf("luks2: locking the header: %w", err)
 		}
-		unlock, err := flock(lf, exclusive, true)
+		unlock, err := flock(ctx, lf, exclusive, true)
 		if err != nil {
 			return nil, err
 		}
@@ -66,20 +69,29 @@ func Lock(f *os.File, exclusive bool) (unlock func(), err error) {
 	}
 }
 
-func flock(f *os.File, exclusive, remove bool) (func(), error) {
-	how := unix.LOCK_SH
+func flock(ctx context.Context, f *os.File, exclusive, remove bool) (func(), error) {
+	how := unix.LOCK_SH | unix.LOCK_NB
 	if exclusive {
-		how = unix.LOCK_EX
+		how = unix.LOCK_EX | unix.LOCK_NB
 	}
-	for {
+	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), how)
 		if err == nil {
 			break
 		}
-		if !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("luks2: locking %s: %w", f.Name(), err)
+		if errors.Is(err, unix.EINTR) {
+			continue
 		}
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			select {
+			case <-time.After(wait):
+				continue
+			case <-ctx.Done():
+				err = fmt.Errorf("another program holds the lock: %w", context.Cause(ctx))
+			}
+		}
+		f.Close()
+		return nil, fmt.Errorf("luks2: locking the header: %w", err)
 	}
 	return func() {
 		// Remove the lock file only if nobody else holds or waits for it, the

@@ -286,6 +286,7 @@ func TestOneCopy(t *testing.T) {
 		"torn":         func(b []byte) { clear(b[offChecksum : offChecksum+lenChecksum]) },
 		"flipped":      func(b []byte) { b[binarySize+100] ^= 4 },
 		"file system":  func(b []byte) { copy(b, bytes.Repeat([]byte("not a header "), 400)) },
+		"LUKS1":        func(b []byte) { copy(b[6:], "\x00\x01") },
 		"other volume": func(b []byte) { b[offUUID] = 'x'; reseal(b) },
 	}
 	for name, f := range wreck {
@@ -297,7 +298,7 @@ func TestOneCopy(t *testing.T) {
 				if name == "other volume" && off == 0 {
 					// Two valid copies that disagree: the first is taken, and
 					// the second is said to be wrong.
-					if err != nil || h.UUID[0] != 'x' || c.Secondary == nil {
+					if err != nil || h.UUID[0] != 'x' || c.Secondary == nil || !c.Foreign() {
 						t.Fatalf("Read() = %v, %s, %v", h, c.Describe(), err)
 					}
 					return
@@ -308,8 +309,15 @@ func TestOneCopy(t *testing.T) {
 				if bad := map[int]error{0: c.Primary, testCopy: c.Secondary}[off]; bad == nil || !c.Damaged() {
 					t.Fatalf("copy at %d: no damage reported", off)
 				}
-				if got, want := c.Foreign(), name == "file system"; got != want {
-					t.Errorf("Foreign() = %v, want %v", got, want)
+				foreign := name == "file system" || name == "other volume" || name == "LUKS1"
+				if c.Foreign() != foreign {
+					t.Errorf("Foreign() = %v, want %v", c.Foreign(), foreign)
+				}
+				if foreign {
+					before := bytes.Clone(m.b)
+					if err := Write(m, h); err == nil || !bytes.Equal(before, m.b) {
+						t.Errorf("Write over something foreign: %v", err)
+					}
 				}
 				if err := Repair(m, h, c); err != nil {
 					t.Fatal(err)
@@ -355,6 +363,30 @@ func TestChanged(t *testing.T) {
 	}
 	if !bytes.Equal(before, m.b) {
 		t.Error("the refused Write wrote")
+	}
+}
+
+// TestPowerCutOneCopy updates a header of which one copy is damaged, and cuts
+// the power after every write: the good copy must not be touched before the
+// other is.
+func TestPowerCutOneCopy(t *testing.T) {
+	for _, bad := range []int{binarySize, testCopy + binarySize} {
+		disk := formatted(t)
+		disk.b[bad] ^= 1
+		old := bytes.Clone(disk.b)
+		h, _ := read(t, disk)
+		if err := Write(disk, h); err != nil {
+			t.Fatal(err)
+		}
+		for i := range disk.writes {
+			cut := &memory{b: bytes.Clone(old)}
+			for _, w := range disk.writes[:i] {
+				copy(cut.b[w.off:], w.b)
+			}
+			if _, _, err := Read(cut); err != nil {
+				t.Errorf("copy with byte %d damaged, power cut after %d writes: %v", bad, i, err)
+			}
+		}
 	}
 }
 
@@ -565,7 +597,7 @@ func TestLockExcludesCryptsetup(t *testing.T) {
 	if err := errors.Join(f.Truncate(20<<20), Format(f, testHeader())); err != nil {
 		t.Fatal(err)
 	}
-	unlock, err := Lock(f, true)
+	unlock, err := Lock(t.Context(), f, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -588,13 +620,13 @@ func TestLockExcludesCryptsetup(t *testing.T) {
 	}
 
 	// Two locks of one process exclude each other, too.
-	unlock, err = Lock(f, false)
+	unlock, err = Lock(t.Context(), f, false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	got := make(chan func())
 	go func() {
-		u, err := Lock(f, true)
+		u, err := Lock(t.Context(), f, true)
 		if err != nil {
 			t.Error(err)
 			u = func() {}

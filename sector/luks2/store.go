@@ -32,9 +32,10 @@ type Copies struct {
 // Damaged tells whether [Repair] has something to do.
 func (c Copies) Damaged() bool { return c.Primary != nil || c.Secondary != nil || c.Stale }
 
-// Foreign tells whether the damaged copy was overwritten with something that
-// is no header at all, such as a partition table or the start of a file
-// system. A repair would destroy that, so it should be a person's decision.
+// Foreign tells whether something else stands in the place of the bad copy: a
+// partition table, the start of a file system, the header of another volume or
+// of another format. A repair would destroy that, so it should be a person's
+// decision. A copy that only fails its checksum, or is wiped, is not foreign.
 func (c Copies) Foreign() bool { return c.foreign }
 
 // Describe says in words for people what is wrong, or "" when nothing is.
@@ -58,22 +59,21 @@ func (c Copies) Describe() string {
 // the reason of the first copy, or of the second when that says more.
 func Read(f io.ReaderAt) (*Header, Copies, error) {
 	var c Copies
-	first, firstMagic, err := readCopy(f, 0)
+	first, err := readCopy(f, 0)
 	c.Primary = err
 
 	// The second copy stands at the size of a copy. Only if the first can't
 	// tell, every size that the format knows is tried, as cryptsetup does.
 	var second *Header
-	secondMagic := false
 	c.Secondary = fmt.Errorf("luks2: second copy: %w", ErrMagic)
 	offsets := validSizes
 	if first != nil {
 		offsets = []uint64{first.Size}
 	}
 	for _, off := range offsets {
-		h, magic, err := readCopy(f, off)
-		if magic || h != nil {
-			second, secondMagic, c.Secondary = h, magic, err
+		h, err := readCopy(f, off)
+		if h != nil || !errors.Is(err, ErrMagic) || len(offsets) == 1 {
+			second, c.Secondary = h, err
 		}
 		if h != nil {
 			break
@@ -85,7 +85,8 @@ func Read(f io.ReaderAt) (*Header, Copies, error) {
 		// The copies of one header have one UUID and size. If they don't, the
 		// second is a leftover of another header.
 		if first.UUID != second.UUID || first.Size != second.Size {
-			c.Secondary = fmt.Errorf("luks2: second copy: %w: UUID %q instead of %q", ErrInvalid, second.UUID, first.UUID)
+			c.Secondary = fmt.Errorf("luks2: second copy: %w: it belongs to volume %q, the first to %q", ErrInvalid, second.UUID, first.UUID)
+			c.foreign = true
 			return first, c, nil
 		}
 		first.salts[1], second.salts[0] = second.salts[1], first.salts[0]
@@ -96,11 +97,11 @@ func Read(f io.ReaderAt) (*Header, Copies, error) {
 		return first, c, nil
 	case first != nil:
 		first.newSalt(first.Size) // the damaged copy's is lost
-		c.foreign = !secondMagic && !zeroAt(f, int64(first.Size))
+		c.foreign = !repairable(f, c.Secondary, int64(first.Size))
 		return first, c, nil
 	case second != nil:
 		second.newSalt(0)
-		c.foreign = !firstMagic && !zeroAt(f, 0)
+		c.foreign = !repairable(f, c.Primary, 0)
 		return second, c, nil
 	}
 	err = c.Primary
@@ -110,29 +111,33 @@ func Read(f io.ReaderAt) (*Header, Copies, error) {
 	return nil, c, err
 }
 
-// readCopy reads the copy at an offset, and tells whether it at least starts
-// like one.
-func readCopy(f io.ReaderAt, offset uint64) (h *Header, magic bool, err error) {
+// repairable tells whether what stands at offset, for which reading a copy gave
+// err, is what is left of a copy: one whose checksum is wrong, or zeros.
+func repairable(f io.ReaderAt, err error, offset int64) bool {
+	return errors.Is(err, ErrChecksum) || errors.Is(err, ErrMagic) && zeroAt(f, offset)
+}
+
+// readCopy reads the copy at an offset.
+func readCopy(f io.ReaderAt, offset uint64) (*Header, error) {
 	b := pages(binarySize)
 	if _, err := f.ReadAt(b, int64(offset)); err != nil {
 		if errors.Is(err, io.EOF) {
 			err = ErrMagic // the device ends before a header could
 		}
-		return nil, false, fmt.Errorf("luks2: reading the copy at %d: %w", offset, err)
+		return nil, fmt.Errorf("luks2: reading the copy at %d: %w", offset, err)
 	}
 	size, err := sizeOf(b, offset)
 	if err != nil {
-		return nil, !errors.Is(err, ErrMagic), fmt.Errorf("luks2: copy at %d: %w", offset, err)
+		return nil, fmt.Errorf("luks2: copy at %d: %w", offset, err)
 	}
 	b = pages(int(size))
 	if _, err := f.ReadAt(b, int64(offset)); err != nil {
 		if errors.Is(err, io.EOF) {
 			err = ErrChecksum
 		}
-		return nil, true, fmt.Errorf("luks2: reading the copy at %d: %w", offset, err)
+		return nil, fmt.Errorf("luks2: reading the copy at %d: %w", offset, err)
 	}
-	h, err = Decode(b, offset)
-	return h, true, err
+	return Decode(b, offset)
 }
 
 // zeroAt tells whether the binary header at an offset is all zeros: wiped, and
@@ -154,6 +159,9 @@ func zeroAt(f io.ReaderAt, offset int64) bool {
 // before the second. So at any moment one copy is whole, and it is the new one
 // as soon as the first flush has returned.
 //
+// A copy that is damaged or behind is repaired before; if something else stands
+// in its place ([Copies.Foreign]), nothing is written.
+//
 // If the sequence id on the device is no longer the one that h was read with,
 // nothing is written and the error is [ErrChanged]. Callers hold [Lock], so
 // only programs that don't can cause it.
@@ -161,12 +169,20 @@ func Write(f File, h *Header) error {
 	if err := h.Validate(); err != nil {
 		return fmt.Errorf("luks2: writing: %w", err)
 	}
-	current, _, err := Read(f)
+	current, copies, err := Read(f)
 	if err != nil {
 		return fmt.Errorf("luks2: writing: reading the header it replaces: %w", err)
 	}
 	if current.SeqID != h.SeqID || current.UUID != h.UUID {
 		return fmt.Errorf("luks2: writing: %w: sequence id is %d, was %d", ErrChanged, current.SeqID, h.SeqID)
+	}
+	// The first copy is written first, and is invalid meanwhile. So the second
+	// must be good before.
+	if copies.Foreign() {
+		return fmt.Errorf("luks2: writing: %w; run 'cryptsetup repair' first", errors.New(copies.Describe()))
+	}
+	if err := Repair(f, current, copies); err != nil {
+		return err
 	}
 	h.SeqID++
 	if err := writeBoth(f, h); err != nil {
@@ -194,7 +210,7 @@ func Repair(f File, h *Header, c Copies) error {
 	}
 	bad := uint64(0)
 	if c.Primary == nil {
-		if first, _, err := readCopy(f, 0); err == nil && first.SeqID == h.SeqID {
+		if first, err := readCopy(f, 0); err == nil && first.SeqID == h.SeqID {
 			bad = h.Size
 		}
 	}
@@ -237,7 +253,7 @@ func writeCopy(f File, h *Header, offset uint64) error {
 		return fail(err)
 	}
 	// The other copy is about to be replaced on the strength of this one.
-	if _, _, err := readCopy(f, offset); err != nil {
+	if _, err := readCopy(f, offset); err != nil {
 		return fail(fmt.Errorf("reading it back: %w", err))
 	}
 	return nil

@@ -7,6 +7,7 @@ package sectortest
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +31,9 @@ type Disk struct {
 	// Align is the alignment that offsets, lengths and addresses are checked
 	// for; set it before use. 0 and 1 check nothing.
 	Align int
+	// Cached makes it a disk behind a page cache: of operations that flush and
+	// run at the same time, one may be given the error of another.
+	Cached bool
 
 	mu      sync.Mutex
 	current []byte // what reads see
@@ -174,8 +178,11 @@ func (d *Disk) Size() int64 { return int64(len(d.current)) }
 // Alignment is Align, at least 1.
 func (d *Disk) Alignment() int { return max(1, d.Align) }
 
+// Direct is the opposite of Cached.
+func (d *Disk) Direct() bool { return !d.Cached }
+
 // LockHeader does nothing: nobody else sees this disk.
-func (d *Disk) LockHeader(bool) (func(), error) { return func() {}, nil }
+func (d *Disk) LockHeader(context.Context, bool) (func(), error) { return func() {}, nil }
 
 // Bytes returns a copy of what reads would see.
 func (d *Disk) Bytes() []byte {
@@ -190,7 +197,7 @@ func (d *Disk) Bytes() []byte {
 func (d *Disk) Crash(r *rand.Rand, atomic int) *Disk {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	after := &Disk{Align: d.Align, current: bytes.Clone(d.durable), calls: map[Op]int{}}
+	after := &Disk{Align: d.Align, Cached: d.Cached, current: bytes.Clone(d.durable), calls: map[Op]int{}}
 	for _, w := range d.pending {
 		for i := 0; i < len(w.b); i += atomic {
 			if r.IntN(2) == 0 {

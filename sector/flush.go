@@ -1,0 +1,66 @@
+package sector
+
+import "sync"
+
+// A flusher flushes the backing device for all who ask, one fdatasync at a
+// time: whoever asks while one runs shares the next. It is sticky: after a
+// failure every flush fails.
+//
+// One at a time is not for speed alone. Linux reports a failed write-back once
+// for each open file, and then takes the pages for clean (fsync(2), NOTES). Of
+// two fdatasyncs on one descriptor that run at once, one gets the error of the
+// data that the other was to make durable, and the other returns success.
+type flusher struct {
+	mu      sync.Mutex
+	ended   sync.Cond
+	started uint64 // flushes of the device that have begun
+	done    uint64 // the number of the last that succeeded
+	running bool
+	failed  bool
+}
+
+// flush returns when a flush that began after the call has ended.
+func (f *flusher) flush(sync func() error) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.ended.L == nil {
+		f.ended.L = &f.mu
+	}
+	for wanted := f.started + 1; ; {
+		switch {
+		case f.failed:
+			return ErrFailed
+		case f.done >= wanted:
+			return nil
+		case f.running:
+			f.ended.Wait()
+			continue
+		}
+		f.running = true
+		f.started++
+		number := f.started
+		f.mu.Unlock()
+		err := sync()
+		f.mu.Lock()
+		f.running = false
+		f.ended.Broadcast()
+		if err != nil {
+			f.failed = true
+			return err
+		}
+		f.done = number
+	}
+}
+
+// fail makes every flush from now on fail.
+func (f *flusher) fail() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.failed = true
+}
+
+func (f *flusher) hasFailed() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.failed
+}
