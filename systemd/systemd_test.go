@@ -61,3 +61,23 @@ func TestUnit(t *testing.T) {
 		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 	}
 }
+
+// TestEnable enables the unit as README says.
+func TestEnable(t *testing.T) {
+	root := t.TempDir()
+	dir := filepath.Join(root, "usr/lib/systemd/system")
+	b, err := os.ReadFile("hostcryptd@.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hostcryptd@.service"), b, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("systemctl", "--root="+root, "enable", "hostcryptd@data").CombinedOutput()
+	if err != nil {
+		t.Errorf("systemctl enable (Debian package systemd; make deps): %v\n%s", err, out)
+	}
+	if links, _ := filepath.Glob(filepath.Join(root, "etc/systemd/system/*.wants/hostcryptd@data.service")); len(links) != 1 {
+		t.Errorf("enabling made links %v", links)
+	}
+}
