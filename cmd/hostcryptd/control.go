@@ -9,10 +9,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -27,7 +29,9 @@ import (
 // the user that the daemon runs as:
 //
 //	GET  /v1/status   the daemon's state, a [status]
-//	POST /v1/detach   stop; 409 if the kernel device is in use
+//	POST /v1/detach   stop, and answer when the volume is closed: 204 if all is
+//	                  well, 500 with the reason if something was lost, 409 if
+//	                  the kernel device is in use and nothing was done
 //
 // Both ends are in this file.
 
@@ -116,10 +120,15 @@ func (d *daemon) serveControl() (stop func(), err error) {
 			http.Error(w, err.Error(), http.StatusConflict)
 			return
 		}
-		w.WriteHeader(http.StatusAccepted)
+		<-d.finished
+		if d.result != nil {
+			http.Error(w, d.result.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
 	})
 	server := &http.Server{
-		Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10,
+		Handler: mux, ReadTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10,
 		ErrorLog: zap.NewStdLog(d.log),
 	}
 	done := make(chan bool)
@@ -186,18 +195,17 @@ func (d *daemon) requestDetach() error {
 	if state == stateUnsealing {
 		return fmt.Errorf("%s is not unsealed yet; a signal ends the server", d.opts.device)
 	}
+	var claimed *os.File
 	if attached != "" {
-		f, err := os.OpenFile(attached, os.O_RDONLY|unix.O_EXCL, 0)
-		if errors.Is(err, unix.EBUSY) {
-			return fmt.Errorf("%s is in use%s", attached, users(attached))
-		}
-		if err == nil {
-			f.Close()
+		var err error
+		if claimed, err = claimDevice(attached); err != nil {
+			return err
 		}
 	}
 	select {
-	case d.detach <- true:
+	case d.detach <- claimed:
 	default: // it was asked already
+		claimed.Close()
 	}
 	return nil
 }
@@ -268,7 +276,6 @@ type controlClient struct {
 
 func newControlClient(path string) *controlClient {
 	c := &controlClient{path: path}
-	c.http.Timeout = 10 * time.Second
 	c.http.Transport = &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", path)
 	}}
@@ -292,7 +299,7 @@ func (c *controlClient) do(ctx context.Context, method, path string, answer any)
 	case resp.StatusCode == http.StatusConflict:
 		return withCode(codeBusy, errors.New(string(bytes.TrimSpace(b))))
 	case resp.StatusCode/100 != 2:
-		return fmt.Errorf("%s: %s: %s", c.path, resp.Status, bytes.TrimSpace(b))
+		return fmt.Errorf("%s: %s", c.path, bytes.TrimSpace(b))
 	case answer == nil:
 		return nil
 	}
@@ -304,6 +311,9 @@ func reasonOf(err error) error {
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		return op.Err
 	}
+	if u, ok := errors.AsType[*url.Error](err); ok && !u.Timeout() {
+		return fmt.Errorf("no answer of a hostcryptd control socket: %w", u.Err)
+	}
 	return err
 }
 
@@ -311,23 +321,39 @@ func reasonOf(err error) error {
 // socket, a UUID, a label, a backing or kernel device; "" means all.
 func running(ctx context.Context, which string) ([]*status, error) {
 	var paths []string
+	named := false
 	if fi, err := os.Stat(which); err == nil && fi.Mode()&os.ModeSocket != 0 {
-		paths, which = []string{which}, ""
+		paths, which, named = []string{which}, "", true
 	} else {
 		paths, _ = filepath.Glob(filepath.Join(controlDir(), "*.sock"))
 	}
-	list := []*status{}
-	for _, p := range paths {
-		s := &status{}
-		if err := newControlClient(p).do(ctx, "GET", "/v1/status", s); err != nil {
-			if errors.Is(err, unix.ECONNREFUSED) && len(paths) > 1 {
-				continue // left behind by a daemon that was killed
+	// One daemon that doesn't answer must not hide the others.
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	all, errs := make([]*status, len(paths)), make([]error, len(paths))
+	var asking sync.WaitGroup
+	for i, p := range paths {
+		asking.Go(func() {
+			all[i] = &status{}
+			errs[i] = newControlClient(p).do(ctx, "GET", "/v1/status", all[i])
+		})
+	}
+	asking.Wait()
+	list, failed := []*status{}, []error{}
+	for i, s := range all {
+		switch {
+		case errs[i] == nil:
+			if which == "" || s.is(which) {
+				list = append(list, s)
 			}
-			return nil, err
+		case errors.Is(errs[i], unix.ECONNREFUSED) && !named:
+			// left behind by a daemon that was killed
+		default:
+			failed = append(failed, errs[i])
 		}
-		if which == "" || s.is(which) {
-			list = append(list, s)
-		}
+	}
+	if len(failed) > 0 && (which == "" || len(list) == 0) {
+		return list, errors.Join(failed...)
 	}
 	if which != "" && len(list) == 0 {
 		return nil, withCode(codeDevice, fmt.Errorf("no volume %q is being served; 'hostcryptd status' lists those that are", which))
@@ -358,15 +384,16 @@ func (a *app) statusCommand() *cobra.Command {
 			if len(args) > 0 {
 				which = args[0]
 			}
-			list, err := running(c.Context(), which)
-			if err != nil {
-				return err
+			// With an error there may be answers of others, to be shown first.
+			list, failed := running(c.Context(), which)
+			if failed != nil && len(list) == 0 {
+				return failed
 			}
 			if a.json && which != "" {
 				return a.printJSON(list[0])
 			}
 			if a.json {
-				return a.printJSON(list)
+				return errors.Join(a.printJSON(list), failed)
 			}
 			if len(list) == 0 {
 				fmt.Fprintln(a.stdout, "no volume is being served")
@@ -377,7 +404,7 @@ func (a *app) statusCommand() *cobra.Command {
 				}
 				s.print(a.stdout)
 			}
-			return nil
+			return failed
 		},
 	}
 	return a.jsonFlag(c)
@@ -385,7 +412,7 @@ func (a *app) statusCommand() *cobra.Command {
 
 func (s *status) print(w io.Writer) {
 	p := func(name, format string, args ...any) {
-		fmt.Fprintf(w, "%-10s "+format+"\n", append([]any{name + ":"}, args...)...)
+		fmt.Fprintln(w, printable(fmt.Sprintf("%-10s "+format, append([]any{name + ":"}, args...)...)))
 	}
 	name := s.UUID
 	if s.Label != "" {

@@ -102,7 +102,7 @@ func (a *app) dumpCommand() *cobra.Command {
 				return err
 			}
 			defer d.Close()
-			h, copies, err := sector.ReadHeader(d)
+			h, copies, err := sector.ReadHeader(c.Context(), d)
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
@@ -146,7 +146,7 @@ func describeHeader(device string, size uint64, h *luks2.Header, copies luks2.Co
 
 func (a *app) printHeader(i headerInfo) {
 	p := func(name, format string, args ...any) {
-		fmt.Fprintf(a.stdout, "%-15s "+format+"\n", append([]any{name + ":"}, args...)...)
+		fmt.Fprintln(a.stdout, printable(fmt.Sprintf("%-15s "+format, append([]any{name + ":"}, args...)...)))
 	}
 	p("device", "%s", i.Device)
 	p("UUID", "%s", i.UUID)

@@ -79,9 +79,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 				defer clear(o.RecoveryKey)
 			}
 			if force && found != "" {
-				if err := wipeSignatures(device); err != nil {
-					return errors.Join(err, removeUnused(recovery))
-				}
+				o.BeforeWrite = func() error { return wipeSignatures(device) }
 			}
 			h, err := sector.Format(c.Context(), d, o)
 			if err != nil {
@@ -127,7 +125,7 @@ func (a *app) confirm(device string, size uint64) error {
 
 // signatures asks blkid what is on a device, and returns words for it, or "".
 func signatures(device string) (string, error) {
-	cmd := exec.Command(tool("blkid"), "--probe", "--output", "export", device)
+	cmd := exec.Command(tool("blkid"), "--probe", "--output", "export", "--", device)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -179,7 +177,7 @@ func describeSignature(export string) string {
 
 // wipeSignatures removes all signatures, also those behind the header.
 func wipeSignatures(device string) error {
-	out, err := exec.Command(tool("wipefs"), "--all", "--force", "--quiet", device).CombinedOutput()
+	out, err := exec.Command(tool("wipefs"), "--all", "--force", "--quiet", "--", device).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("%s: wiping signatures with wipefs: %w: %s", device, err, bytes.TrimSpace(out))
 	}

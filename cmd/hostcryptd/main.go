@@ -21,6 +21,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -45,7 +47,7 @@ func run(ctx context.Context, args []string, stdin *os.File, stdout, stderr io.W
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
 	if err != nil {
-		fmt.Fprintln(stderr, "hostcryptd:", err)
+		fmt.Fprintln(stderr, "hostcryptd:", printable(err.Error()))
 	}
 	return exitCode(err)
 }
@@ -133,6 +135,20 @@ func isTerminal(f any) bool {
 	}
 	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
 	return err == nil
+}
+
+// printable makes one line of text harmless to a terminal. Labels and tokens
+// come from headers that anybody may have written.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n':
+			return r // of our own: JSON and headers have none
+		case unicode.IsPrint(r):
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
 }
 
 // bytesText writes a size for people: exact in bytes, and rounded.

@@ -48,7 +48,11 @@ to FILE and adds a keyslot that it opens. The volume may be in use meanwhile.`,
 			defer clear(key)
 			id, err := sector.AddRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), key)
 			if err != nil {
-				return errors.Join(fmt.Errorf("%s: %w", args[0], err), removeUnused(file))
+				err = fmt.Errorf("%s: %w", args[0], err)
+				if id >= 0 {
+					return fmt.Errorf("%w; the key in %s may open keyslot %d or not, 'cryptsetup open --test-passphrase' tells", err, file, id)
+				}
+				return errors.Join(err, removeUnused(file))
 			}
 			if a.json {
 				return a.printJSON(map[string]any{"device": args[0], "keyslot": id, "recovery_key": file})

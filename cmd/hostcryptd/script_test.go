@@ -67,7 +67,11 @@ func params(dir string) testscript.Params {
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {
-			if cond != "kernelnbd" {
+			switch cond {
+			case "root":
+				return os.Geteuid() == 0, nil
+			case "kernelnbd":
+			default:
 				return false, fmt.Errorf("unknown condition %q", cond)
 			}
 			c, err := nbdnl.Dial()
@@ -172,6 +176,39 @@ func cmdCompare(ts *testscript.TestScript, neg bool, args []string) {
 	err := ts.Exec("cmp", "-n", args[0], args[1], args[2])
 	if (err == nil) == neg {
 		ts.Fatalf("%s and %s: %v", args[1], args[2], err)
+	}
+}
+
+func TestTab(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "tab")
+	text := "# comment\n\ndata\t/dev/sdx  - read-only,attach=/dev/nbd3,x-systemd.device-timeout=5 # more\n" +
+		"qemu UUID=12-34 /root/hk listen=/run/q.sock\nboth /dev/sdy none attach=/dev/nbd1,listen=/s\n" +
+		"plain /dev/sdz\nbad /dev/sdz - read-only=no\nbad2 /dev/sdz - bogus\nbad3 sdz\nbad4 /dev/sdz - attach\nbad5 /dev/x - a b\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]*serveOptions{
+		"data":  {device: "/dev/sdx", name: "data", readOnly: true, attach: "/dev/nbd3"},
+		"qemu":  {device: "/dev/disk/by-uuid/12-34", name: "qemu", listen: "/run/q.sock", keys: keyFlags{hostKey: "/root/hk"}},
+		"both":  {device: "/dev/sdy", name: "both", attach: "/dev/nbd1", listen: "/s"},
+		"plain": {device: "/dev/sdz", name: "plain", attach: "auto"},
+		"bad":   nil, "bad2": nil, "bad3": nil, "bad4": nil, "bad5": nil, "none": nil,
+	} {
+		var got serveOptions
+		e, err := lookup(file, name)
+		if err == nil {
+			got.device = e.device
+			err = e.apply(&got)
+		}
+		if want == nil {
+			if err == nil {
+				t.Errorf("%s: accepted as %+v", name, got)
+			}
+			continue
+		}
+		if err != nil || got != *want {
+			t.Errorf("%s: %+v, %v, want %+v", name, got, err, *want)
+		}
 	}
 }
 

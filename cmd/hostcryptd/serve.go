@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -60,6 +61,7 @@ since to go would be to lose what was not yet written.`,
 		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.device = args[0]
+			wait := time.Duration(0)
 			if !strings.Contains(o.device, "/") {
 				if _, err := os.Stat(o.device); err != nil {
 					e, err := lookup(tabFile, o.device)
@@ -70,6 +72,7 @@ since to go would be to lose what was not yet written.`,
 					if err := e.apply(&o); err != nil {
 						return err
 					}
+					wait = tabDeviceWait
 				}
 			}
 			if o.listen == "" && o.attach == "" {
@@ -96,7 +99,13 @@ since to go would be to lose what was not yet written.`,
 			}
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			d := &daemon{opts: o, log: a.daemonLog(), started: time.Now(), detach: make(chan bool, 1)}
+			if o.listen != "" && o.listen == o.control {
+				return usagef("--listen and --control are the same socket")
+			}
+			d := &daemon{opts: o, log: a.daemonLog(), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{})}
+			if err := d.waitDevice(ctx, wait); err != nil {
+				return err
+			}
 			err := d.run(ctx)
 			d.log.Sync()
 			return err
@@ -119,7 +128,13 @@ type daemon struct {
 	opts    serveOptions
 	log     *zap.Logger
 	started time.Time
-	detach  chan bool // receives true when 'hostcryptd detach' asks to stop
+
+	// detach receives a request to stop, with the kernel device opened
+	// exclusively, or nil if there is none. finished is closed when the volume
+	// is closed; result is then what stopping gave.
+	detach   chan *os.File
+	finished chan struct{}
+	result   error
 
 	// mu guards what the control socket shows while it changes.
 	mu       sync.Mutex
@@ -154,7 +169,12 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, d.device.Close()) }()
 
-	h, _, err := sector.ReadHeader(d.device)
+	// Who waits in silence is taken for hung.
+	locked := time.AfterFunc(2*time.Second, func() {
+		d.log.Warn("waiting for another program to release the lock on the header", zap.String("device", d.opts.device))
+	})
+	h, _, err := sector.ReadHeader(ctx, d.device)
+	locked.Stop()
 	if err != nil {
 		return fmt.Errorf("%s: %w", d.opts.device, err)
 	}
@@ -168,8 +188,23 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer stopControl()
+	defer func() {
+		d.result = err
+		close(d.finished)
+	}()
 
+	// What can be known to fail should not fail only when a vault has come
+	// back after hours.
+	if d.opts.listen != "" {
+		if err := checkSocketPath(d.opts.listen); err != nil {
+			return fmt.Errorf("--listen: %w", err)
+		}
+	}
 	if err := d.unseal(ctx); err != nil {
+		if ctx.Err() != nil {
+			d.log.Info("stopped before the volume was unsealed", zap.Error(err))
+			return nil // as asked
+		}
 		return err
 	}
 	defer func() { err = errors.Join(err, d.volume.Close()) }() // wipes the keys
@@ -192,8 +227,9 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	return d.serve(ctx)
 }
 
+// exportName is the label if NBD can have it for a name. cryptsetup can set any.
 func (d *daemon) exportName() string {
-	if d.label != "" {
+	if d.label != "" && utf8.ValidString(d.label) {
 		return d.label
 	}
 	return d.uuid
@@ -232,10 +268,33 @@ func (d *daemon) unseal(ctx context.Context) error {
 		return nil
 	case errors.Is(context.Cause(ctx), errUnsealTimeout):
 		return fmt.Errorf("%s: not unsealed in %v: %w", d.opts.device, d.opts.unsealTimeout, err)
-	case ctx.Err() != nil:
-		return withCode(codeUsage, fmt.Errorf("%s: stopped before it was unsealed: %w", d.opts.device, err))
 	}
 	return fmt.Errorf("%s: %w", d.opts.device, err)
+}
+
+// tabDeviceWait is how long serve waits for a device of hostcrypttab, as
+// systemd does by default for those of crypttab: early in boot it may not have
+// been found yet.
+const tabDeviceWait = 90 * time.Second
+
+// waitDevice waits for the backing device to be there.
+func (d *daemon) waitDevice(ctx context.Context, limit time.Duration) error {
+	for begun, said := time.Now(), false; time.Since(begun) < limit; {
+		if _, err := os.Stat(d.opts.device); !errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if !said {
+			said = true
+			d.log.Info("waiting for the device", zap.String("device", d.opts.device))
+			d.notify(systemd.Status("waiting for %s", d.opts.device))
+		}
+		select {
+		case <-ctx.Done():
+			return nil // run will say what is missing
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return nil
 }
 
 var errUnsealTimeout = errors.New("timeout of --unseal-timeout")
@@ -248,7 +307,10 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	var serving sync.WaitGroup
 	failed := make(chan error, 1+d.opts.connections)
 
-	var k *kernelDevice
+	var (
+		k       *kernelDevice
+		claimed *os.File // k, opened exclusively: nobody uses it
+	)
 	defer func() {
 		// Stop reading, answer what was accepted, flush; then the caller wipes
 		// the keys and closes the device. The kernel device goes first, while
@@ -257,7 +319,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		d.setState(stateStopping, "")
 		d.notify(systemd.Stopping, systemd.Status("stopping"))
 		if k != nil {
-			err = errors.Join(err, k.detach())
+			err = errors.Join(err, k.detach(claimed))
 		}
 		stopServing(errStopping)
 		serving.Wait()
@@ -297,18 +359,20 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	select {
 	case <-ctx.Done():
 		d.log.Info("stopping on a signal")
-		return d.waitUnused(k)
-	case <-d.detach:
+	case claimed = <-d.detach:
 		d.log.Info("stopping on request")
 		return nil
-	case err := <-failed:
+	case err = <-failed:
 		if err == nil {
 			d.log.Info("stopping, as the kernel device was detached by another program")
-			k.conn.Close()
+			err = k.conn.Close()
 			k = nil
+			return err
 		}
-		return err
+		d.log.Error("stopping, as a connection has failed", zap.Error(err))
 	}
+	claimed = d.waitUnused(k)
+	return err
 }
 
 var errStopping = fmt.Errorf("server is stopping: %w", syscall.ESHUTDOWN)
@@ -373,53 +437,56 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	d.attached = k.path()
 	d.mu.Unlock()
 	if err := nbdnl.WaitReady(ctx, index, uint64(size)); err != nil {
-		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach())
+		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach(nil))
 	}
 	return k, nil
 }
 
 func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
 
-// inUse returns an error that says that somebody uses the device, or nil.
-func (k *kernelDevice) inUse() error {
-	f, err := os.OpenFile(k.path(), os.O_RDONLY|unix.O_EXCL, 0)
-	if errors.Is(err, unix.EBUSY) {
-		return withCode(codeBusy, fmt.Errorf("%s is in use%s", k.path(), users(k.path())))
+// claim opens the device exclusively, which it can only if nobody else does: no
+// mount, no swap, no device on top of it. Nobody can begin to use it while it
+// is open. A device that is gone gives nil.
+func (k *kernelDevice) claim() (*os.File, error) { return claimDevice(k.path()) }
+
+func claimDevice(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
+	switch {
+	case err == nil:
+		return f, nil
+	case errors.Is(err, unix.EBUSY):
+		return nil, withCode(codeBusy, fmt.Errorf("%s is in use%s", path, users(path)))
+	case errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV), errors.Is(err, os.ErrNotExist):
+		return nil, nil
 	}
-	if err == nil {
-		f.Close()
-	}
-	return nil
+	return nil, err
 }
 
 // detach flushes what the kernel still holds for the device, and detaches it.
-func (k *kernelDevice) detach() error {
-	// While we hold the device exclusively, nobody can mount it. If somebody
-	// does have it mounted, there is nothing left to be done for him here.
-	f, err := os.OpenFile(k.path(), os.O_RDWR|unix.O_EXCL, 0)
-	if err == nil {
-		err = f.Sync()
-		if errors.Is(err, unix.EROFS) {
-			err = nil
-		}
-	} else if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) {
-		err = nil // a read-only device has nothing to flush
+// claimed is what claim returned; it is closed.
+func (k *kernelDevice) detach(claimed *os.File) (err error) {
+	if claimed != nil {
+		err = claimed.Sync()
 	}
 	err = errors.Join(err, k.conn.Disconnect(k.index))
-	if f != nil {
-		f.Close()
+	if claimed != nil {
+		claimed.Close()
 	}
 	return errors.Join(err, k.conn.Close())
 }
 
-// waitUnused waits until nobody uses the kernel device, however long it takes:
-// to detach it from under a file system would lose data.
-func (d *daemon) waitUnused(k *kernelDevice) error {
+// waitUnused claims the kernel device, however long it takes until nobody uses
+// it: to detach it from under a file system would lose data. Only a request to
+// detach, which claims it too, ends the wait earlier.
+func (d *daemon) waitUnused(k *kernelDevice) *os.File {
+	if k == nil {
+		return nil
+	}
 	said := ""
-	for k != nil {
-		err := k.inUse()
+	for {
+		f, err := k.claim()
 		if err == nil {
-			return nil
+			return f
 		}
 		if msg := err.Error(); msg != said {
 			said = msg
@@ -428,12 +495,11 @@ func (d *daemon) waitUnused(k *kernelDevice) error {
 			d.notify(systemd.Stopping, systemd.Status("waiting to stop: %v", err))
 		}
 		select {
-		case <-d.detach:
-			return nil
+		case f := <-d.detach:
+			return f
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
-	return nil
 }
 
 // users says who uses a block device, as far as the kernel tells: its mounts,
@@ -464,25 +530,49 @@ func users(path string) string {
 	return ": " + strings.Join(list, ", ")
 }
 
+// checkSocketPath finds early what listenUnix would find late.
+func checkSocketPath(name string) error {
+	// sun_path of unix(7), with its NUL.
+	if len(name) > 107 {
+		return usagef("%s is longer than the 107 bytes that a socket's path can have", name)
+	}
+	if fi, err := os.Stat(filepath.Dir(name)); err != nil {
+		return err
+	} else if !fi.IsDir() {
+		return fmt.Errorf("%s is not a directory", filepath.Dir(name))
+	}
+	return clearSocket(name)
+}
+
+// clearSocket removes a socket that nobody listens on any more. Anything else
+// in its place is an error.
+func clearSocket(name string) error {
+	fi, err := os.Lstat(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if fi.Mode()&os.ModeSocket == 0 {
+		return withCode(codeBusy, fmt.Errorf("%s exists and is no socket", name))
+	}
+	c, err := net.Dial("unix", name)
+	if err == nil {
+		c.Close()
+	}
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		return withCode(codeBusy, fmt.Errorf("%s is in use by another server", name))
+	}
+	return os.Remove(name)
+}
+
 // listenUnix listens on a Unix socket that only its owner can use. A socket
 // that nobody listens on any more is replaced; anything else in the way is an
 // error.
 func listenUnix(name string) (*net.UnixListener, error) {
-	fi, err := os.Lstat(name)
-	switch {
-	case err == nil && fi.Mode()&os.ModeSocket == 0:
-		return nil, withCode(codeBusy, fmt.Errorf("%s exists and is no socket", name))
-	case err == nil:
-		c, err := net.Dial("unix", name)
-		if err == nil {
-			c.Close()
-		}
-		if !errors.Is(err, unix.ECONNREFUSED) {
-			return nil, withCode(codeBusy, fmt.Errorf("%s is in use by another server", name))
-		}
-		if err := os.Remove(name); err != nil {
-			return nil, err
-		}
+	if err := clearSocket(name); err != nil {
+		return nil, err
 	}
 	// The mode must be right from the first moment, and bind(2) takes it from
 	// the process's mask. Nothing else creates files at this time.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -76,12 +77,12 @@ func (e *tabEntry) apply(o *serveOptions) error {
 	if e.hostKey != "" {
 		o.keys.hostKey = e.hostKey
 	}
-	attach := "auto"
+	attach, listen := "", ""
 	for _, word := range e.options {
-		name, value, _ := strings.Cut(word, "=")
+		name, value, hasValue := strings.Cut(word, "=")
 		var err error
 		switch name {
-		case "", "defaults", "noauto", "nofail", "_netdev", "x-initrd.attach", "luks":
+		case "", "defaults", "noauto", "nofail", "_netdev", "luks":
 		case "read-only", "readonly":
 			o.readOnly = true
 		case "discard":
@@ -89,20 +90,29 @@ func (e *tabEntry) apply(o *serveOptions) error {
 		case "attach":
 			attach = value
 		case "listen":
-			o.listen, attach = value, ""
+			listen = value
 		case "identity":
 			o.keys.identity = value
 		case "timeout":
 			o.unsealTimeout, err = time.ParseDuration(value)
 		default:
-			return usagef("%s: volume %s: unknown option %q", tabFile, e.name, word)
+			if strings.HasPrefix(name, "x-") {
+				continue // for who starts the service, as in crypttab
+			}
+			err = errors.New("it is not known")
+		}
+		if takesValue := slices.Contains([]string{"attach", "listen", "identity", "timeout"}, name); err == nil && takesValue != (hasValue && value != "") {
+			err = map[bool]error{true: errors.New("it needs a value"), false: errors.New("it takes no value")}[takesValue]
 		}
 		if err != nil {
 			return usagef("%s: volume %s: option %q: %w", tabFile, e.name, word, err)
 		}
 	}
-	if o.attach == "" {
-		o.attach = attach
+	if attach == "" && listen == "" {
+		attach = "auto"
+	}
+	if o.attach == "" && o.listen == "" {
+		o.attach, o.listen = attach, listen
 	}
 	return nil
 }
