@@ -1,12 +1,15 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -19,6 +22,7 @@ var scenarios = map[string]func(*machine) error{
 	"complain":      complain,
 	"boot":          boot,
 	"reboot":        reboot,
+	"inuse":         inUse,
 	"stolen":        stolen,
 	"leave":         leave,
 	"export-write":  exportWrite,
@@ -124,6 +128,100 @@ func boot(m *machine) error {
 	if !found {
 		return fmt.Errorf("the canary is not on %s, so looking for it elsewhere proves nothing", s.dev)
 	}
+	if err := m.peakMemory(); err != nil {
+		return err
+	}
+	return s.detach()
+}
+
+// peakMemory reports the most memory that the server has taken.
+func (m *machine) peakMemory() error {
+	out, err := m.run("hostcryptd", "status", m.disk, "--json")
+	if err != nil {
+		return err
+	}
+	var status struct {
+		Memory struct {
+			Peak float64 `json:"peak"`
+		} `json:"memory"`
+	}
+	if err := json.Unmarshal([]byte(out), &status); err != nil {
+		return err
+	}
+	m.figure("serve peak memory", status.Memory.Peak/(1<<20), "MiB")
+	return nil
+}
+
+// inUse tries to stop the server while its kernel device is mounted, by
+// request and by signal: it must not take the device from under the file
+// system, and must stop by itself when the file system is gone.
+func inUse(m *machine) error {
+	s, err := m.attach()
+	if err != nil {
+		return err
+	}
+	if err := m.mount(s.dev); err != nil {
+		return err
+	}
+	code, out, err := m.try("hostcryptd", "detach", m.disk)
+	if err != nil {
+		return err
+	}
+	if code != exitBusy || !strings.Contains(out, "mounted on "+m.mnt) {
+		return fmt.Errorf("hostcryptd detach of a mounted device: exit code %d, want %d and where it is mounted", code, exitBusy)
+	}
+
+	m.typed("kill", "-TERM", strconv.Itoa(s.cmd.Process.Pid))
+	if err := s.cmd.Process.Signal(unix.SIGTERM); err != nil {
+		return err
+	}
+	time.Sleep(time.Second)
+	if !s.running() {
+		return errors.New("hostcryptd serve ended while its device was mounted")
+	}
+	if out, err := m.run("hostcryptd", "status", m.disk); err != nil || !strings.Contains(out, "in use: mounted on") {
+		return errors.Join(errors.New("hostcryptd status doesn't say what it waits for"), err)
+	}
+	// The file system still works, and what it writes now must not be lost.
+	late := filepath.Join(m.mnt, "late")
+	if err := os.WriteFile(late, []byte("written after SIGTERM"), 0o600); err != nil {
+		return err
+	}
+	begun := time.Now()
+	if err := m.unmount(); err != nil {
+		return err
+	}
+	select {
+	case <-s.ended:
+	case <-time.After(30 * time.Second):
+		return errors.Join(errors.New("hostcryptd serve still runs 30 s after the unmount"), s.kill())
+	}
+	m.figure("stopped after unmount", time.Since(begun).Seconds(), "s")
+	if s.err != nil || s.code != 0 {
+		return errors.Join(fmt.Errorf("hostcryptd serve ended with exit code %d", s.code), s.err)
+	}
+
+	// Read-only, with two sockets to the kernel.
+	if s, err = m.serve("--unseal-timeout", "60s", "--read-only", "--connections", "2"); err != nil {
+		return err
+	}
+	if !s.running() {
+		return fmt.Errorf("hostcryptd serve --read-only ended with exit code %d", s.code)
+	}
+	if ro, err := os.ReadFile("/sys/block/" + filepath.Base(s.dev) + "/ro"); err != nil || strings.TrimSpace(string(ro)) != "1" {
+		return errors.Join(fmt.Errorf("%s is not read-only", s.dev), err)
+	}
+	m.typed("mount", "-o", "ro", s.dev, m.mnt)
+	if err := unix.Mount(s.dev, m.mnt, "ext4", unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("mounting %s read-only: %w", s.dev, err)
+	}
+	got, err := os.ReadFile(late)
+	if err != nil || string(got) != "written after SIGTERM" {
+		return errors.Join(fmt.Errorf("the file written after SIGTERM holds %q", got), err)
+	}
+	if err := m.unmount(); err != nil {
+		return err
+	}
 	return s.detach()
 }
 
@@ -141,6 +239,7 @@ func reboot(m *machine) error {
 
 // Exit codes of hostcryptd that this program expects.
 const (
+	exitBusy                = 5
 	exitVaultUnreachable    = 10
 	exitIdentityUnavailable = 14
 )
