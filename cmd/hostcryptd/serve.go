@@ -47,7 +47,8 @@ func (a *app) serveCommand() *cobra.Command {
 		Use:   "serve DEVICE|NAME",
 		Short: "serve a volume, in the foreground",
 		Long: `serve unseals the volume on DEVICE and serves it until SIGTERM or 'hostcryptd
-detach'. An argument without a slash is a NAME in ` + tabFile + `.
+detach'. An argument without a slash that is no file either is a NAME in
+` + tabFile + `.
 
 --listen offers the volume on a Unix socket, for QEMU and libnbd clients; --attach
 makes it a device of this kernel. Both appear only when the volume is ready. As
