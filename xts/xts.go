@@ -134,7 +134,9 @@ func NewCipher(key *[64]byte) (*Cipher, error) {
 //
 // With an implementation in assembly nothing that depends on the key exists
 // outside mem, but for passing values in registers and on the stack of a running
-// call. The generic implementation can't promise that: it stands on crypto/aes,
+// call, which clears both before it returns. What the kernel saves of them when a
+// signal arrives during the call, as the Go scheduler sends, stays on the signal stack
+// of the thread until the next signal overwrites it. The generic implementation can't promise that: it stands on crypto/aes,
 // which makes its key schedules on the Go heap and can't erase them. Then mem
 // stays zero, and Wipe leaves the schedules to the garbage collector.
 // [Implementation] tells the two apart: "generic" is the first word of its name.

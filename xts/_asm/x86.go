@@ -52,19 +52,25 @@ import "fmt"
 // without a load of its own. It needs masks from 64 blocks before, so the first 64
 // blocks of a sector are made by "step".
 //
+// What limits narrow vectors is the number of instructions: of 512 bytes with ymm, 224
+// are rounds and about as many are not. A thread alone on its core issues 6 per cycle,
+// and then the three ports are the limit. Beside another thread it issues 3, in which
+// the 2 rounds per cycle of the ceiling still fit, but not what XTS adds to them.
+//
 // A batch is up to 32 sectors. Its tweaks are encrypted first, n per vector, all
 // independent of each other: with zmm and 512 bytes per sector that is 3 % more rounds,
 // instead of the latency of 14 rounds for every sector.
 //
 // # Registers
 //
-//	DI, SI  where the next body of output and of input is
+//	SI      where the next body of input is
+//	DI      where the next body of output is; if narrow, that of the current one minus SI
 //	R8      data key schedule, 64 bytes per round key
 //	R9      tweak key schedule, and later the end of the ring
 //	R10     scratch, aligned to 64 bytes: e of the batch, and the ring if narrow
 //	R11     where the e of the next sector is
 //	R12     sectors that have no tweak encrypted yet
-//	R13     bodies per sector - 1
+//	R13     what BX is at the start of a sector
 //	BX      bodies left in this sector, without the current one and those in DX
 //	DX      if narrow, bodies left that "step" makes
 //	CX      sectors left in this batch, without the current one
@@ -74,11 +80,12 @@ import "fmt"
 //	D[0..7]   data
 //	T[0..7]   if narrow, masks of the body whose head is next, at R15; T of the current
 //	          body is at AX
-//	k0, k14   if narrow, first and last round key
+//	k0, k1    if narrow, the first two round keys
+//	k14       if narrow, the last round key
 //	V[0..7]   if wide, U of the body whose head is next
 //	U[0..7]   if wide, U of the current body
 //	sum, fix  if wide, k0 ^ k14 and k14·x^(8n) ^ k14
-//	key[0..1] the round keys in between, loaded a round ahead
+//	key[0..1] the other round keys: two, loaded a round ahead, or if narrow one
 //	poly      x^7 + x^2 + x + 1 = 0x87 in the low half of each 16 bytes
 //	tmp[0..2] temporary
 type width struct {
@@ -89,11 +96,11 @@ type width struct {
 	mov, xor string // instructions
 
 	// Register numbers.
-	k0, k14  int // if narrow
-	sum, fix int // if not
-	poly     int
-	key      [2]int
-	tmp      [3]int
+	k0, k1, k14 int // if narrow
+	sum, fix    int // if not
+	poly        int
+	key         []int
+	tmp         [3]int
 
 	// narrow says that T is in scratch.
 	narrow bool
@@ -102,17 +109,17 @@ type width struct {
 var (
 	zmm = width{
 		name: "ZMM", prefix: "Z", n: 4, mov: "VMOVDQU64", xor: "VPXORQ",
-		sum: 24, fix: 25, poly: 26, key: [2]int{27, 28}, tmp: [3]int{29, 30, 31},
+		sum: 24, fix: 25, poly: 26, key: []int{27, 28}, tmp: [3]int{29, 30, 31},
 		// D: Z0-Z7, V: Z8-Z15, U: Z16-Z23
 	}
 	ymm = width{
 		name: "YMM", prefix: "Y", n: 2, mov: "VMOVDQU", xor: "VPXOR",
-		k0: 14, k14: 15, poly: 13, key: [2]int{8, 9}, tmp: [3]int{10, 11, 12},
+		k0: 14, k1: 12, k14: 15, poly: 13, key: []int{8}, tmp: [3]int{9, 10, 11},
 		narrow: true,
 	}
 	xmm = width{
 		name: "XMM", prefix: "X", n: 1, mov: "VMOVDQU", xor: "VPXOR",
-		k0: 14, k14: 15, poly: 13, key: [2]int{8, 9}, tmp: [3]int{10, 11, 12},
+		k0: 14, k1: 12, k14: 15, poly: 13, key: []int{8}, tmp: [3]int{9, 10, 11},
 		narrow: true,
 	}
 )
@@ -127,12 +134,17 @@ const (
 	ring      = 64 * 16 // bytes of masks if narrow
 )
 
-func (w *width) bytes() int            { return 16 * w.n }
-func (w *width) reg(i int) string      { return fmt.Sprint(w.prefix, i) }
-func (w *width) d(j int) string        { return w.reg(j) }
-func (w *width) pol() string           { return w.reg(w.poly) }
-func (w *width) temp(i int) string     { return w.reg(w.tmp[i]) }
-func (w *width) roundKey(r int) string { return w.reg(w.key[r%2]) }
+func (w *width) bytes() int        { return 16 * w.n }
+func (w *width) reg(i int) string  { return fmt.Sprint(w.prefix, i) }
+func (w *width) d(j int) string    { return w.reg(j) }
+func (w *width) pol() string       { return w.reg(w.poly) }
+func (w *width) temp(i int) string { return w.reg(w.tmp[i]) }
+func (w *width) roundKey(r int) string {
+	if w.narrow && r == 1 {
+		return w.reg(w.k1)
+	}
+	return w.reg(w.key[r%len(w.key)])
+}
 
 // t is T[j] of the next body, or V[j], and now is T[j] of the current one if narrow.
 func (w *width) t(j int) string {
@@ -157,18 +169,6 @@ func (w *width) scratch() int {
 
 // powers is the constant x^(n·j) · (x^0, ..., x^(n-1)).
 func (w *width) powers(j int) string { return fmt.Sprintf("powers<>+%d(SB)", j*w.bytes()) }
-
-// times emits to = from · x^k, of which both are masks, and k a multiple of 8.
-func (w *width) times(t *text, k int, from, to string) {
-	if !w.narrow {
-		w.timesBytes(t, k/8, from, to)
-		return
-	}
-	tmp := w.temp(0)
-	t.op(w.mov, from, tmp)
-	w.timesBytes(t, k/8, tmp, tmp)
-	t.op(w.mov, tmp, to)
-}
 
 // timesBytes emits dst = src · x^(8b):
 //
@@ -198,17 +198,18 @@ func (w *width) shiftBytes(t *text, b int, src, dst string) {
 //
 //	src·c = lo·c + h0·x^64 + h1·x^128 = lo·c + (h0 << 64) + h1·0x87
 //
-// dst may be tmp[2], and neither is tmp[1].
+// For c below x^57 the last term has at most 64 bits, so that the two behind are the
+// halves of one vector. dst may be tmp[2], and neither is tmp[1].
 func (w *width) timesPoly(t *text, c, src, dst string) {
 	h, h1 := w.temp(1), w.temp(2)
 	t.op("VPCLMULQDQ", imm(0x01), c, src, h)
 	t.op("VPCLMULQDQ", imm(0x01), w.pol(), h, h1)
-	t.op("VPSLLDQ", imm(8), h, h)
 	if w.narrow {
-		t.op(w.xor, h1, h, h)
+		t.op("VPUNPCKLQDQ", h, h1, h)
 		t.op("VPCLMULQDQ", imm(0x00), c, src, dst)
 		t.op(w.xor, h, dst, dst)
-	} else {
+	} else { // as many instructions, but a shorter chain
+		t.op("VPSLLDQ", imm(8), h, h)
 		t.op("VPCLMULQDQ", imm(0x00), c, src, dst)
 		t.op("VPTERNLOGQ", imm(0x96), h1, h, dst)
 	}
@@ -218,7 +219,10 @@ func (w *width) timesPoly(t *text, c, src, dst string) {
 func (w *width) step(t *text) {
 	for j := range vectors {
 		if w.narrow {
-			w.times(t, 8*w.n, w.now(j), w.t(j))
+			tmp := w.temp(0)
+			t.op(w.mov, w.now(j), tmp)
+			w.timesBytes(t, w.n, tmp, tmp)
+			t.op(w.mov, tmp, w.t(j))
 			t.note("T[%d] = T[%d]·x^%d", j, j, 8*w.n)
 		} else {
 			w.shiftBytes(t, w.n, w.t(j), w.t(j))
@@ -255,21 +259,25 @@ func (w *width) first(t *text) {
 	t.op("ADDQ", "$16", "R11")
 	per := 8 / w.n // vectors of 8 blocks
 	for j := range per {
-		switch {
-		case w.n == 1 && j == 0:
-			t.op(w.mov, e, w.t(0))
-		case w.narrow:
-			w.timesPoly(t, w.powers(j), e, w.temp(2))
-			t.op(w.mov, w.temp(2), w.t(j))
-		default:
-			w.timesPoly(t, w.powers(j), e, w.t(j))
+		power, product := w.t(j), w.t
+		if w.narrow { // at most one product follows, which may take the place
+			power, product = w.temp(2), func(int) string { return w.temp(2) }
+		}
+		if w.n == 1 && j == 0 {
+			power = e
+		} else {
+			w.timesPoly(t, w.powers(j), e, power)
+		}
+		if w.narrow {
+			t.op(w.mov, power, w.t(j))
 		}
 		t.note("T[%d] = e·x^(%d...%d)", j, w.n*j, w.n*(j+1)-1)
-	}
-	for h := per; h < vectors; h *= 2 {
-		for j := range h {
-			w.times(t, w.n*h, w.t(j), w.t(j+h))
-			t.note("T[%d] = T[%d]·x^%d", j+h, j, w.n*h)
+		for i := j + per; i < vectors; i += per {
+			w.timesBytes(t, i/per, power, product(i))
+			if w.narrow {
+				t.op(w.mov, product(i), w.t(i))
+			}
+			t.note("T[%d] = T[%d]·x^%d", i, j, w.n*(i-j))
 		}
 	}
 	if !w.narrow {
@@ -295,12 +303,15 @@ func (w *width) head(t *text, j int) {
 
 // middle emits the rounds 1 to 13 of all vectors of a body.
 func (w *width) middle(t *text, aes string) {
-	t.op(w.mov, mem(keyStride, "R8"), w.roundKey(1))
+	next := 1 // the round whose key is to be loaded next
+	if w.narrow {
+		next = 2
+	}
 	for r := 1; r < rounds; r++ {
+		for ; next < rounds && next < r+len(w.key); next++ {
+			t.op(w.mov, mem(next*keyStride, "R8"), w.roundKey(next))
+		}
 		for j := range vectors {
-			if j == 0 && r+1 < rounds {
-				t.op(w.mov, mem((r+1)*keyStride, "R8"), w.roundKey(r+1))
-			}
 			t.op(aes, w.roundKey(r), w.d(j), w.d(j))
 		}
 	}
@@ -314,7 +325,9 @@ func (w *width) tail(t *text, aes string, j int) {
 	} else {
 		t.op(aes+"LAST", w.u(j), w.d(j), w.d(j))
 	}
-	t.op(w.mov, w.d(j), mem(j*w.bytes(), "DI"))
+	// If narrow, the output needs no pointer of its own.
+	index := map[bool]string{true: "(SI*1)"}[w.narrow]
+	t.op(w.mov, w.d(j), mem(j*w.bytes(), "DI")+index)
 }
 
 // prefetch emits a request for input and output of 4 bodies later. It gains 5 % where
@@ -328,6 +341,17 @@ func (w *width) prefetch(t *text) {
 	for i := 0; i < vectors*w.bytes(); i += 64 {
 		t.op("PREFETCHT0", mem(ahead+i, "SI"))
 		t.op("PREFETCHT0", mem(ahead+i, "DI"))
+	}
+}
+
+// tails emits the output of a body, with something after each vector of it.
+func (w *width) tails(t *text, aes string, after func(t *text, j int)) {
+	for j := range vectors {
+		w.tail(t, aes, j)
+		after(t, j)
+	}
+	if !w.narrow {
+		t.op("ADDQ", imm(vectors*w.bytes()), "DI")
 	}
 }
 
@@ -347,11 +371,8 @@ func (w *width) begin(t *text) {
 	t.op("MOVQ", "R13", "BX")
 	t.op("DECQ", "CX")
 	if w.narrow {
-		// Of the bodies after the first, as many as fill the ring are made by step.
-		t.op("MOVL", fmt.Sprintf("$%d", ring/(vectors*w.bytes())-1), "DX")
-		t.op("CMPQ", "BX", "DX")
-		t.op("CMOVQLT", "BX", "DX")
-		t.op("SUBQ", "DX", "BX")
+		t.op("MOVQ", "sectorSize+24(FP)", "DX")
+		t.note("see the start")
 	}
 }
 
@@ -359,12 +380,8 @@ func (w *width) begin(t *text) {
 // the head of the next body.
 func (w *width) body(t *text, aes string, masks func(t *text)) {
 	t.weave(lines(func(t *text) { w.middle(t, aes) }), append(lines(masks), lines(w.prefetch)...))
-	for j := range vectors {
-		w.tail(t, aes, j)
-		w.head(t, j)
-	}
+	w.tails(t, aes, w.head)
 	w.advance(t)
-	t.op("ADDQ", imm(vectors*w.bytes()), "DI")
 }
 
 // tweaks emits the encryption of the tweaks of a batch into scratch. CX is the number
@@ -428,7 +445,17 @@ func (w *width) function(t *text, name, aes string) {
 	}
 	t.op("SHRQ", fmt.Sprintf("$%d", shift), "R13")
 	t.op("DECQ", "R13")
-	if !w.narrow {
+	if w.narrow {
+		t.comment("Of the bodies after the first, as many as fill the ring are made by step.")
+		t.op("MOVL", fmt.Sprintf("$%d", ring/(vectors*w.bytes())-1), "DX")
+		t.op("CMPQ", "R13", "DX")
+		t.op("CMOVQLT", "R13", "DX")
+		t.op("SUBQ", "DX", "R13")
+		t.op("MOVQ", "DX", "sectorSize+24(FP)")
+		t.comment("When a body is stored, SI is a body further.")
+		t.op("SUBQ", "SI", "DI")
+		t.op("SUBQ", imm(vectors*w.bytes()), "DI")
+	} else {
 		t.op("MOVL", imm(0x1111), "BX")
 		t.op("KMOVW", "BX", "K1")
 		t.note("double word 0 of each block")
@@ -440,6 +467,7 @@ func (w *width) function(t *text, name, aes string) {
 	k0, k14 := "(R8)", mem(rounds*keyStride, "R8")
 	if w.narrow {
 		t.op(w.mov, k0, w.reg(w.k0))
+		t.op(w.mov, mem(keyStride, "R8"), w.reg(w.k1))
 		t.op(w.mov, k14, w.reg(w.k14))
 	} else {
 		t.op(w.mov, k14, w.temp(0))
@@ -507,10 +535,7 @@ func (w *width) function(t *text, name, aes string) {
 	t.comment("The batch ends with this body.")
 	t.label("final")
 	w.middle(t, aes)
-	for j := range vectors {
-		w.tail(t, aes, j)
-	}
-	t.op("ADDQ", imm(vectors*w.bytes()), "DI")
+	w.tails(t, aes, func(*text, int) {})
 	t.op("TESTQ", "R12", "R12")
 	t.op("JNZ", "batch")
 

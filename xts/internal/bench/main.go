@@ -7,20 +7,20 @@
 // only slices of time next to each other are compared. A pair is one slice of the
 // ceiling loop, one of the implementation and one more of the ceiling; its ratio is
 // the speed of the middle one by the mean of the outer two. The table has the median
-// of 31 pairs; beside it, as "best", is the ratio of the fastest slices. A slice is at least 1 ms, as shorter ones flatter. The ratio to
-// x/crypto/xts is measured the same way, in fewer pairs.
+// of 31 pairs; beside it, as "best", is the ratio of the fastest slices. A slice is
+// at least 1 ms, as shorter ones flatter. The ratio to x/crypto/xts is measured the
+// same way, in fewer pairs.
 //
 // Source and destination are different, as when an I/O request is on its way. Up to
 // 128 KiB they rotate through 4 pairs of buffers, so that nothing is loaded that has
 // just been stored.
 //
-// About hyperthreads: AES rounds alone issue one or two
-// instructions per cycle, and hardly notice another thread on the same core, but XTS
-// issues more, most with narrow vectors. So the fraction falls when the core is shared,
-// which a guest of a virtual machine can neither see nor help. The column "core" tells
-// how many instructions per cycle a loop got that takes all there are, as a fraction
-// of 5, between the pairs; on a recent Intel processor 0.9 means that the core was ours,
-// and 0.5 that it was not.
+// About hyperthreads: AES rounds alone issue one or two instructions per cycle, and
+// hardly notice another thread on the same core, but XTS issues more, most with narrow
+// vectors. So the fraction falls when the core is shared, which a guest of a virtual
+// machine can neither see nor help. The column "core" tells how many instructions per
+// cycle a loop got that takes all there are, as a fraction of 5, between the pairs; on
+// a recent Intel processor 0.9 means that the core was ours, and 0.5 that it was not.
 //
 // OpenSSL is measured by its own command "openssl speed", at another time, and with
 // one data unit per call and always the same tweak, which favours it.
@@ -95,6 +95,7 @@ func main() {
 
 	const row = "%8v %7v  %-8v %-8v %6v %11v %6v %5v %9v %8v\n"
 	fmt.Printf(row, "buffer", "sector", "", "", "GB/s", "of ceiling", "best", "core", "x/crypto", "openssl")
+	measured := false
 	for _, size := range sizes {
 		if *onlySize != "" && *onlySize != fmt.Sprintf("%d/%d", size.buffer, size.sector) {
 			continue
@@ -104,6 +105,7 @@ func main() {
 				if !strings.HasPrefix(name, *only) {
 					continue
 				}
+				measured = true
 				c, err := xts.NewCipherWith(name, &key)
 				if err != nil {
 					log.Fatal(err)
@@ -135,6 +137,10 @@ func main() {
 				fmt.Printf(row, size.buffer, size.sector, direction, short, fmt.Sprintf("%.2f", speed), fraction, best, core, fmt.Sprintf("%.1f×", ratio), vs)
 			}
 		}
+	}
+	if !measured {
+		log.Fatalf("-impl %q -size %q: no such implementation among %q, or no such size, like 4096/512, among %v",
+			*only, *onlySize, xts.Implementations(), sizes)
 	}
 }
 
