@@ -1,0 +1,91 @@
+// Passthrough serves a raw file with the NBD server of hostcryptd and no
+// encryption, so that benchmarks can tell the cost of encryption from that of
+// the server. It is test code and no part of the product.
+//
+//	passthrough [-direct] FILE SOCKET
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/nbd"
+)
+
+func main() {
+	direct := flag.Bool("direct", false, "open FILE with O_DIRECT; clients must keep to its sectors")
+	flag.Parse()
+	if flag.NArg() != 2 {
+		fmt.Fprintln(os.Stderr, "usage: passthrough [-direct] FILE SOCKET")
+		os.Exit(1)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := serve(ctx, flag.Arg(0), flag.Arg(1), *direct); err != nil {
+		fmt.Fprintln(os.Stderr, "passthrough:", err)
+		os.Exit(1)
+	}
+}
+
+func serve(ctx context.Context, path, socket string, direct bool) error {
+	flags := os.O_RDWR
+	if direct {
+		flags |= unix.O_DIRECT
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	s, err := nbd.New(nbd.Config{}, nbd.Export{Device: rawFile{f}})
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	ln, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	if err := s.ServeListener(ctx, ln); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// A rawFile is a file as a device.
+type rawFile struct{ *os.File }
+
+func (f rawFile) Size() (int64, error) {
+	st, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return st.Size(), nil
+}
+
+func (f rawFile) Sync() error { return unix.Fdatasync(int(f.Fd())) }
+
+func (f rawFile) WriteAtFUA(p []byte, off int64) (int, error) {
+	n, err := f.WriteAt(p, off)
+	if err != nil {
+		return n, err
+	}
+	return n, f.Sync()
+}
+
+func (f rawFile) Trim(_, _ int64, _ bool) error { return nil }
+
+func (f rawFile) WriteZeroes(off, length int64, fua bool) error {
+	const zeroRange = unix.FALLOC_FL_ZERO_RANGE
+	if err := unix.Fallocate(int(f.Fd()), zeroRange, off, length); err != nil || !fua {
+		return err
+	}
+	return f.Sync()
+}

@@ -1,0 +1,287 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Names of what is measured.
+const (
+	hostcryptd  = "hostcryptd"
+	passthrough = "passthrough"
+	nbdkitLUKS  = "nbdkit-luks"
+	qemuLUKS    = "qemu-luks"
+	nbdkitRaw   = "nbdkit-raw"
+	qemuRaw     = "qemu-raw"
+	goNBD       = "go-nbd"
+	rawFile     = "raw-file" // fio's io_uring engine, no server
+)
+
+// A peer is a server that can be measured.
+type peer struct {
+	name      string
+	encrypted bool
+	direct    bool     // can use O_DIRECT, so it takes part on the real disk
+	tools     []string // programs that it needs
+}
+
+var peers = []peer{
+	{hostcryptd, true, true, nil},
+	{nbdkitLUKS, true, false, []string{"nbdkit", "qemu-img"}},
+	{qemuLUKS, true, true, []string{"qemu-nbd", "qemu-img"}},
+	{passthrough, false, true, nil},
+	{nbdkitRaw, false, false, []string{"nbdkit"}},
+	{qemuRaw, false, true, []string{"qemu-nbd"}},
+	{goNBD, false, false, nil},
+}
+
+// debianPackage names the package of each program that is run.
+var debianPackage = map[string]string{
+	"fio": "fio", "nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "qemu-img": "qemu-utils",
+	"nbdinfo": "libnbd-bin", "losetup": "mount", "go": "golang",
+}
+
+// requireTools reports the programs that are missing and who has them.
+func requireTools(names ...string) error {
+	var errs []error
+	for _, n := range names {
+		if _, err := exec.LookPath(n); err != nil {
+			errs = append(errs, fmt.Errorf("%s is not installed: apt-get install %s", n, debianPackage[n]))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// A bench holds what a run shares and has to clean up.
+type bench struct {
+	ctx     context.Context
+	bin     string // folder of the binaries that were built
+	cleanup []func()
+}
+
+func (b *bench) close() {
+	for i := len(b.cleanup) - 1; i >= 0; i-- {
+		b.cleanup[i]()
+	}
+}
+
+// command runs a helper program to its end.
+func (b *bench) command(name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(b.ctx, name, args...)
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// A server is a peer that runs.
+type server struct {
+	peer
+	cmd    *exec.Cmd
+	exited chan struct{}
+	stderr *os.File
+	socket string
+	file   string // backing file
+	model  *volumeModel
+	idle   float64 // resident MiB when just started
+}
+
+// start makes the image of p in dir and serves size bytes of plaintext. With
+// direct, the page cache is kept out.
+func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, error) {
+	s := &server{
+		peer: p, model: newVolumeModel(size), exited: make(chan struct{}),
+		file: filepath.Join(dir, p.name+".img"), socket: filepath.Join(dir, p.name+".sock"),
+	}
+	const headers = 32 << 20 // room for the header of a LUKS2 volume
+	secret := filepath.Join(dir, "secret")
+	image := size
+	if p.name == hostcryptd {
+		image += headers
+	}
+	if p.name == nbdkitLUKS || p.name == qemuLUKS {
+		if err := os.WriteFile(secret, []byte("correct horse battery staple"), 0o600); err != nil {
+			return nil, err
+		}
+		// On a busy machine qemu-img now and then fails to measure how fast it
+		// derives keys ("unable to get accurate CPU usage").
+		var err error
+		for range 5 {
+			if _, err = b.command("qemu-img", "create", "-q", "-f", "luks", "--object", "secret,id=s,file="+secret,
+				"-o", "key-secret=s,iter-time=10", s.file, strconv.FormatInt(size, 10)); err == nil {
+				break
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+	} else if err := allocate(s.file, image); err != nil {
+		return nil, err
+	}
+
+	cache, aio := "writeback", "threads"
+	if direct {
+		cache, aio = "none", "native"
+	}
+	var args []string
+	switch p.name {
+	case hostcryptd:
+		device := s.file
+		if direct && os.Geteuid() == 0 {
+			loop, err := b.command("losetup", "--find", "--show", "--direct-io=on", "--sector-size=4096", s.file)
+			if err != nil {
+				return nil, err
+			}
+			b.cleanup = append(b.cleanup, func() {
+				if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil {
+					fmt.Fprintf(os.Stderr, "bench: detaching %s: %v: %s\n", loop, err, out)
+				}
+			})
+			device = loop
+		}
+		binary, key := filepath.Join(b.bin, "hostcryptd"), filepath.Join(dir, "host.key")
+		if _, err := b.command(binary, "format", device, "--host-key", key, "--yes"); err != nil {
+			return nil, err
+		}
+		args = []string{binary, "serve", device, "--host-key", key, "--listen", s.socket, "--control", filepath.Join(dir, "control.sock")}
+	case passthrough:
+		args = []string{filepath.Join(b.bin, "passthrough"), "-direct=" + strconv.FormatBool(direct), s.file, s.socket}
+	case goNBD:
+		args = []string{filepath.Join(b.bin, "gonbd"), s.file, s.socket}
+	case nbdkitRaw:
+		args = []string{"nbdkit", "-f", "-U", s.socket, "file", s.file}
+	case nbdkitLUKS:
+		args = []string{"nbdkit", "-f", "-U", s.socket, "--filter=luks", "file", s.file, "passphrase=+" + secret}
+	case qemuRaw:
+		args = []string{"qemu-nbd", "-t", "-e", "8", "-k", s.socket, "-f", "raw", "--cache=" + cache, "--aio=" + aio, s.file}
+	case qemuLUKS:
+		args = []string{"qemu-nbd", "-t", "-e", "8", "-k", s.socket, "--cache=" + cache, "--aio=" + aio,
+			"--object", "secret,id=s,file=" + secret, "--image-opts", "driver=luks,key-secret=s,file.driver=file,file.filename=" + s.file}
+	}
+	var err error
+	if s.stderr, err = os.Create(filepath.Join(dir, p.name+".log")); err != nil {
+		return nil, err
+	}
+	s.cmd = exec.Command(args[0], args[1:]...)
+	s.cmd.Dir, s.cmd.Stdout, s.cmd.Stderr = dir, s.stderr, s.stderr
+	s.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	if err := s.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		s.cmd.Wait() // how it ended shows in its log
+		close(s.exited)
+	}()
+	b.cleanup = append(b.cleanup, s.stop)
+	if err := s.waitReady(b.ctx); err != nil {
+		return nil, err
+	}
+	s.idle = s.memory("VmRSS:")
+	if err := fill(b.ctx, s.socket, s.model); err != nil {
+		return nil, s.explain(err)
+	}
+	return s, nil
+}
+
+// allocate makes a file without holes, so that reads find data everywhere.
+func allocate(path string, size int64) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.Fallocate(int(f.Fd()), 0, 0, size)
+}
+
+func (s *server) waitReady(ctx context.Context) error {
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		c, err := net.Dial("unix", s.socket)
+		if err == nil {
+			return c.Close()
+		}
+		select {
+		case <-s.exited:
+			return s.explain(errors.New("ended before it listened"))
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(10 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			return s.explain(errors.New("didn't listen within 10 s"))
+		}
+	}
+}
+
+// explain adds the end of the server's log to an error.
+func (s *server) explain(err error) error {
+	text, _ := os.ReadFile(s.stderr.Name())
+	if len(text) > 1000 {
+		text = text[len(text)-1000:]
+	}
+	return fmt.Errorf("%s: %w\n%s", s.name, err, bytes.TrimSpace(text))
+}
+
+func (s *server) stop() {
+	s.cmd.Process.Signal(unix.SIGTERM)
+	select {
+	case <-s.exited:
+	case <-time.After(5 * time.Second):
+		s.cmd.Process.Kill()
+		<-s.exited
+	}
+	s.stderr.Close()
+}
+
+// memory returns a line of /proc/PID/status in MiB, or 0 of a dead process.
+func (s *server) memory(field string) float64 {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+	for line := range strings.Lines(string(text)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == field {
+			kib, _ := strconv.ParseFloat(f[1], 64)
+			return kib / 1024
+		}
+	}
+	return 0
+}
+
+// cpu returns the processor time used so far, in steps of 10 ms.
+func (s *server) cpu() time.Duration {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
+	// The name, in parentheses, may hold anything.
+	f := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(f) < 13 {
+		return 0
+	}
+	user, _ := strconv.ParseInt(f[11], 10, 64)
+	system, _ := strconv.ParseInt(f[12], 10, 64)
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+// measure runs one slice of l.
+func (s *server) measure(ctx context.Context, l load, d time.Duration) (sample, error) {
+	before := s.cpu()
+	out, err := runLoad(ctx, s.socket, l, s.model, d)
+	if err != nil {
+		return sample{}, s.explain(err)
+	}
+	if n := out.IOPS * d.Seconds(); n > 0 {
+		out.ServerCPUu = float64((s.cpu() - before).Microseconds()) / n
+	}
+	return out, nil
+}
