@@ -12,7 +12,7 @@ RUN         ?=
 # What building and testing takes, by Debian's package names. Go itself is not
 # among them: Debian 12 has an older one than go.mod asks for.
 DEPS := gcc libc6-dev git ca-certificates \
-	qemu-system-x86 qemu-utils libnbd-bin cryptsetup-bin dmsetup \
+	qemu-system-x86 qemu-utils libnbd-bin nbdkit cryptsetup-bin dmsetup fio \
 	e2fsprogs util-linux fdisk mount kmod xz-utils cpio \
 	iproute2 man-db systemd openssl qemu-user-static
 
@@ -63,7 +63,10 @@ fuzz: ## run each fuzz target for FUZZTIME
 		done; \
 	done
 
-bench: ## Go benchmarks of cipher, volume and server
+bench: deps ## compare with other NBD servers, encrypted and not, on this machine
+	$(GO) run ./test/bench
+
+bench-go: ## Go benchmarks of cipher, volume and server
 	$(GO) test -run '^$$' -bench . -benchtime 300ms ./xts ./sector ./nbd
 
 bench-xts: ## cipher speed on each tier, against the ceiling of the processor and against OpenSSL
@@ -93,4 +96,4 @@ install: build man ## install binary, manual, completions and units under DESTDI
 clean: ## remove what was built
 	rm -rf bin dist
 
-.PHONY: help build deps demo test check test-unit test-vm fuzz bench bench-xts generate check-generate man install clean
+.PHONY: help build deps demo test check test-unit test-vm fuzz bench bench-go bench-xts generate check-generate man install clean

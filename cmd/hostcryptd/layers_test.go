@@ -28,6 +28,10 @@ var layers = map[string][]string{
 	"xts/internal/ceiling": {},
 	"xts/internal/bench":   {"xts", "xts/internal/ceiling"},
 
+	"test/bench":             {},
+	"test/bench/gonbd":       {},
+	"test/bench/passthrough": {"nbd"},
+
 	"test/vm/demo":     {"test/vm/report", "test/vm/vmtest"},
 	"test/vm/evidence": {},
 	"test/vm/guest":    {"keyunseal/vaulttest", "test/vm/evidence", "test/vm/report", "test/vm/vmtest"},
