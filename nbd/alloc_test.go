@@ -112,18 +112,67 @@ func TestNothingAllocated(t *testing.T) {
 		{"write in pieces", nbdtest.Write, 2 << 20, 2},
 		{"flush", nbdtest.Flush, 0, 10},
 		{"write zeroes", nbdtest.WriteZeroes, 4096, 10},
-		{"invalid", nbdtest.Cache, 4096, 10},
+		{"cache", nbdtest.Cache, 4096, 10},
+		{"invalid", nbdtest.Resize, 4096, 10},
 	} {
 		t.Run(tt.what, func(t *testing.T) {
 			h := newHarness(t, nbd.Config{}, nbd.Export{Device: nullDevice{nbdtest.NewDevice(64<<20, false)}})
-			round := newRound(t, h, tt.cmd, tt.size, tt.depth)
-			for range 20 {
-				round()
-			}
-			// Less than one in ten rounds: the runtime itself allocates at times.
-			if n := testing.AllocsPerRun(200, round); n >= 0.1 {
-				t.Errorf("%v allocations for %d requests", n, tt.depth)
-			}
+			nothingAllocated(t, newRound(t, h, tt.cmd, tt.size, tt.depth))
 		})
+	}
+}
+
+func nothingAllocated(t *testing.T, round func()) {
+	t.Helper()
+	for range 20 {
+		round()
+	}
+	// Less than one in ten rounds: the runtime itself allocates at times.
+	if n := testing.AllocsPerRun(200, round); n >= 0.1 {
+		t.Errorf("%v allocations in a round", n)
+	}
+}
+
+// TestNothingAllocatedInChunks is TestNothingAllocated for structured replies
+// and extended headers.
+func TestNothingAllocatedInChunks(t *testing.T) {
+	for _, extended := range []bool{false, true} {
+		for _, cmd := range []uint16{nbdtest.Read, nbdtest.Flush, nbdtest.Cache, nbdtest.WriteZeroes, nbdtest.BlockStatus, nbdtest.Resize} {
+			t.Run(fmt.Sprintf("extended=%v/command=%d", extended, cmd), func(t *testing.T) {
+				h := newHarness(t, nbd.Config{}, nbd.Export{Name: "x", Device: nullDevice{nbdtest.NewDevice(64<<20, false)}})
+				c, _ := h.negotiate("x", extended)
+				const depth = 20
+				var out []byte
+				r := nbdtest.Request{Cmd: cmd, Len: 4096}
+				if cmd == nbdtest.Flush {
+					r.Len = 0
+				}
+				size := 16 // of the reply
+				switch {
+				case extended:
+					size = 32 + map[uint16]int{nbdtest.Read: 8 + 4096, nbdtest.BlockStatus: 24, nbdtest.Resize: 6}[cmd]
+				case cmd == nbdtest.Read:
+					size = 20 + 8 + 4096
+				case cmd == nbdtest.BlockStatus:
+					size = 20 + 12
+				}
+				for range depth {
+					if extended {
+						out = r.AppendExtended(out)
+					} else {
+						out = r.Append(out)
+					}
+				}
+				in := make([]byte, depth*size)
+				nothingAllocated(t, func() {
+					if _, err := c.Conn.Write(out); err != nil {
+						t.Fatal(err)
+					}
+					if _, err := io.ReadFull(c.Conn, in); err != nil {
+						t.Fatal(err)
+					}
+				})
+			})
+		}
 	}
 }

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -73,6 +74,10 @@ const (
 	// reading of others.
 	rescueAfter = 2 * time.Millisecond
 
+	// gatherBuffer is the size of the buffer in which replies are gathered for
+	// TLS, which would make a record, and a call, of each slice.
+	gatherBuffer = 64 << 10
+
 	// socketBuffer is the size that the send buffer of a Unix socket is raised
 	// to. The default holds one reply of 128 KiB.
 	socketBuffer = 1 << 20
@@ -87,7 +92,7 @@ type request struct {
 	header
 	errno uint32
 	buf   []byte // payload of a write, or room for that of a read; from the arena
-	reply [replySize]byte
+	reply [maxReplySize]byte
 	next  *request // in the list that it is in
 
 	// Long writes, see parsePayload.
@@ -154,11 +159,11 @@ type worker struct {
 
 // A conn is a connection in the transmission phase.
 type conn struct {
-	s     *Server
-	nc    net.Conn
-	dev   Device
-	size  uint64
-	flags uint16
+	s    *Server
+	nc   net.Conn
+	dev  Device
+	size uint64
+	ses  session
 
 	ctx   context.Context // done when no more requests should be taken
 	abort context.CancelCauseFunc
@@ -171,7 +176,7 @@ type conn struct {
 		skip     int         // bytes still to come of the payload of refused
 		refused  *request    // is answered when its payload has passed
 		long     *request    // a write in pieces whose payload is coming
-		longDone uint32      // bytes of it that have come
+		longDone uint64      // bytes of it that have come
 		piece    *request    // a write, or a piece of long, whose payload is coming
 		pieceLen int         // bytes of it that have come
 		taken    list        // what this round has found to run
@@ -190,9 +195,10 @@ type conn struct {
 
 	// Used by the sender only: the worker that has set sending.
 	sender struct {
-		batch list
-		iov   [][]byte
-		bufs  net.Buffers
+		batch  list
+		iov    [][]byte
+		bufs   net.Buffers
+		gather []byte // for TLS only
 	}
 
 	// How another connection sees whether this one stalls: the bytes of the
@@ -223,17 +229,17 @@ type conn struct {
 }
 
 // newConn makes a connection that goes on with what in has read already.
-func newConn(ctx context.Context, s *Server, e *Export, in *input) (*conn, error) {
-	size, err := e.size()
+func newConn(ctx context.Context, s *Server, ses session, in *input) (*conn, error) {
+	size, err := ses.export.size()
 	if err != nil {
 		return nil, err
 	}
 	c := &conn{
 		s:     s,
 		nc:    in.nc,
-		dev:   e.Device,
+		dev:   ses.export.Device,
 		size:  size,
-		flags: e.transmissionFlags(),
+		ses:   ses,
 		idle:  make([]*worker, 0, s.cfg.InFlight),
 		freed: make(chan struct{}, 1),
 	}
@@ -255,6 +261,9 @@ func newConn(ctx context.Context, s *Server, e *Export, in *input) (*conn, error
 	slots := make([]request, 2*s.cfg.InFlight)
 	for i := range slots {
 		rd.slots.push(&slots[i])
+	}
+	if _, ok := in.nc.(*tls.Conn); ok {
+		c.sender.gather = make([]byte, 0, gatherBuffer)
 	}
 	if sc, ok := in.nc.(*net.UnixConn); ok {
 		if rd.raw, err = sc.SyscallConn(); err != nil {
@@ -320,7 +329,64 @@ func (c *conn) run(ctx context.Context) error {
 	if c.failed != nil {
 		return c.failed
 	}
+	if ctx.Err() != nil && c.stopErr == context.Cause(c.ctx) && c.ses.refuseLate {
+		c.mu.Unlock() // the peer may take its time
+		c.shutdown()
+		c.mu.Lock()
+	}
 	return c.stopErr
+}
+
+// shutdown refuses the requests that have come, or are on the way, after the
+// reader has stopped. Nothing else of the connection runs any more.
+func (c *conn) shutdown() {
+	rd := &c.reader
+	if rd.piece != nil || rd.long != nil || rd.refused != nil {
+		return // in the middle of a payload
+	}
+	head := c.ses.mode.requestSize()
+	var r request
+	var out []byte
+	skip := uint64(0) // payload of r
+	for end := time.Now().Add(lastCalls); ; {
+		out = out[:0]
+		for b := rd.in.buffered(); ; b = rd.in.buffered() {
+			if skip > 0 {
+				n := min(skip, uint64(len(b)))
+				rd.in.r += int(n)
+				if skip -= n; skip > 0 {
+					break
+				}
+			} else {
+				if len(b) < head {
+					break
+				}
+				h, err := parseHeader(b, c.ses.mode)
+				if err != nil || h.cmd == cmdDisc || h.payload(c.ses.mode) > maxDiscard {
+					_, _ = c.nc.Write(out)
+					return
+				}
+				rd.in.r += head
+				r = request{header: h, errno: errShutdown}
+				if skip = h.payload(c.ses.mode); skip > 0 {
+					continue
+				}
+			}
+			out = append(out, r.reply[:putReply(&r.reply, c.ses.mode, &r.header, r.errno)]...)
+			c.mu.Lock()
+			c.counts.add(&r)
+			c.mu.Unlock()
+		}
+		if len(out) > 0 {
+			if _, err := c.nc.Write(out); err != nil {
+				return
+			}
+		}
+		now := time.Now()
+		if now.After(end) || c.nc.SetReadDeadline(now.Add(lastCall)) != nil || rd.in.fill(receiveBuffer) != nil {
+			return
+		}
+	}
 }
 
 // longAgo is a deadline that interrupts.
@@ -638,6 +704,7 @@ func (c *conn) readv(fd uintptr) bool {
 // nothing else does it wait for room.
 func (c *conn) parse() error {
 	rd := &c.reader
+	head := c.ses.mode.requestSize()
 	for {
 		if rd.refused != nil {
 			n := min(rd.skip, len(rd.in.buffered()))
@@ -656,27 +723,24 @@ func (c *conn) parse() error {
 		}
 
 		b := rd.in.buffered()
-		if len(b) < requestSize {
+		if len(b) < head {
 			return nil
 		}
-		h, err := parseHeader(b)
+		h, err := parseHeader(b, c.ses.mode)
 		if err != nil {
 			return err
 		}
 		if h.cmd == cmdDisc {
-			rd.in.r += requestSize
+			rd.in.r += head
 			return errDisconnect
 		}
-		payload := 0
-		if h.cmd == cmdWrite {
-			payload = int(h.length)
+		errno := h.check(c.size, &c.ses)
+		if errno != 0 && h.payload(c.ses.mode) > maxDiscard {
+			return fmt.Errorf("nbd: request %#x with a payload of %d bytes: %w", h.cookie, h.length, ErrProtocol)
 		}
-		errno := h.check(c.size, c.flags)
-		if errno != 0 && payload > maxDiscard {
-			return fmt.Errorf("nbd: write %#x of %d bytes: %w", h.cookie, h.length, ErrProtocol)
-		}
+		payload := int(h.payload(c.ses.mode))
 		short := payload <= bufferedWrite
-		if errno == 0 && short && len(b) < requestSize+payload {
+		if errno == 0 && short && len(b) < head+payload {
 			return nil // it fits into the buffer: let it come
 		}
 
@@ -696,12 +760,13 @@ func (c *conn) parse() error {
 			}
 		}
 		*r = request{header: h, errno: errno, buf: buf}
-		rd.in.r += requestSize
+		rd.in.r += head
 		rd.accepted++
 		switch {
 		case errno != 0 && payload > 0:
 			rd.refused, rd.skip = r, payload
-		case errno != 0:
+		case errno != 0, h.cmd == cmdCache, h.cmd == cmdBlockStatus:
+			// Nothing is cached, and all of the device is data.
 			rd.answered.push(r)
 		case payload > chunkSize:
 			r.pending = 1
@@ -709,7 +774,7 @@ func (c *conn) parse() error {
 		case !short:
 			rd.piece, rd.pieceLen = r, 0
 		default:
-			rd.in.r += copy(buf, b[requestSize:][:payload])
+			rd.in.r += copy(buf, b[head:][:payload])
 			rd.taken.push(r)
 		}
 	}
@@ -738,7 +803,7 @@ func (c *conn) parsePayload() (bool, error) {
 			return false, context.Cause(c.ctx)
 		}
 		*r = request{
-			header: header{cmd: cmdWrite, off: rd.long.off + uint64(rd.longDone), length: size},
+			header: header{cmd: cmdWrite, off: rd.long.off + rd.longDone, length: size},
 			buf:    buf,
 			parent: rd.long,
 		}
@@ -910,8 +975,7 @@ func (c *conn) send() error {
 	iov := c.sender.iov[:0]
 	size := 0
 	for r := c.sender.batch.head; r != nil; r = r.next {
-		putReply(&r.reply, r.errno, r.cookie)
-		iov = append(iov, r.reply[:])
+		iov = append(iov, r.reply[:putReply(&r.reply, c.ses.mode, &r.header, r.errno)])
 		payload := r.buf
 		if r.errno != 0 {
 			payload = nil
@@ -940,7 +1004,33 @@ func (c *conn) write(iov [][]byte) error {
 	}
 	c.sendSince.Store(c.s.now())
 	defer c.sendSince.Store(0)
+	if c.sender.gather != nil {
+		return c.gatherWrite(iov)
+	}
 	c.sender.bufs = iov
 	_, err := c.sender.bufs.WriteTo(c.nc)
+	return err
+}
+
+// gatherWrite sends the slices in as few calls as the buffer allows.
+func (c *conn) gatherWrite(iov [][]byte) error {
+	buf := c.sender.gather[:0]
+	for _, p := range iov {
+		for len(p) > 0 {
+			n := copy(buf[len(buf):cap(buf)], p)
+			buf = buf[:len(buf)+n]
+			if p = p[n:]; len(buf) < cap(buf) {
+				break
+			}
+			if _, err := c.nc.Write(buf); err != nil {
+				return err
+			}
+			buf = buf[:0]
+		}
+	}
+	if len(buf) == 0 {
+		return nil
+	}
+	_, err := c.nc.Write(buf)
 	return err
 }

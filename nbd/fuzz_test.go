@@ -88,6 +88,16 @@ func FuzzHandshake(f *testing.F) {
 	f.Add(nbdtest.Request{Len: 512}.Append(opt(nbdtest.OptGo, nbdtest.GoData("b"))), byte(0))
 	f.Add(nbdtest.AppendOption([]byte{0, 0, 0, 1}, nbdtest.OptExportName, []byte("a")), byte(0))
 	f.Add(opt(nbdtest.OptStructuredReply, []byte("data")), byte(7))
+	more := func(b []byte, o uint32, data []byte) []byte { return nbdtest.AppendOption(bytes.Clone(b), o, data) }
+	structured := opt(nbdtest.OptStructuredReply, nil)
+	f.Add(more(structured, nbdtest.OptListMeta, nbdtest.MetaData("a")), byte(0))
+	f.Add(more(structured, nbdtest.OptListMeta, nbdtest.MetaData("b", "base:", "qemu:")), byte(1))
+	f.Add(more(structured, nbdtest.OptSetMeta, nbdtest.MetaData("a", "base:allocation", "")), byte(0))
+	f.Add(more(structured, nbdtest.OptSetMeta, []byte{0, 0, 0, 1, 'a', 0xff, 0xff, 0xff, 0xff}), byte(0))
+	f.Add(more(structured, nbdtest.OptExtendedHeaders, nil), byte(0))
+	f.Add(more(opt(nbdtest.OptExtendedHeaders, nil), nbdtest.OptStructuredReply, nil), byte(0))
+	f.Add(more(opt(nbdtest.OptExtendedHeaders, nil), nbdtest.OptExportName, []byte("a")), byte(0))
+	f.Add(more(opt(nbdtest.OptStartTLS, nil), nbdtest.OptList, nil), byte(2))
 	s, _ := fuzzServer(f)
 	f.Fuzz(func(t *testing.T, in []byte, step byte) {
 		conn := &script{in: in, step: int(step)}
@@ -196,6 +206,152 @@ func FuzzTransmission(f *testing.F) {
 			seen[cookie] = true
 			if _, err := io.CopyN(io.Discard, c.Conn, int64(want[cookie].n)); err != nil {
 				t.Fatal(err)
+			}
+		}
+		if rest := len(c.Conn.(*script).in); rest != 0 {
+			t.Fatalf("%d bytes after the last reply", rest)
+		}
+	})
+}
+
+// FuzzChunks is FuzzTransmission with structured replies or extended headers,
+// after a handshake that selects base:allocation.
+func FuzzChunks(f *testing.F) {
+	type req = nbdtest.Request
+	for _, extended := range []bool{false, true} {
+		add := func(step byte, r req, n int) {
+			b := r.Append(nil)
+			if extended {
+				b = r.AppendExtended(nil)
+			}
+			f.Add(append(b, make([]byte, n)...), step, extended)
+		}
+		add(0, req{Len: 4096, Flags: nbdtest.DF}, 0)
+		add(5, req{Cmd: nbdtest.BlockStatus, Len: 1000, Flags: nbdtest.ReqOne}, 0)
+		add(0, req{Cmd: nbdtest.BlockStatus}, 0)
+		add(0, req{Cmd: nbdtest.Cache, Len: 1 << 20}, 0)
+		add(0, req{Cmd: nbdtest.WriteZeroes, Flags: nbdtest.FastZero, Len: 7}, 0)
+		add(200, req{Cmd: nbdtest.Write, Flags: nbdtest.PayloadLen, Len: 1000}, 1000)
+		add(200, req{Cmd: nbdtest.Write, Flags: nbdtest.PayloadLen, Len: 600_000, Off: 9}, 600_000)
+		add(0, req{Flags: nbdtest.PayloadLen, Len: 100}, 100)
+		add(0, req{Cmd: nbdtest.Trim, Len64: 1 << 40, Len: 1}, 0)
+		add(0, req{Cmd: 99, Flags: 0xffff, Len: 10}, 10)
+		add(0, req{Cmd: nbdtest.Write, Len64: 1<<64 - 1}, 0)
+	}
+	s, dev := fuzzServer(f)
+	size, err := dev.Size()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, in []byte, step byte, extended bool) {
+		type reply struct {
+			cmd    uint16
+			errno  uint32
+			off, n uint64
+		}
+		head, magic := 28, uint32(0x25609513)
+		if extended {
+			head, magic = 32, 0x21e41c71
+		}
+		var want []reply // by cookie
+		in = bytes.Clone(in)
+		for b := in; len(b) >= head && binary.BigEndian.Uint32(b) == magic; {
+			r := reply{cmd: binary.BigEndian.Uint16(b[6:]), off: binary.BigEndian.Uint64(b[16:])}
+			flags := binary.BigEndian.Uint16(b[4:])
+			if extended {
+				r.n = binary.BigEndian.Uint64(b[24:])
+			} else {
+				r.n = uint64(binary.BigEndian.Uint32(b[24:]))
+			}
+			binary.BigEndian.PutUint64(b[8:], uint64(len(want))) // any cookie does
+			b = b[head:]
+			if r.cmd == nbdtest.Disc {
+				break
+			}
+			if r.cmd == nbdtest.Write || extended && flags&nbdtest.PayloadLen != 0 {
+				if r.n > uint64(len(b)) {
+					break
+				}
+				b = b[r.n:]
+			}
+			valid := map[uint16]uint16{
+				nbdtest.Read: nbdtest.DF, nbdtest.Write: 0, nbdtest.Flush: 0, nbdtest.Trim: 0, nbdtest.Cache: 0,
+				nbdtest.WriteZeroes: nbdtest.NoHole | nbdtest.FastZero, nbdtest.BlockStatus: nbdtest.ReqOne,
+			}
+			if extended {
+				valid[nbdtest.Write] = nbdtest.PayloadLen
+			}
+			allowed, known := valid[r.cmd]
+			inside := r.off <= uint64(size) && r.n <= uint64(size)-r.off
+			switch {
+			case !known,
+				flags&^(allowed|nbdtest.FUA) != 0,
+				r.cmd == nbdtest.Flush && (r.off != 0 || r.n != 0),
+				r.cmd == nbdtest.BlockStatus && r.n == 0,
+				!inside && r.cmd != nbdtest.Write && r.cmd != nbdtest.WriteZeroes:
+				r.errno = eINVAL
+			case !inside:
+				r.errno = eNOSPC
+			case flags&nbdtest.FastZero != 0:
+				r.errno = eNOTSUP
+			}
+			want = append(want, r)
+		}
+
+		opt := uint32(nbdtest.OptStructuredReply)
+		if extended {
+			opt = nbdtest.OptExtendedHeaders
+		}
+		all := nbdtest.AppendOption([]byte{0, 0, 0, 3}, opt, nil)
+		all = nbdtest.AppendOption(all, nbdtest.OptSetMeta, nbdtest.MetaData("a", "base:allocation"))
+		all = nbdtest.AppendOption(all, nbdtest.OptGo, nbdtest.GoData("a"))
+		conn := &script{in: append(all, in...), step: int(step)}
+		s.Serve(context.Background(), conn)
+		atRest(t, s)
+
+		c := &nbdtest.Client{Conn: &script{in: conn.out.Bytes()}}
+		if _, err := c.Greet(0); err != nil {
+			t.Fatal(err)
+		}
+		for range 5 { // an ACK, a context and its ACK, an information and its ACK
+			if _, err := c.ReadOptionReply(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		seen := make([]bool, len(want))
+		for range want {
+			k, err := c.ReadChunk()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if k.Cookie >= uint64(len(want)) || seen[k.Cookie] || !k.Done() {
+				t.Fatalf("chunk %+v, to none of %+v", k, want)
+			}
+			seen[k.Cookie] = true
+			r := want[k.Cookie]
+			if k.Errno != r.errno {
+				t.Fatalf("error %d in reply to %+v", k.Errno, r)
+			}
+			// The form of the reply, by the request.
+			magic, typ, n := uint32(0x67446698), uint16(0), uint64(0)
+			if extended {
+				magic = 0x6e8a278c
+			} else if r.cmd == nbdtest.Read || r.cmd == nbdtest.BlockStatus {
+				magic = 0x668e33ef
+			}
+			switch {
+			case magic == 0x67446698:
+			case r.errno != 0:
+				typ, n = nbdtest.ChunkError, 6
+			case r.cmd == nbdtest.Read && r.n > 0:
+				typ, n = nbdtest.ChunkOffsetData, 8+r.n
+			case r.cmd == nbdtest.BlockStatus && extended:
+				typ, n = nbdtest.ChunkBlockStatusExt, 24
+			case r.cmd == nbdtest.BlockStatus:
+				typ, n = nbdtest.ChunkBlockStatus, 12
+			}
+			if k.Magic != magic || k.Type != typ || uint64(len(k.Data)) != n || extended && k.Off != r.off {
+				t.Fatalf("chunk with magic %#x, type %d, %d bytes in reply to %+v", k.Magic, k.Type, len(k.Data), r)
 			}
 		}
 		if rest := len(c.Conn.(*script).in); rest != 0 {

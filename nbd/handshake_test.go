@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"runtime"
 	"strconv"
@@ -23,8 +24,9 @@ import (
 )
 
 const (
-	rwFlags = nbd.FlagHasFlags | nbd.FlagSendFlush | nbd.FlagSendFUA | nbd.FlagSendWriteZeroes | nbd.FlagCanMultiConn
-	roFlags = nbd.FlagHasFlags | nbd.FlagReadOnly | nbd.FlagSendFlush | nbd.FlagSendFUA | nbd.FlagCanMultiConn
+	rwFlags = nbd.FlagHasFlags | nbd.FlagSendFlush | nbd.FlagSendFUA | nbd.FlagSendWriteZeroes | nbd.FlagCanMultiConn |
+		nbd.FlagSendCache | nbd.FlagSendFastZero
+	roFlags = nbd.FlagHasFlags | nbd.FlagReadOnly | nbd.FlagSendFlush | nbd.FlagSendFUA | nbd.FlagCanMultiConn | nbd.FlagSendCache
 )
 
 var longName = strings.Repeat("n", nbd.MaxString)
@@ -139,10 +141,10 @@ func TestHandshakeOptions(t *testing.T) {
 
 		{"PEEK_EXPORT is not supported", nbdtest.OptPeek, []byte("first"), fails(nbdtest.RepErrUnsup)},
 		{"STARTTLS is not supported", nbdtest.OptStartTLS, nil, fails(nbdtest.RepErrUnsup)},
-		{"STRUCTURED_REPLY is not supported", nbdtest.OptStructuredReply, nil, fails(nbdtest.RepErrUnsup)},
-		{"LIST_META_CONTEXT is not supported", nbdtest.OptListMeta, nbdtest.GoData("first"), fails(nbdtest.RepErrUnsup)},
-		{"SET_META_CONTEXT is not supported", nbdtest.OptSetMeta, nbdtest.GoData("first"), fails(nbdtest.RepErrUnsup)},
-		{"EXTENDED_HEADERS is not supported", nbdtest.OptExtendedHeaders, nil, fails(nbdtest.RepErrUnsup)},
+		{"STRUCTURED_REPLY: data is invalid", nbdtest.OptStructuredReply, []byte{0}, fails(nbdtest.RepErrInvalid)},
+		{"EXTENDED_HEADERS: data is invalid", nbdtest.OptExtendedHeaders, []byte{0}, fails(nbdtest.RepErrInvalid)},
+		{"LIST_META_CONTEXT: invalid without structured replies", nbdtest.OptListMeta, nbdtest.MetaData("first"), fails(nbdtest.RepErrInvalid)},
+		{"SET_META_CONTEXT: invalid without structured replies", nbdtest.OptSetMeta, nbdtest.MetaData("first"), fails(nbdtest.RepErrInvalid)},
 		{"option 0 is not supported", 0, nil, fails(nbdtest.RepErrUnsup)},
 		{"unknown option: its data is consumed", 1<<32 - 1, make([]byte, 8<<10), fails(nbdtest.RepErrUnsup)},
 		{"unknown option: more data than the buffer is consumed", 12345, make([]byte, 8<<10+1), fails(nbdtest.RepErrUnsup)},
@@ -416,6 +418,68 @@ func TestHandshakeCanceled(t *testing.T) {
 	}
 }
 
+// TestHandshakeShutdown: an option that comes while the server is stopping is
+// refused.
+func TestHandshakeShutdown(t *testing.T) {
+	for _, tt := range []struct {
+		opt  uint32
+		data []byte
+		want uint32 // 0: none
+	}{
+		{nbdtest.OptGo, nbdtest.GoData("first"), nbdtest.RepErrShutdown},
+		{99, nil, nbdtest.RepErrShutdown},
+		{nbdtest.OptAbort, nil, nbdtest.RepAck},
+		{nbdtest.OptExportName, []byte("first"), 0},
+	} {
+		h := handshakeHarness(t, nbd.Config{})
+		ctx, cancel := context.WithCancelCause(context.Background())
+		client, server := socketpair(t)
+		result := make(chan error, 1)
+		// The option is there, and the cancellation, before the server looks.
+		held := &heldConn{Conn: server, reading: make(chan struct{}), hold: make(chan struct{})}
+		h.serves.Go(func() {
+			result <- h.s.Serve(ctx, held)
+			server.Close()
+		})
+		c := &nbdtest.Client{Conn: client}
+		if _, err := c.Greet(3); err != nil {
+			t.Fatal(err)
+		}
+		wait(t, "the server reads", held.reading)
+		cancel(errTestEnds)
+		if _, err := client.Write(nbdtest.AppendOption(nil, tt.opt, tt.data)); err != nil {
+			t.Fatal(err)
+		}
+		close(held.hold)
+		r, err := c.ReadOptionReply()
+		if tt.want == 0 && err == nil || tt.want != 0 && (err != nil || r.Type != tt.want) {
+			t.Errorf("option %d: reply %#x %q, %v; want %#x", tt.opt, r.Type, r.Data, err, tt.want)
+		}
+		if err := wait(t, "Serve", result); err != errTestEnds {
+			t.Errorf("Serve() = %v", err)
+		}
+		client.Close()
+	}
+}
+
+// A heldConn holds up the second read, as long as it is told to, and then fails
+// it as a deadline would.
+type heldConn struct {
+	net.Conn
+	reads         int
+	reading, hold chan struct{}
+}
+
+func (c *heldConn) Read(p []byte) (int, error) {
+	c.reads++
+	if c.reads == 2 {
+		close(c.reading)
+		<-c.hold
+		return 0, os.ErrDeadlineExceeded
+	}
+	return c.Conn.Read(p)
+}
+
 // rss returns the resident set of this process, in bytes.
 func rss(t testing.TB) int64 {
 	t.Helper()
@@ -569,6 +633,7 @@ func (d sizeDevice) Size() (int64, error) { return d.size, d.err }
 func TestTransmissionFlags(t *testing.T) {
 	h := handshakeHarness(t, nbd.Config{})
 	for name, want := range map[string]uint16{"": rwFlags | nbd.FlagSendTrim, "read only": roFlags, "größe": rwFlags} {
+		want &^= nbd.FlagSendCache | nbd.FlagSendFastZero // of no use to the kernel
 		if got, err := h.s.TransmissionFlags(name); got != want || err != nil {
 			t.Errorf("TransmissionFlags(%q) = %#x, %v; want %#x", name, got, err, want)
 		}

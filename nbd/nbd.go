@@ -6,10 +6,19 @@
 // that package nbdnl gave to the kernel. What an export's bytes are is the
 // business of its [Device].
 //
-// The server speaks the fixed newstyle handshake and simple replies of
-// https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, the part
-// of the protocol that the Linux kernel speaks and that every client must
-// support. It has no TLS: it is meant for Unix sockets.
+// The server speaks the fixed newstyle handshake of
+// https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md, with
+// structured replies, the metadata context base:allocation, in which all of an
+// export is data, and the extended headers of that repository's branch
+// extension-ext-header, each for clients that ask for it. The kernel gets simple
+// replies.
+//
+// # Access
+//
+// Who can connect reads plaintext. On a Unix socket the server asks the kernel
+// who that is ([Config.AllowPeer]). TLS is offered with [Config.TLS], and
+// [Config.RequireTLS] insists on it. Without that, ServeListener refuses TCP
+// addresses other than loopback.
 //
 // # Concurrency
 //
@@ -128,7 +137,8 @@ func (e *Export) size() (uint64, error) {
 // preferredBlockSize is what INFO_BLOCK_SIZE advertises.
 func (e *Export) preferredBlockSize() uint32 { return max(e.BlockSize, 4096) }
 
-// transmissionFlags returns the flags of the export in the spec's encoding.
+// transmissionFlags returns the flags of the export in the spec's encoding, as
+// far as the kernel knows them.
 //
 // CAN_MULTI_CONN is true by construction: the server has no cache, so a write
 // answered on one connection is in the device, and a flush on any other
@@ -145,6 +155,22 @@ func (e *Export) transmissionFlags() uint16 {
 	return flags
 }
 
+// handshakeFlags returns the flags for a client that does a handshake. They
+// have what the kernel has no use for.
+//
+// FAST_ZERO is offered although it never succeeds. It tells a client that to
+// zero everything before it copies doesn't pay here.
+func (e *Export) handshakeFlags(mode replyMode) uint16 {
+	flags := e.transmissionFlags() | FlagSendCache
+	if flags&FlagSendWriteZeroes != 0 {
+		flags |= FlagSendFastZero
+	}
+	if mode != simpleReplies {
+		flags |= FlagSendDF
+	}
+	return flags
+}
+
 var (
 	// ErrProtocol means that the peer broke a rule of the protocol that leaves
 	// no way to go on.
@@ -153,8 +179,11 @@ var (
 	// ErrUnknownExport means that no export has the name asked for.
 	ErrUnknownExport = errors.New("unknown export")
 
+	// ErrPeer means that [Config.AllowPeer] refused who connected.
+	ErrPeer = errors.New("peer is not allowed")
+
 	// ErrTooManyConnections means that the server already serves
-	// [Config.MaxConnections] connections.
+	// [Config.MaxConnections] connections, or [Config.MaxPerPeer] of this peer.
 	ErrTooManyConnections = errors.New("too many connections")
 
 	// ErrHandshakeTimeout means that the peer did not end its handshake within
@@ -172,7 +201,7 @@ var (
 
 // errorNumber returns the NBD error for an error of a device: one of those
 // that the spec allows in reply to any command. EOVERFLOW and ENOTSUP are
-// reserved to flags that this server does not offer.
+// reserved to what no device is asked for.
 func errorNumber(err error) uint32 {
 	if err == nil {
 		return 0

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -28,6 +29,15 @@ type Config struct {
 	// been busy, besides the arena.
 	MaxConnections int
 
+	// AllowPeer reports whether a process may connect to a Unix socket. Nil
+	// allows those of root and of the server's effective user. It doesn't
+	// concern ServeTransmission. It may be called by many goroutines at once.
+	AllowPeer func(Peer) bool
+
+	// MaxPerPeer is how many connections one user may have on Unix sockets, and
+	// one host by TCP. An IPv6 host is its /64 network. Zero is MaxConnections.
+	MaxPerPeer int
+
 	// InFlight is how many requests of one connection run on the device at the
 	// same time. As many again may wait for their replies to be taken. Zero is
 	// 64.
@@ -39,6 +49,14 @@ type Config struct {
 	// StallTimeout is how long a connection may hold memory that others wait
 	// for while its peer neither sends nor takes anything. Zero is 30 s.
 	StallTimeout time.Duration
+
+	// TLS, if not nil, is offered to clients by STARTTLS. It says by ClientAuth
+	// whether they have to show certificates.
+	TLS *tls.Config
+
+	// RequireTLS refuses everything to clients before STARTTLS. It doesn't
+	// concern ServeTransmission, whose peer is the kernel.
+	RequireTLS bool
 
 	// Grace is how long peers may take to receive the last replies after a
 	// cancellation. Zero is 5 s.
@@ -56,6 +74,7 @@ type Server struct {
 
 	mu       sync.Mutex // guards what follows
 	open     int        // connections, including those in the handshake
+	peers    map[peerKey]int
 	conns    map[*conn]struct{}
 	counts   Counts // of connections that have ended
 	accepted uint64
@@ -69,8 +88,12 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
+	if cfg.AllowPeer == nil {
+		cfg.AllowPeer = ownOrRoot
+	}
 	orDefault(&cfg.Arena, 64<<20)
 	orDefault(&cfg.MaxConnections, 128)
+	orDefault(&cfg.MaxPerPeer, cfg.MaxConnections)
 	orDefault(&cfg.InFlight, 64)
 	orDefault(&cfg.HandshakeTimeout, 10*time.Second)
 	orDefault(&cfg.StallTimeout, 30*time.Second)
@@ -78,8 +101,10 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 	switch {
 	case cfg.Arena < MaxPayload:
 		return nil, fmt.Errorf("nbd: arena of %d bytes can't hold a payload of %d", cfg.Arena, MaxPayload)
-	case cfg.MaxConnections < 0 || cfg.InFlight < 0 || cfg.HandshakeTimeout < 0 || cfg.StallTimeout < 0 || cfg.Grace < 0:
+	case cfg.MaxConnections < 0 || cfg.MaxPerPeer < 0 || cfg.InFlight < 0 || cfg.HandshakeTimeout < 0 || cfg.StallTimeout < 0 || cfg.Grace < 0:
 		return nil, errors.New("nbd: negative limit")
+	case cfg.RequireTLS && cfg.TLS == nil:
+		return nil, errors.New("nbd: TLS is required but not configured")
 	case len(exports) == 0:
 		return nil, errors.New("nbd: no exports")
 	}
@@ -105,6 +130,7 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 		share:   max(cfg.Arena/2, MaxPayload),
 		procs:   runtime.GOMAXPROCS(0),
 		epoch:   time.Now(),
+		peers:   make(map[peerKey]int),
 		conns:   make(map[*conn]struct{}),
 	}, nil
 }
@@ -154,9 +180,10 @@ func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
 }
 
 // Serve serves conn, handshake first, until the client disconnects, the
-// connection fails, or ctx is done. In the last case it stops reading, answers
-// every request that it has taken, and returns; a client that doesn't receive
-// these replies within [Config.Grace] loses them.
+// connection fails, or ctx is done. In the last case it takes no more requests,
+// answers those that it has taken, refuses with ESHUTDOWN those that came
+// meanwhile, and returns; a client that doesn't receive these replies within
+// [Config.Grace] loses them.
 //
 // Serve owns every goroutine that it starts: none is left when it returns, and
 // no request of this connection is running on the device. It follows that
@@ -166,41 +193,57 @@ func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
 // matches [io.EOF] when the client just went away, and [context.Cause] of ctx
 // after a cancellation. It doesn't close conn, but may leave deadlines set.
 func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
-	if err := s.enter(); err != nil {
+	key, limited, err := s.checkPeer(conn)
+	if err != nil {
+		s.mu.Lock()
+		s.rejected++
+		s.mu.Unlock()
 		return err
 	}
-	defer s.leave()
+	if err := s.enter(key, limited); err != nil {
+		return err
+	}
+	defer s.leave(key, limited)
 
 	in := &input{nc: conn, buf: make([]byte, handshakeBuffer)}
-	e, err := s.handshake(ctx, in)
+	defer func() { closeTLS(in.nc) }()
+	ses, err := s.handshake(ctx, in)
 	switch {
 	case err == errAborted:
 		return nil
 	case err != nil:
 		return err
 	}
-	return s.transmission(ctx, e, in)
+	return s.transmission(ctx, *ses, in)
 }
 
 // ServeTransmission is Serve without a handshake. It is for the other end of a
-// socket that the kernel got from package nbdnl.
+// socket that the kernel got from package nbdnl. What came after ctx was done
+// is left unread: the kernel sends it again on the next socket.
 func (s *Server) ServeTransmission(ctx context.Context, conn net.Conn, exportName string) error {
 	e := s.export(exportName)
 	if e == nil {
 		return fmt.Errorf("nbd: export %.80q: %w", exportName, ErrUnknownExport)
 	}
-	if err := s.enter(); err != nil {
+	if err := s.enter(peerKey{}, false); err != nil {
 		return err
 	}
-	defer s.leave()
-	return s.transmission(ctx, e, &input{nc: conn})
+	defer s.leave(peerKey{}, false)
+	return s.transmission(ctx, session{export: e, flags: e.transmissionFlags()}, &input{nc: conn})
 }
 
 // ServeListener serves the connections that ln accepts until ctx is done or ln
 // fails. It then closes ln, ends the connections as Serve does, and returns
 // when the last has ended: [context.Cause] of ctx, or the error of ln.
 // Connections in excess of [Config.MaxConnections] are closed at once.
+//
+// A TCP listener must be on a loopback address, or [Config.RequireTLS] must be
+// set.
 func (s *Server) ServeListener(ctx context.Context, ln net.Listener) error {
+	if err := s.checkListener(ln); err != nil {
+		_ = ln.Close()
+		return err
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	var conns sync.WaitGroup
 	defer conns.Wait()
@@ -266,8 +309,9 @@ func temporary(err error) bool {
 	return false
 }
 
-// enter counts a connection that leave discounts.
-func (s *Server) enter() error {
+// enter counts a connection that leave discounts, also for the peer if its
+// number is limited.
+func (s *Server) enter(key peerKey, limited bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -276,38 +320,54 @@ func (s *Server) enter() error {
 	case s.open >= s.cfg.MaxConnections:
 		s.rejected++
 		return fmt.Errorf("nbd: %d connections are open: %w", s.open, ErrTooManyConnections)
+	case limited && s.peers[key] >= s.cfg.MaxPerPeer:
+		s.rejected++
+		return fmt.Errorf("nbd: %d connections of this peer are open: %w", s.peers[key], ErrTooManyConnections)
+	}
+	if limited {
+		s.peers[key]++
 	}
 	s.open++
 	s.accepted++
 	return nil
 }
 
-func (s *Server) leave() {
+func (s *Server) leave(key peerKey, limited bool) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.open--
-	s.mu.Unlock()
+	if !limited {
+		return
+	}
+	if s.peers[key]--; s.peers[key] == 0 {
+		delete(s.peers, key)
+	}
 }
 
 // handshake runs a handshake under its deadline.
-func (s *Server) handshake(ctx context.Context, in *input) (*Export, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, s.cfg.HandshakeTimeout, ErrHandshakeTimeout)
+func (s *Server) handshake(parent context.Context, in *input) (*session, error) {
+	ctx, cancel := context.WithTimeoutCause(parent, s.cfg.HandshakeTimeout, ErrHandshakeTimeout)
 	defer cancel()
 	interrupted := make(chan struct{})
+	nc := in.nc // TLS takes its place
 	stop := context.AfterFunc(ctx, func() {
 		defer close(interrupted)
-		_ = in.nc.SetDeadline(longAgo)
+		_ = nc.SetDeadline(longAgo)
 	})
 	h := handshake{s: s, in: in}
-	e, err := h.run()
+	ses, err := h.run()
 	if !stop() {
 		<-interrupted
+		if parent.Err() != nil {
+			h.shutdown()
+		}
 		return nil, context.Cause(ctx)
 	}
-	return e, err
+	return ses, err
 }
 
-func (s *Server) transmission(ctx context.Context, e *Export, in *input) error {
-	c, err := newConn(ctx, s, e, in)
+func (s *Server) transmission(ctx context.Context, ses session, in *input) error {
+	c, err := newConn(ctx, s, ses, in)
 	if err != nil {
 		return err
 	}
@@ -354,6 +414,7 @@ func (s *Server) endStalled() {
 // Counts are what a connection, or a server, has done since it began.
 type Counts struct {
 	Reads, Writes, Flushes, Trims, WriteZeroes uint64 // commands answered, with or without success
+	Caches, BlockStatuses                      uint64
 	Invalid                                    uint64 // commands that aren't known
 
 	ReadBytes, WriteBytes uint64 // payload of commands that succeeded
@@ -365,7 +426,7 @@ type Counts struct {
 func (n *Counts) add(r *request) {
 	var bytes uint64
 	if r.errno == 0 {
-		bytes = uint64(r.length)
+		bytes = r.length
 	} else {
 		n.Errors++
 	}
@@ -384,6 +445,10 @@ func (n *Counts) add(r *request) {
 	case cmdWriteZeroes:
 		n.WriteZeroes++
 		n.ZeroBytes += bytes
+	case cmdCache:
+		n.Caches++
+	case cmdBlockStatus:
+		n.BlockStatuses++
 	default:
 		n.Invalid++
 	}
@@ -395,6 +460,8 @@ func (n *Counts) merge(m *Counts) {
 	n.Flushes += m.Flushes
 	n.Trims += m.Trims
 	n.WriteZeroes += m.WriteZeroes
+	n.Caches += m.Caches
+	n.BlockStatuses += m.BlockStatuses
 	n.Invalid += m.Invalid
 	n.ReadBytes += m.ReadBytes
 	n.WriteBytes += m.WriteBytes
@@ -407,7 +474,7 @@ func (n *Counts) merge(m *Counts) {
 type Stats struct {
 	Connections int    // open now
 	Accepted    uint64 // connections served, ever
-	Rejected    uint64 // connections refused for MaxConnections
+	Rejected    uint64 // connections refused for MaxConnections, MaxPerPeer or AllowPeer
 	Stalled     uint64 // connections ended by [ErrStalled]
 	InFlight    int    // requests taken and not yet answered
 	Counts             // of all connections, ever

@@ -20,6 +20,7 @@ const (
 	eNOMEM   = uint32(syscall.ENOMEM)
 	eINVAL   = uint32(syscall.EINVAL)
 	eNOSPC   = uint32(syscall.ENOSPC)
+	eNOTSUP  = uint32(syscall.ENOTSUP)
 	eSHUTDWN = uint32(syscall.ESHUTDOWN)
 )
 
@@ -98,23 +99,31 @@ func TestTransmissionRules(t *testing.T) {
 
 		{rule: "WRITE_ZEROES", req: nbdtest.Request{Cmd: zero, Len: 512}, want: ok, calls: 1},
 		{rule: "WRITE_ZEROES: FUA and NO_HOLE", req: nbdtest.Request{Cmd: zero, Flags: nbdtest.FUA | nbdtest.NoHole, Len: 512}, want: ok, calls: 1},
-		{rule: "WRITE_ZEROES: FAST_ZERO, not advertised, is invalid", req: nbdtest.Request{Cmd: zero, Flags: nbdtest.FastZero, Len: 512}, want: eINVAL},
+		{rule: "WRITE_ZEROES: FAST_ZERO is never fast, and nothing changes", req: nbdtest.Request{Cmd: zero, Flags: nbdtest.FastZero, Len: 512}, want: eNOTSUP},
+		{rule: "WRITE_ZEROES: FAST_ZERO with FUA and NO_HOLE", req: nbdtest.Request{Cmd: zero, Flags: nbdtest.FastZero | nbdtest.FUA | nbdtest.NoHole, Len: 512}, want: eNOTSUP},
+		{rule: "WRITE_ZEROES: FAST_ZERO past the end: no space", req: nbdtest.Request{Cmd: zero, Flags: nbdtest.FastZero, Off: size, Len: 512}, want: eNOSPC},
+		{rule: "WRITE_ZEROES: FAST_ZERO on a read-only export, where it isn't advertised, is invalid", export: "ro", req: nbdtest.Request{Cmd: zero, Flags: nbdtest.FastZero, Len: 512}, want: eINVAL},
 		{rule: "WRITE_ZEROES: past the end: no space", req: nbdtest.Request{Cmd: zero, Off: size - 511, Len: 512}, want: eNOSPC},
 		{rule: "WRITE_ZEROES: the longest length past the end: no space, and no payload", req: nbdtest.Request{Cmd: zero, Len: 1<<32 - 1}, want: eNOSPC},
 		{rule: "WRITE_ZEROES: zero length is answered", req: nbdtest.Request{Cmd: zero}, want: ok},
 		{rule: "WRITE_ZEROES: read-only: not permitted", export: "ro", req: nbdtest.Request{Cmd: zero, Len: 512}, want: ePERM},
 		{rule: "WRITE_ZEROES: may exceed the maximum payload", export: "large", req: nbdtest.Request{Cmd: zero, Len: huge + 512}, want: ok, calls: 1},
 
-		{rule: "CACHE: invalid, connection stays", req: nbdtest.Request{Cmd: nbdtest.Cache, Len: 512}, want: eINVAL},
-		{rule: "BLOCK_STATUS: invalid, connection stays", req: nbdtest.Request{Cmd: nbdtest.BlockStatus, Flags: nbdtest.ReqOne, Len: 512}, want: eINVAL},
+		{rule: "CACHE", req: nbdtest.Request{Cmd: nbdtest.Cache, Len: 512}, want: ok},
+		{rule: "CACHE: FUA is tolerated", req: nbdtest.Request{Cmd: nbdtest.Cache, Flags: nbdtest.FUA, Len: 512}, want: ok},
+		{rule: "CACHE: past the end is invalid", req: nbdtest.Request{Cmd: nbdtest.Cache, Off: size - 511, Len: 512}, want: eINVAL},
+		{rule: "CACHE: zero length is answered", req: nbdtest.Request{Cmd: nbdtest.Cache}, want: ok},
+		{rule: "CACHE: works on a read-only export", export: "ro", req: nbdtest.Request{Cmd: nbdtest.Cache, Len: 512}, want: ok},
+		{rule: "CACHE: may exceed the maximum payload", export: "large", req: nbdtest.Request{Cmd: nbdtest.Cache, Len: huge + 512}, want: ok},
+		{rule: "BLOCK_STATUS without a context: invalid, connection stays", req: nbdtest.Request{Cmd: nbdtest.BlockStatus, Flags: nbdtest.ReqOne, Len: 512}, want: eINVAL},
 		{rule: "RESIZE: invalid, connection stays", req: nbdtest.Request{Cmd: nbdtest.Resize, Off: 1 << 20}, want: eINVAL},
 		{rule: "unknown command: invalid, its length is not payload", req: nbdtest.Request{Cmd: 0xffff, Len: 1 << 20}, want: eINVAL},
 	}
 	// Every flag that isn't offered, on every command, must not do anything.
-	for _, cmd := range []uint16{read, write, flush, trim, zero} {
+	for _, cmd := range []uint16{read, write, flush, trim, zero, nbdtest.Cache} {
 		for bit := range 16 {
 			flag := uint16(1) << bit
-			if flag == nbdtest.FUA || flag == nbdtest.NoHole && cmd == zero {
+			if flag == nbdtest.FUA || cmd == zero && (flag == nbdtest.NoHole || flag == nbdtest.FastZero) {
 				continue
 			}
 			r := row{rule: fmt.Sprintf("command %d: flag %#x is invalid", cmd, flag), req: nbdtest.Request{Cmd: cmd, Flags: flag}, want: eINVAL}

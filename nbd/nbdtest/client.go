@@ -15,6 +15,10 @@ const (
 	magicReplyOpt = 0x0003e889045565a9
 	magicRequest  = 0x25609513
 	magicReply    = 0x67446698
+
+	magicStructured    = 0x668e33ef
+	magicExtended      = 0x21e41c71
+	magicExtendedReply = 0x6e8a278c
 )
 
 // Commands.
@@ -60,10 +64,15 @@ const (
 	RepAck        = 1
 	RepServer     = 2
 	RepInfo       = 3
+	RepMeta       = 4
 	RepErrUnsup   = 1<<31 | 1
 	RepErrInvalid = 1<<31 | 3
 	RepErrUnknown = 1<<31 | 6
 	RepErrTooBig  = 1<<31 | 9
+
+	RepErrTLS       = 1<<31 | 5
+	RepErrShutdown  = 1<<31 | 7
+	RepErrExtHeader = 1<<31 | 10
 )
 
 // Request is the header of a request, field by field.
@@ -74,6 +83,7 @@ type Request struct {
 	Cookie uint64
 	Off    uint64
 	Len    uint32
+	Len64  uint64 // with extended headers only
 }
 
 // Append appends the request to b.
@@ -121,6 +131,8 @@ type Client struct {
 	Conn  net.Conn
 	Size  uint64 // from Go or ExportName
 	Flags uint16
+
+	Extended bool // Send uses extended headers
 
 	hdr [16]byte
 }
@@ -209,6 +221,9 @@ func Dial(conn net.Conn, name string) (*Client, error) {
 // Send sends a request and a payload in one call.
 func (c *Client) Send(r Request, payload []byte) error {
 	bufs := net.Buffers{r.Append(nil)}
+	if c.Extended {
+		bufs[0] = r.AppendExtended(nil)
+	}
 	if len(payload) > 0 {
 		bufs = append(bufs, payload)
 	}
@@ -272,4 +287,106 @@ func (c *Client) Disconnect() error {
 		return fmt.Errorf("nbdtest: after DISC: %x, %v", b, err)
 	}
 	return nil
+}
+
+// MetaData returns the data of a LIST_META_CONTEXT or SET_META_CONTEXT option.
+func MetaData(name string, queries ...string) []byte {
+	b := binary.BigEndian.AppendUint32(nil, uint32(len(name)))
+	b = append(b, name...)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(queries)))
+	for _, q := range queries {
+		b = binary.BigEndian.AppendUint32(b, uint32(len(q)))
+		b = append(b, q...)
+	}
+	return b
+}
+
+// Types of chunks.
+const (
+	ChunkNone           = 0
+	ChunkOffsetData     = 1
+	ChunkOffsetHole     = 2
+	ChunkBlockStatus    = 5
+	ChunkBlockStatusExt = 6
+	ChunkError          = 1<<15 | 1
+	ChunkErrorOffset    = 1<<15 | 2
+)
+
+// AppendExtended appends the request with extended headers to b. Len64 counts
+// if it isn't 0.
+func (r Request) AppendExtended(b []byte) []byte {
+	if r.Magic == 0 {
+		r.Magic = magicExtended
+	}
+	if r.Len64 == 0 {
+		r.Len64 = uint64(r.Len)
+	}
+	b = binary.BigEndian.AppendUint32(b, r.Magic)
+	b = binary.BigEndian.AppendUint16(b, r.Flags)
+	b = binary.BigEndian.AppendUint16(b, r.Cmd)
+	b = binary.BigEndian.AppendUint64(b, r.Cookie)
+	b = binary.BigEndian.AppendUint64(b, r.Off)
+	return binary.BigEndian.AppendUint64(b, r.Len64)
+}
+
+// A Chunk is one chunk of a reply of any kind. A simple reply is a chunk that
+// has neither type nor payload.
+type Chunk struct {
+	Magic  uint32
+	Flags  uint16
+	Type   uint16
+	Errno  uint32 // of a simple reply, or an error chunk
+	Cookie uint64
+	Off    uint64 // of an extended header
+	Data   []byte
+}
+
+// Done reports whether this is the last chunk of its reply.
+func (c *Chunk) Done() bool { return c.Magic == magicReply || c.Flags&1 != 0 }
+
+// ReadChunk reads a simple reply without payload, or a chunk of a structured or
+// extended reply.
+func (c *Client) ReadChunk() (Chunk, error) {
+	var b [32]byte
+	if _, err := io.ReadFull(c.Conn, b[:16]); err != nil {
+		return Chunk{}, err
+	}
+	k := Chunk{Magic: binary.BigEndian.Uint32(b[:]), Cookie: binary.BigEndian.Uint64(b[8:])}
+	var n uint64
+	switch k.Magic {
+	case magicReply:
+		k.Errno = binary.BigEndian.Uint32(b[4:])
+		return k, nil
+	case magicStructured:
+		if _, err := io.ReadFull(c.Conn, b[16:20]); err != nil {
+			return Chunk{}, err
+		}
+		n = uint64(binary.BigEndian.Uint32(b[16:]))
+	case magicExtendedReply:
+		if _, err := io.ReadFull(c.Conn, b[16:32]); err != nil {
+			return Chunk{}, err
+		}
+		k.Off = binary.BigEndian.Uint64(b[16:])
+		n = binary.BigEndian.Uint64(b[24:])
+	default:
+		return Chunk{}, fmt.Errorf("nbdtest: chunk magic %#x", k.Magic)
+	}
+	k.Flags = binary.BigEndian.Uint16(b[4:])
+	k.Type = binary.BigEndian.Uint16(b[6:])
+	if n > 33<<20 {
+		return Chunk{}, fmt.Errorf("nbdtest: chunk of %d bytes", n)
+	}
+	k.Data = make([]byte, n)
+	if _, err := io.ReadFull(c.Conn, k.Data); err != nil {
+		return Chunk{}, err
+	}
+	if k.Type&(1<<15) != 0 {
+		if n < 6 || uint64(binary.BigEndian.Uint16(k.Data[4:])) > n-6 {
+			return Chunk{}, fmt.Errorf("nbdtest: error chunk %x", k.Data)
+		}
+		if k.Errno = binary.BigEndian.Uint32(k.Data); k.Errno == 0 {
+			return Chunk{}, fmt.Errorf("nbdtest: error chunk without an error: %x", k.Data)
+		}
+	}
+	return k, nil
 }

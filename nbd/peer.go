@@ -1,0 +1,92 @@
+package nbd
+
+import (
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Peer is the process at the other end of a Unix socket, as the kernel knew
+// it when it connected.
+type Peer struct {
+	UID, GID uint32
+	PID      int32
+}
+
+// ownOrRoot is what allows peers if nothing else is configured.
+func ownOrRoot(p Peer) bool { return p.UID == 0 || int(p.UID) == os.Geteuid() }
+
+// A peerKey stands for the peers that share a limit: a user, or a host.
+type peerKey struct {
+	uid  uint32
+	host netip.Prefix // not valid for a user
+}
+
+// checkPeer returns whose limit counts, if there is one, or ErrPeer.
+func (s *Server) checkPeer(conn net.Conn) (key peerKey, limited bool, err error) {
+	if uc, ok := conn.(*net.UnixConn); ok {
+		p, err := unixPeer(uc)
+		if err != nil {
+			return peerKey{}, false, err
+		}
+		if !s.cfg.AllowPeer(p) {
+			return peerKey{}, false, fmt.Errorf("nbd: process %d of user %d: %w", p.PID, p.UID, ErrPeer)
+		}
+		return peerKey{uid: p.UID}, true, nil
+	}
+	if addr, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
+		// Who has an IPv6 address mostly has all that differ in the last half.
+		ip := addr.AddrPort().Addr().Unmap()
+		host, err := ip.Prefix(min(ip.BitLen(), 64))
+		if err == nil {
+			return peerKey{host: host}, true, nil
+		}
+	}
+	return peerKey{}, false, nil
+}
+
+// unixPeer asks the kernel who connected.
+func unixPeer(conn *net.UnixConn) (Peer, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return Peer{}, fmt.Errorf("nbd: asking who connected: %w", err)
+	}
+	var cred *unix.Ucred
+	var errno error
+	err = raw.Control(func(fd uintptr) {
+		cred, errno = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	})
+	if err == nil {
+		err = os.NewSyscallError("getsockopt", errno)
+	}
+	if err != nil {
+		return Peer{}, fmt.Errorf("nbd: asking who connected: %w", err)
+	}
+	return Peer{UID: cred.Uid, GID: cred.Gid, PID: cred.Pid}, nil
+}
+
+// checkListener refuses to serve plaintext to other hosts.
+func (s *Server) checkListener(ln net.Listener) error {
+	addr := ln.Addr()
+	if addr == nil || !strings.HasPrefix(addr.Network(), "tcp") || s.cfg.RequireTLS {
+		return nil
+	}
+	ap, err := netip.ParseAddrPort(addr.String())
+	if err == nil && ap.Addr().Unmap().IsLoopback() {
+		return nil
+	}
+	return fmt.Errorf("nbd: serving on %s: only a loopback address may be served without required TLS", addr)
+}
+
+// closeTLS tells a TLS peer that the stream ends here and was not cut.
+func closeTLS(conn net.Conn) {
+	if tc, ok := conn.(*tls.Conn); ok && tc.SetWriteDeadline(time.Now().Add(lastCalls)) == nil {
+		_ = tc.CloseWrite()
+	}
+}

@@ -1,0 +1,133 @@
+package nbd_test
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"hostcryptd/nbd"
+	"hostcryptd/nbd/nbdtest"
+)
+
+func TestAllowPeer(t *testing.T) {
+	var seen atomic.Pointer[nbd.Peer]
+	var allow atomic.Bool
+	h := newHarness(t, nbd.Config{AllowPeer: func(p nbd.Peer) bool { seen.Store(&p); return allow.Load() }},
+		nbd.Export{Device: nbdtest.NewDevice(512, false)})
+	conn, result := h.raw()
+	if err := wait(t, "Serve", result); !errors.Is(err, nbd.ErrPeer) {
+		t.Errorf("Serve() = %v, want %v", err, nbd.ErrPeer)
+	}
+	if b, err := io.ReadAll(conn); err != nil || len(b) != 0 {
+		t.Errorf("a refused peer got %q, %v", b, err)
+	}
+	want := nbd.Peer{UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), PID: int32(os.Getpid())}
+	if got := *seen.Load(); got != want {
+		t.Errorf("peer is %+v, want %+v", got, want)
+	}
+	allow.Store(true)
+	h.dial("")
+	if st := h.s.Stats(); st.Rejected != 1 || st.Accepted != 1 {
+		t.Errorf("Stats() = %+v", st)
+	}
+}
+
+// TestAllowPeerByDefault: other users get nothing, whatever the mode of the
+// socket. It needs root to be somebody else; other users check themselves only.
+func TestAllowPeerByDefault(t *testing.T) {
+	h, uri := listen(t, nbd.Export{Name: "x", Device: nbdtest.NewDevice(512, false)})
+	tool(t, libnbd, "nbdinfo", "--size", uri("x"))
+	if os.Geteuid() != 0 {
+		return
+	}
+	dir, err := os.MkdirTemp("/tmp", "nbd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "s")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.serves.Go(func() { h.s.ServeListener(h.ctx, ln) })
+	for _, f := range []string{dir, path} {
+		if err := os.Chmod(f, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rejected := h.s.Stats().Rejected
+	cmd := exec.CommandContext(t.Context(), "nbdinfo", "--size", "nbd+unix:///x?socket="+path)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if out, err := cmd.CombinedOutput(); err == nil {
+		t.Errorf("another user got %s", out)
+	}
+	if n := h.s.Stats().Rejected - rejected; n != 1 {
+		t.Errorf("%d connections were refused, want 1", n)
+	}
+}
+
+func TestMaxPerPeer(t *testing.T) {
+	h := newHarness(t, nbd.Config{MaxPerPeer: 2}, nbd.Export{Device: nbdtest.NewDevice(512, false)})
+	over := func(client, server net.Conn) {
+		t.Helper()
+		defer client.Close()
+		if err := wait(t, "Serve", h.serve(server)); !errors.Is(err, nbd.ErrTooManyConnections) {
+			t.Errorf("Serve() = %v, want %v", err, nbd.ErrTooManyConnections)
+		}
+	}
+	a, aEnds := h.dial("")
+	h.dial("")
+	client, server := socketpair(t)
+	over(client, server)
+
+	// A host is another peer than a user.
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	connect := func() (net.Conn, net.Conn) {
+		t.Helper()
+		client, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return client, server
+	}
+	for range 2 {
+		client, server := connect()
+		defer client.Close()
+		h.serve(server)
+		if _, err := nbdtest.Dial(client, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tcpClient, tcpServer := connect()
+	over(tcpClient, tcpServer)
+
+	// The kernel's connections are not a peer's.
+	kernel, other := socketpair(t)
+	defer kernel.Close()
+	h.serves.Go(func() { h.s.ServeTransmission(h.ctx, other, ""); other.Close() })
+	c := &nbdtest.Client{Conn: kernel}
+	if errno, err := c.Read(make([]byte, 512), 0); errno != 0 || err != nil {
+		t.Error(errno, err)
+	}
+
+	if err := a.Disconnect(); err != nil {
+		t.Error(err)
+	}
+	wait(t, "Serve", aEnds)
+	h.dial("") // there is room again
+}
