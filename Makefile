@@ -12,7 +12,7 @@ RUN         ?=
 # What building and testing takes, by Debian's package names. Go itself is not
 # among them: Debian 12 has an older one than go.mod asks for.
 DEPS := gcc libc6-dev git ca-certificates \
-	qemu-system-x86 qemu-utils libnbd-bin nbdkit cryptsetup-bin dmsetup fio \
+	qemu-system-x86 qemu-utils libnbd-bin nbdfuse nbdkit cryptsetup-bin dmsetup fio \
 	e2fsprogs util-linux fdisk mount kmod xz-utils cpio \
 	iproute2 man-db systemd openssl qemu-user-static
 

@@ -114,7 +114,7 @@ since to go would be to lose what was not yet written.`,
 	}
 	f := c.Flags()
 	o.keys.add(c)
-	f.StringVar(&o.listen, "listen", "", "offer the volume on this Unix `SOCKET`")
+	f.StringVar(&o.listen, "listen", "", "offer the volume on this Unix `SOCKET`; chown it to let another user connect")
 	f.StringVar(&o.attach, "attach", "", "attach the volume to the kernel: auto or `/dev/nbdN`")
 	f.IntVar(&o.connections, "connections", 1, "`NUMBER` of sockets between the kernel and the server")
 	f.StringVar(&o.control, "control", "", "control `SOCKET` (default "+filepath.Join(runDir, "UUID.sock")+")")
@@ -213,7 +213,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		d.log.Warn(w)
 	}
 
-	server, err := nbd.New(nbd.Config{Log: d.log}, nbd.Export{
+	server, err := nbd.New(nbd.Config{Log: d.log, AllowPeer: d.allowPeer}, nbd.Export{
 		Name: d.exportName(), Description: "hostcryptd volume " + d.uuid,
 		Device: d.volume, ReadOnly: d.volume.ReadOnly(), Trim: d.volume.Discards(),
 		BlockSize: uint32(d.volume.SectorSize()),
@@ -226,6 +226,16 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	d.server = server
 	d.mu.Unlock()
 	return d.serve(ctx)
+}
+
+// allowPeer tells who may use --listen: root, the user that this process runs
+// as, and who the socket was given to with chown(1).
+func (d *daemon) allowPeer(p nbd.Peer) bool {
+	if p.UID == 0 || int(p.UID) == os.Geteuid() {
+		return true
+	}
+	var st unix.Stat_t
+	return unix.Stat(d.opts.listen, &st) == nil && st.Uid == p.UID
 }
 
 // exportName is the label if NBD can have it for a name. cryptsetup can set any.
