@@ -162,18 +162,20 @@ func TestVM(t *testing.T) {
 		r := l.boot(t, "reboot", nil, d.disks()...)
 		l.row("Reboot", time.Since(begun), r)
 	})
-	t.Run("InUse", func(t *testing.T) {
-		d.make(t)
-		begun := time.Now()
-		r := l.boot(t, "inuse", nil, d.disks()...)
-		l.row("InUse", time.Since(begun), r)
-	})
 	t.Run("StolenDisk", func(t *testing.T) { testStolenDisk(t, d) })
 	t.Run("Leave", func(t *testing.T) {
 		d.make(t)
 		begun := time.Now()
 		r := l.boot(t, "leave", nil, d.disks()...)
 		l.row("Leave", time.Since(begun), r)
+	})
+	// Last of those that use the disk: it adds a file, which the others would
+	// find to be one too many.
+	t.Run("InUse", func(t *testing.T) {
+		d.make(t)
+		begun := time.Now()
+		r := l.boot(t, "inuse", nil, d.disks()...)
+		l.row("InUse", time.Since(begun), r)
 	})
 	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
 }
