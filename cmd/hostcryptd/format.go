@@ -39,7 +39,7 @@ to unwrap it again before anything is written.
 Without a recovery key, losing the key means losing the data. With
 --recovery-key FILE one is generated and written to FILE, and cryptsetup opens the
 volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
-		Example: `  hostcryptd format /dev/sdb --recovery-key /root/sdb.recovery
+		Example: `  hostcryptd format /dev/sdb --recovery-key sdb.recovery
   hostcryptd format /dev/sdb --key https://VAULT.vault.azure.net/keys/NAME --yes`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {

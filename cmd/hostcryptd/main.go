@@ -67,7 +67,7 @@ The data key is stored wrapped in the disk's LUKS2 header. It is unwrapped with 
 key in Azure Key Vault that never leaves it, or with a host key file that needs
 no configuration. With its recovery key cryptsetup opens the same disk.`
 
-const rootExample = `  hostcryptd format /dev/sdb --recovery-key /root/sdb.recovery
+const rootExample = `  hostcryptd format /dev/sdb --recovery-key sdb.recovery
   hostcryptd serve /dev/sdb --attach auto
   mkfs.ext4 /dev/nbd0
 
