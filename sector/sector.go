@@ -64,6 +64,9 @@ var (
 	ErrWrongKey = errors.New("wrong recovery key")
 	// ErrFailed means that a flush of this volume has failed before.
 	ErrFailed = fmt.Errorf("volume has failed: an earlier flush was not completed: %w", syscall.EIO)
+	// ErrSuspended means that the volume is suspended: its keys were wiped and
+	// have not come back.
+	ErrSuspended = fmt.Errorf("volume is suspended: its key was withdrawn: %w", syscall.ESHUTDOWN)
 	// ErrClosed means that the volume was closed and its keys are gone.
 	ErrClosed = fmt.Errorf("volume is closed: %w", syscall.ESHUTDOWN)
 )

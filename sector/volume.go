@@ -23,6 +23,8 @@ type Volume struct {
 	token    int
 	warnings []string
 
+	secretMemory string // kind of
+
 	offset   int64  // of the volume on the backing device
 	size     int64  // of the volume
 	sector   int64  // size of a sector
@@ -35,11 +37,12 @@ type Volume struct {
 	bufs   *buffers
 	flush  flusher
 
-	// open is held shared by each request, so that Close can't take the keys
-	// and buffers from under one. It guards closed, keys and cipher.
+	// open is held shared by each request, so that Close and Suspend can't take
+	// the keys and buffers from under one. It guards keys and cipher. gate says
+	// what is to become of new requests, see suspend.go.
 	open   sync.RWMutex
-	closed bool
-	keys   *keys
+	gate   gate
+	keys   *keys // nil while the volume is suspended
 	cipher *xts.Cipher
 
 	stats stats
@@ -69,7 +72,7 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 		size:     size / sectorSize * sectorSize,
 		align:    int64(b.Alignment()),
 		readOnly: o.ReadOnly, discard: o.Discard,
-		keys: k, cipher: c,
+		keys: k, cipher: c, secretMemory: k.mem.kind,
 	}
 	if !s.Dynamic {
 		v.size = int64(s.Size)
@@ -106,7 +109,7 @@ func (v *Volume) Failed() bool { return v.flush.hasFailed() }
 func (v *Volume) Warnings() []string { return v.warnings }
 
 // SecretMemory names the kind of memory that holds the keys.
-func (v *Volume) SecretMemory() string { return v.keys.mem.kind }
+func (v *Volume) SecretMemory() string { return v.secretMemory }
 
 // Implementation names the XTS implementation at work.
 func (v *Volume) Implementation() string { return xts.Implementation() }
@@ -141,14 +144,21 @@ func (v *Volume) Stats() Stats {
 	}
 }
 
-// enter begins a request. Each ends with leave.
+// enter begins a request. Each ends with leave. It waits while the volume is
+// suspended with [SuspendWait].
 func (v *Volume) enter() error {
-	v.open.RLock()
-	if v.closed {
+	for {
+		// Before the lock, which Suspend may be waiting for: on a disk that has
+		// stalled, new requests are refused all the same.
+		if err := v.gate.pass(); err != nil {
+			return err
+		}
+		v.open.RLock()
+		if v.gate.isOpen() {
+			return nil
+		}
 		v.open.RUnlock()
-		return ErrClosed
 	}
-	return nil
 }
 
 func (v *Volume) leave() { v.open.RUnlock() }
@@ -174,6 +184,9 @@ func (v *Volume) check(off, length int64) error {
 func (v *Volume) writable() error {
 	if v.readOnly {
 		return fmt.Errorf("volume is read-only: %w", syscall.EPERM)
+	}
+	if v.gate.restricted.Load() {
+		return fmt.Errorf("volume is read-only, as access to its key was lost: %w", syscall.EPERM)
 	}
 	if v.flush.hasFailed() {
 		return ErrFailed
@@ -453,12 +466,10 @@ func (v *Volume) sync() error { return v.flush.flush(v.b.Sync) }
 // It does not flush: who has to, calls Sync before. Requests after it fail
 // with [ErrClosed]. Closing twice is harmless.
 func (v *Volume) Close() error {
-	v.open.Lock()
-	defer v.open.Unlock()
-	if v.closed {
+	if !v.gate.set(gateClosed) {
 		return nil
 	}
-	v.closed = true
-	v.cipher.Wipe()
-	return errors.Join(v.keys.free(), v.bufs.free())
+	v.open.Lock()
+	defer v.open.Unlock()
+	return errors.Join(v.wipe(), v.bufs.free())
 }

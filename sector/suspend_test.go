@@ -1,0 +1,246 @@
+package sector
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"hostcryptd/sector/sectortest"
+)
+
+// TestSuspend has requests of all kinds under way while the volume is suspended
+// and resumed, over and over: refused or held as the mode says, every write that
+// was answered is on stable storage when Suspend returns, and no request ever
+// reads or writes with another key than the volume's.
+func TestSuspend(t *testing.T) {
+	for _, mode := range []SuspendMode{SuspendRefuse, SuspendWait} {
+		t.Run(map[SuspendMode]string{SuspendRefuse: "refuse", SuspendWait: "wait"}[mode], func(t *testing.T) {
+			testSuspend(t, mode)
+		})
+	}
+}
+
+func testSuspend(t *testing.T, mode SuspendMode) {
+	const workers, block = 4, 4096
+	disk := format(t, 4096, testVolumeSize)
+	v := open1(t, disk, OpenOptions{})
+	var written [workers][testVolumeSize / workers / block]atomic.Uint32 // what was answered, by block
+	var refused atomic.Int64
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(w), 1))
+			p := make([]byte, block)
+			for n := uint32(1); ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				i := r.IntN(len(written[w]))
+				off := int64(w*len(written[w])+i) * block
+				if _, err := v.ReadAt(p, off); err == nil {
+					if want := byte(written[w][i].Load()); !bytes.Equal(p, bytes.Repeat([]byte{want}, block)) && want != 0 {
+						t.Errorf("block %d of worker %d reads as something else than was written", i, w)
+						return
+					}
+				} else if mode == SuspendWait || !errors.Is(err, ErrSuspended) || !errors.Is(err, syscall.ESHUTDOWN) {
+					t.Errorf("ReadAt: %v", err)
+					return
+				} else {
+					refused.Add(1)
+					time.Sleep(100 * time.Microsecond)
+				}
+				value := n%255 + 1
+				for j := range p {
+					p[j] = byte(value)
+				}
+				if _, err := v.WriteAt(p, off); err == nil {
+					written[w][i].Store(value)
+				} else if mode == SuspendWait || !errors.Is(err, ErrSuspended) {
+					t.Errorf("WriteAt: %v", err)
+					return
+				}
+			}
+		})
+	}
+	for range 8 {
+		time.Sleep(3 * time.Millisecond)
+		if err := v.Suspend(mode); err != nil {
+			t.Fatal(err)
+		}
+		if !v.Suspended() || v.keys != nil || v.cipher != nil {
+			t.Fatal("Suspend returned and the keys are still there")
+		}
+		if !bytes.Equal(v.bufs.mem, make([]byte, len(v.bufs.mem))) {
+			t.Fatal("Suspend left something in the buffers")
+		}
+		if mode == SuspendRefuse {
+			if err := v.Sync(); !errors.Is(err, ErrSuspended) {
+				t.Fatalf("Sync() = %v, want ErrSuspended", err)
+			}
+		}
+		// All that was answered is on the disk, whatever it does to the rest.
+		var answered [workers][]uint32
+		for w := range written {
+			for i := range written[w] {
+				answered[w] = append(answered[w], written[w][i].Load())
+			}
+		}
+		after := open1(t, disk.Crash(rand.New(rand.NewPCG(1, 2)), 4096), OpenOptions{})
+		p := make([]byte, block)
+		for w := range answered {
+			for i, want := range answered[w] {
+				if _, err := after.ReadAt(p, int64(w*len(answered[w])+i)*block); err != nil {
+					t.Fatal(err)
+				}
+				// A write that is being answered just now may be there already.
+				if now := written[w][i].Load(); want != 0 && p[0] != byte(want) && p[0] != byte(now) {
+					t.Fatalf("block %d of worker %d was lost: %d, want %d", i, w, p[0], want)
+				}
+			}
+		}
+		if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	if mode == SuspendRefuse && refused.Load() == 0 {
+		t.Error("no request was refused, so nothing was tested")
+	}
+}
+
+// TestSuspendFlushFailure: the keys are wiped though the flush failed, and the
+// failure is told, then and after the volume was resumed.
+func TestSuspendFlushFailure(t *testing.T) {
+	d := format(t, 4096, testVolumeSize)
+	v := open1(t, d, OpenOptions{})
+	if _, err := v.WriteAt(make([]byte, 4096), 0); err != nil {
+		t.Fatal(err)
+	}
+	d.Fail(func(op sectortest.Op, _ int, _ int64, _ int) error {
+		if op == sectortest.Sync {
+			return syscall.EIO
+		}
+		return nil
+	})
+	if err := v.Suspend(SuspendRefuse); !errors.Is(err, syscall.EIO) {
+		t.Errorf("Suspend() = %v, want EIO", err)
+	}
+	if v.keys != nil {
+		t.Error("the keys are still there")
+	}
+	d.Fail(nil)
+	if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Sync(); !errors.Is(err, ErrFailed) {
+		t.Errorf("Sync() after a lost flush = %v, want ErrFailed", err)
+	}
+}
+
+// TestSuspendStalledDisk: while a request hangs in the disk, new ones are
+// refused at once, and the keys go when it has come back.
+func TestSuspendStalledDisk(t *testing.T) {
+	disk := format(t, 4096, testVolumeSize)
+	v := open1(t, disk, OpenOptions{})
+	release, entered := make(chan struct{}), make(chan struct{})
+	disk.Fail(func(op sectortest.Op, n int, _ int64, _ int) error {
+		if op == sectortest.Read && n == 1 {
+			close(entered)
+			<-release
+		}
+		return nil
+	})
+	read := make(chan error, 1)
+	go func() {
+		_, err := v.ReadAt(make([]byte, 4096), 0)
+		read <- err
+	}()
+	<-entered
+	suspended := make(chan error, 1)
+	go func() { suspended <- v.Suspend(SuspendRefuse) }()
+	for !v.Suspended() {
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := v.WriteAt(make([]byte, 4096), 8192); !errors.Is(err, ErrSuspended) {
+		t.Errorf("WriteAt() = %v, want ErrSuspended", err)
+	}
+	select {
+	case <-suspended:
+		t.Error("Suspend returned while a request was using the keys")
+	default:
+	}
+	close(release)
+	if err := <-read; err != nil {
+		t.Errorf("the request that was under way: %v", err)
+	}
+	if err := <-suspended; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSuspendedForGood(t *testing.T) {
+	disk := format(t, 4096, testVolumeSize)
+	v := open1(t, disk, OpenOptions{})
+	if err := v.Suspend(SuspendWait); err != nil {
+		t.Fatal(err)
+	}
+	waiting := make(chan error, 1)
+	go func() { waiting <- v.Sync() }()
+	select {
+	case err := <-waiting:
+		t.Fatalf("Sync() = %v, it should have waited", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	// Another mode lets go of those who wait.
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-waiting; !errors.Is(err, ErrSuspended) {
+		t.Errorf("Sync() = %v, want ErrSuspended", err)
+	}
+
+	// Another volume in the same place is not what was suspended.
+	other := format(t, 4096, testVolumeSize)
+	if _, err := disk.WriteAt(other.Bytes()[:dataOffset], 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); !errors.Is(err, ErrAuth) {
+		t.Errorf("Resume() with the header of another volume = %v, want ErrAuth", err)
+	}
+	if err := v.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := v.Suspend(SuspendWait); !errors.Is(err, ErrClosed) {
+		t.Errorf("Suspend() of a closed volume = %v", err)
+	}
+	if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); !errors.Is(err, ErrClosed) {
+		t.Errorf("Resume() of a closed volume = %v", err)
+	}
+}
+
+func TestRestrict(t *testing.T) {
+	v := open1(t, format(t, 4096, testVolumeSize), OpenOptions{})
+	v.Restrict(true)
+	if _, err := v.WriteAt(make([]byte, 512), 0); !errors.Is(err, syscall.EPERM) {
+		t.Errorf("WriteAt() = %v, want EPERM", err)
+	}
+	if _, err := v.ReadAt(make([]byte, 512), 0); err != nil {
+		t.Errorf("ReadAt() = %v", err)
+	}
+	if err := v.Sync(); err != nil {
+		t.Errorf("Sync() = %v", err)
+	}
+	v.Restrict(false)
+	if _, err := v.WriteAt(make([]byte, 512), 0); err != nil {
+		t.Errorf("WriteAt() after = %v", err)
+	}
+}
