@@ -208,7 +208,7 @@ func (h *handshake) option(opt uint32, length int) (*session, error) {
 
 	h.out = h.out[:0]
 	var chosen *session
-	if h.s.cfg.RequireTLS && !h.secure && opt != optStartTLS && opt != protocol.NEGOTIATION_ID_OPTION_ABORT {
+	if !h.secure && h.s.requiresTLS(h.in.nc) && opt != optStartTLS && opt != protocol.NEGOTIATION_ID_OPTION_ABORT {
 		if opt == optExportName {
 			return nil, fmt.Errorf("nbd: export asked for without TLS: %w", ErrProtocol)
 		}

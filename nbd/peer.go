@@ -74,14 +74,23 @@ func unixPeer(conn *net.UnixConn) (Peer, error) {
 // checkListener refuses to serve plaintext to other hosts.
 func (s *Server) checkListener(ln net.Listener) error {
 	addr := ln.Addr()
-	if addr == nil || !strings.HasPrefix(addr.Network(), "tcp") || s.cfg.RequireTLS {
+	if !isTCP(addr) || s.cfg.TLS != nil {
 		return nil
 	}
 	ap, err := netip.ParseAddrPort(addr.String())
 	if err == nil && ap.Addr().Unmap().IsLoopback() {
 		return nil
 	}
-	return fmt.Errorf("nbd: serving on %s: only a loopback address may be served without required TLS", addr)
+	return fmt.Errorf("nbd: serving on %s: only a loopback address may be served without TLS", addr)
+}
+
+func isTCP(addr net.Addr) bool {
+	return addr != nil && strings.HasPrefix(addr.Network(), "tcp")
+}
+
+// requiresTLS tells whether a client has to begin with STARTTLS.
+func (s *Server) requiresTLS(conn net.Conn) bool {
+	return s.cfg.RequireTLS || s.cfg.TLS != nil && isTCP(conn.LocalAddr())
 }
 
 // closeTLS tells a TLS peer that the stream ends here and was not cut.

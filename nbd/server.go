@@ -54,8 +54,9 @@ type Config struct {
 	// whether they have to show certificates.
 	TLS *tls.Config
 
-	// RequireTLS refuses everything to clients before STARTTLS. It doesn't
-	// concern ServeTransmission, whose peer is the kernel.
+	// RequireTLS refuses everything to clients before STARTTLS. With TLS set,
+	// that is so for TCP in any case. It doesn't concern ServeTransmission,
+	// whose peer is the kernel.
 	RequireTLS bool
 
 	// Grace is how long peers may take to receive the last replies after a
@@ -237,8 +238,7 @@ func (s *Server) ServeTransmission(ctx context.Context, conn net.Conn, exportNam
 // when the last has ended: [context.Cause] of ctx, or the error of ln.
 // Connections in excess of [Config.MaxConnections] are closed at once.
 //
-// A TCP listener must be on a loopback address, or [Config.RequireTLS] must be
-// set.
+// A TCP listener must be on a loopback address, or [Config.TLS] must be set.
 func (s *Server) ServeListener(ctx context.Context, ln net.Listener) error {
 	if err := s.checkListener(ln); err != nil {
 		_ = ln.Close()

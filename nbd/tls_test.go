@@ -285,15 +285,44 @@ func TestTLS(t *testing.T) {
 			t.Error("New() succeeded")
 		}
 	})
+	t.Run("TCP: optional is required", func(t *testing.T) {
+		optional.t = t
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancelCause(context.Background())
+		result := make(chan error, 1)
+		go func() { result <- optional.s.ServeListener(ctx, ln) }()
+		conn, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		c := &nbdtest.Client{Conn: conn}
+		if _, err := c.Greet(3); err != nil {
+			t.Fatal(err)
+		}
+		if got := last(t, c, nbdtest.OptGo, nbdtest.GoData("x")); got != nbdtest.RepErrTLS {
+			t.Errorf("GO without TLS: reply %#x, want TLS_REQD", got)
+		}
+		if err := startTLS(t, c, p.client).Go("x"); err != nil {
+			t.Errorf("GO with TLS: %v", err)
+		}
+		cancel(errTestEnds)
+		wait(t, "ServeListener", result)
+	})
 	t.Run("listeners", func(t *testing.T) {
+		plain := newHarness(t, nbd.Config{}, exports...)
 		for _, tt := range []struct {
 			h    *harness
 			addr string
 			ok   bool
 		}{
-			{optional, "127.0.0.1:0", true},
-			{optional, "0.0.0.0:0", false},
-			{optional, ":0", false},
+			{plain, "127.0.0.1:0", true},
+			{plain, "0.0.0.0:0", false},
+			{plain, ":0", false},
+			{optional, "0.0.0.0:0", true},
 			{required, "0.0.0.0:0", true},
 		} {
 			ln, err := net.Listen("tcp", tt.addr)
