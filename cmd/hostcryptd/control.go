@@ -51,6 +51,7 @@ type status struct {
 	Uptime   int64  `json:"uptime_seconds"`
 	Control  string `json:"control"`
 	Listen   string `json:"listen,omitempty"`
+	TCP      string `json:"tcp,omitempty"`
 	Attached string `json:"attached,omitempty"`
 
 	Unseal struct {
@@ -216,7 +217,7 @@ func (d *daemon) status() *status {
 	s := &status{
 		Version: version(), PID: os.Getpid(), State: d.state, Reason: d.stateErr,
 		UUID: d.uuid, Label: d.label, Device: d.opts.device, Uptime: int64(time.Since(d.started).Seconds()),
-		Control: d.opts.control, Listen: d.opts.listen, Attached: d.attached,
+		Control: d.opts.control, Listen: d.opts.listen, TCP: d.tcp, Attached: d.attached,
 		Memory: memoryNow(),
 	}
 	s.Unseal.Attempts = d.attempts
@@ -433,6 +434,9 @@ func (s *status) print(w io.Writer) {
 	}
 	if s.Listen != "" {
 		p("socket", "%s", s.Listen)
+	}
+	if s.TCP != "" {
+		p("tcp", "%s", s.TCP)
 	}
 	if v := s.Volume; v != nil {
 		mode := "read and write"

@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -33,12 +35,16 @@ type serveOptions struct {
 	device, name  string
 	keys          keyFlags
 	listen        string
+	tcp           string
+	certificates  string
 	attach        string
 	connections   int
 	control       string
 	readOnly      bool
 	discard       bool
 	unsealTimeout time.Duration
+
+	tls *tls.Config // of certificates
 }
 
 func (a *app) serveCommand() *cobra.Command {
@@ -51,7 +57,9 @@ detach'. An argument without a slash that is no file either is a NAME in
 ` + tabFile + `.
 
 --listen offers the volume on a Unix socket, for QEMU and libnbd clients; --attach
-makes it a device of this kernel. Both appear only when the volume is ready. As
+makes it a device of this kernel; --tcp lets other hosts connect, by TLS and with
+a certificate. All appear only when the volume is ready. Sockets that a service
+manager or a client has opened (systemd's socket activation) are served too. As
 long as the vault can't be reached, serve waits and tries again.
 
 On SIGTERM it stops taking requests, answers those it has, flushes, detaches and
@@ -76,8 +84,22 @@ since to go would be to lose what was not yet written.`,
 					wait = tabDeviceWait
 				}
 			}
-			if o.listen == "" && o.attach == "" {
+			inherited, err := systemd.Listeners()
+			if err != nil {
+				return err
+			}
+			if o.listen == "" && o.attach == "" && o.tcp == "" && inherited == nil {
 				return usagef("nothing to serve to: use --attach auto, --listen SOCKET, or both")
+			}
+			if o.certificates != "" {
+				if o.tls, err = loadTLS(o.certificates); err != nil {
+					return fmt.Errorf("--tls-certificates: %w", err)
+				}
+			}
+			if o.tcp != "" {
+				if err := checkTCP(o.tcp, o.tls != nil); err != nil {
+					return err
+				}
 			}
 			if o.connections < 1 || o.connections > 64 {
 				return usagef("--connections is 1 to 64, not %d", o.connections)
@@ -103,11 +125,11 @@ since to go would be to lose what was not yet written.`,
 			if o.listen != "" && o.listen == o.control {
 				return usagef("--listen and --control are the same socket")
 			}
-			d := &daemon{opts: o, log: a.daemonLog(), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{})}
+			d := &daemon{opts: o, inherited: inherited, log: a.daemonLog(), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{})}
 			if err := d.waitDevice(ctx, wait); err != nil {
 				return err
 			}
-			err := d.run(ctx)
+			err = d.run(ctx)
 			d.log.Sync()
 			return err
 		},
@@ -115,6 +137,8 @@ since to go would be to lose what was not yet written.`,
 	f := c.Flags()
 	o.keys.add(c)
 	f.StringVar(&o.listen, "listen", "", "offer the volume on this Unix `SOCKET`; chown it to let another user connect")
+	f.StringVar(&o.tcp, "tcp", "", "offer the volume on this TCP `ADDRESS:PORT`; needs --tls-certificates unless it is a loopback address")
+	f.StringVar(&o.certificates, "tls-certificates", "", tlsHelp)
 	f.StringVar(&o.attach, "attach", "", "attach the volume to the kernel: auto or `/dev/nbdN`")
 	f.IntVar(&o.connections, "connections", 1, "`NUMBER` of sockets between the kernel and the server")
 	f.StringVar(&o.control, "control", "", "control `SOCKET` (default "+filepath.Join(runDir, "UUID.sock")+")")
@@ -129,6 +153,8 @@ type daemon struct {
 	opts    serveOptions
 	log     *zap.Logger
 	started time.Time
+
+	inherited []net.Listener // from the service manager
 
 	// detach receives a request to stop, with the kernel device opened
 	// exclusively, or nil if there is none. finished is closed when the volume
@@ -148,6 +174,7 @@ type daemon struct {
 	label    string
 	volume   *sector.Volume
 	server   *nbd.Server
+	tcp      string // the address of --tcp
 	attached string // "/dev/nbd0"
 }
 
@@ -213,7 +240,7 @@ func (d *daemon) run(ctx context.Context) (err error) {
 		d.log.Warn(w)
 	}
 
-	server, err := nbd.New(nbd.Config{Log: d.log, AllowPeer: d.allowPeer}, nbd.Export{
+	server, err := nbd.New(d.serverConfig(), nbd.Export{
 		Name: d.exportName(), Description: "hostcryptd volume " + d.uuid,
 		Device: d.volume, ReadOnly: d.volume.ReadOnly(), Trim: d.volume.Discards(),
 		BlockSize: uint32(d.volume.SectorSize()),
@@ -228,14 +255,19 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	return d.serve(ctx)
 }
 
-// allowPeer tells who may use --listen: root, the user that this process runs
-// as, and who the socket was given to with chown(1).
+// allowPeer tells who may use the Unix sockets: root, the user that this
+// process runs as, and who a socket was given to with chown(1).
 func (d *daemon) allowPeer(p nbd.Peer) bool {
 	if p.UID == 0 || int(p.UID) == os.Geteuid() {
 		return true
 	}
-	var st unix.Stat_t
-	return unix.Stat(d.opts.listen, &st) == nil && st.Uid == p.UID
+	owns := func(name string) bool {
+		var st unix.Stat_t
+		return unix.Stat(name, &st) == nil && st.Uid == p.UID
+	}
+	return owns(d.opts.listen) || slices.ContainsFunc(d.inherited, func(l net.Listener) bool {
+		return l.Addr().Network() == "unix" && owns(l.Addr().String())
+	})
 }
 
 // exportName is the label if NBD can have it for a name. cryptsetup can set any.
@@ -316,7 +348,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	// device to be free.
 	serveCtx, stopServing := context.WithCancelCause(context.WithoutCancel(ctx))
 	var serving sync.WaitGroup
-	failed := make(chan error, 1+d.opts.connections)
+	failed := make(chan error, 2+len(d.inherited)+d.opts.connections)
 
 	var (
 		k       *kernelDevice
@@ -341,14 +373,14 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		d.log.Info("volume closed", zap.Uint64("bytes_read", s.BytesRead), zap.Uint64("bytes_written", s.BytesWritten), zap.Error(err))
 	}()
 
-	if d.opts.listen != "" {
-		l, err := listenUnix(d.opts.listen)
-		if err != nil {
-			return fmt.Errorf("--listen: %w", err)
-		}
+	listeners, err := d.listen(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range listeners {
 		serving.Go(func() {
 			if err := d.server.ServeListener(serveCtx, l); err != nil && !errors.Is(err, errStopping) {
-				failed <- fmt.Errorf("listening on %s: %w", d.opts.listen, err)
+				failed <- fmt.Errorf("listening on %s: %w", l.Addr(), err)
 			}
 		})
 	}
@@ -363,7 +395,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	d.setState(stateServing, "")
 	d.log.Info("volume is ready",
 		zap.String("device", d.opts.device), zap.Int64("size", size), zap.Int("sector_size", d.volume.SectorSize()),
-		zap.String("listen", d.opts.listen), zap.String("attached", d.attached), zap.Bool("read_only", d.volume.ReadOnly()),
+		zap.String("listen", d.opts.listen), zap.String("tcp", d.tcp), zap.String("attached", d.attached), zap.Bool("read_only", d.volume.ReadOnly()),
 		zap.String("cipher", d.volume.Implementation()), zap.String("key_memory", d.volume.SecretMemory()))
 	d.notify(systemd.Ready, systemd.Status("serving %d bytes", size))
 

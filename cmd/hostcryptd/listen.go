@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"hostcryptd/nbd"
+)
+
+// Where clients connect: a Unix socket, a TCP address, or sockets that the
+// service manager has opened. The kernel device is in serve.go.
+
+// tlsHelp is where --tls-certificates looks, the names that nbdkit, QEMU and
+// libnbd use.
+const tlsHelp = "`DIR` with ca-cert.pem, server-cert.pem and server-key.pem: offer TLS to clients whose certificate that CA has signed"
+
+// loadTLS reads the certificates of a directory. Every client has to show one:
+// who may connect may read the disk.
+func loadTLS(dir string) (*tls.Config, error) {
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "server-cert.pem"), filepath.Join(dir, "server-key.pem"))
+	if err != nil {
+		return nil, err
+	}
+	ca := filepath.Join(dir, "ca-cert.pem")
+	pem, err := os.ReadFile(ca)
+	if err != nil {
+		return nil, fmt.Errorf("%w; without it no client could be told from another", err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no certificate", ca)
+	}
+	return &tls.Config{
+		MinVersion:   tls.VersionTLS12,
+		Certificates: []tls.Certificate{pair},
+		ClientAuth:   tls.RequireAndVerifyClientCert,
+		ClientCAs:    roots,
+	}, nil
+}
+
+// checkTCP finds early what ServeListener would find late: an address that is
+// none, or one that other hosts can reach in plaintext.
+func checkTCP(address string, secure bool) error {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil || port == "" {
+		return usagef("--tcp is HOST:PORT, not %q", address)
+	}
+	ip, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]"))
+	if host != "" && err != nil {
+		return usagef("--tcp takes an IP address, not a name: %q", host)
+	}
+	if !secure && (host == "" || !ip.Unmap().IsLoopback()) {
+		return usagef("--tcp %s can be reached from other hosts: it needs --tls-certificates", address)
+	}
+	return nil
+}
+
+// listen opens the listeners that the flags ask for, and adds those of the
+// service manager.
+func (d *daemon) listen(ctx context.Context) (_ []net.Listener, err error) {
+	var list []net.Listener
+	defer func() {
+		if err != nil {
+			for _, l := range list {
+				l.Close()
+			}
+		}
+	}()
+	if d.opts.listen != "" {
+		l, err := listenUnix(d.opts.listen)
+		if err != nil {
+			return nil, fmt.Errorf("--listen: %w", err)
+		}
+		list = append(list, l)
+	}
+	if d.opts.tcp != "" {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", d.opts.tcp)
+		if op, ok := errors.AsType[*net.OpError](err); ok {
+			err = op.Err
+		}
+		if err != nil {
+			return nil, fmt.Errorf("--tcp %s: %w", d.opts.tcp, err)
+		}
+		d.mu.Lock()
+		d.tcp = l.Addr().String() // with the port, if any was asked for
+		d.mu.Unlock()
+		list = append(list, l)
+	}
+	return append(list, d.inherited...), nil
+}
+
+// serverConfig is the configuration of the NBD server.
+func (d *daemon) serverConfig() nbd.Config {
+	return nbd.Config{Log: d.log, AllowPeer: d.allowPeer, TLS: d.opts.tls}
+}
