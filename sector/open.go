@@ -15,6 +15,9 @@ import (
 type OpenOptions struct {
 	ReadOnly bool // nothing is written, not even a repair of the header
 	Discard  bool // pass [Volume.Trim] on to the backing device
+
+	// Derive, if not nil, keeps the keys off this process's heap.
+	Derive Deriver
 }
 
 // Open unlocks the volume on b: it reads the header, lets unseal try each
@@ -47,7 +50,7 @@ func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volu
 
 func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsealer, o OpenOptions) (*Volume, error) {
 	defer k.wipeRaw()
-	token, err := unlock(ctx, h, k, unseal)
+	token, err := unlock(ctx, h, k, unseal, o.Derive)
 	if err != nil {
 		return nil, err
 	}
@@ -89,7 +92,7 @@ func repairHeader(ctx context.Context, b Backing, found luks2.Copies, readOnly b
 
 // unlock fills k with the volume key and the DEK of h, and returns the number
 // of the token that gave them.
-func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer) (token int, err error) {
+func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, elsewhere Deriver) (token int, err error) {
 	if _, err := supported(h); err != nil {
 		return 0, err
 	}
@@ -105,7 +108,7 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer) (tok
 		}
 		err = unseal(ctx, h.UUID, text, k.volumeKey)
 		if err == nil {
-			err = openDEK(h, k.volumeKey, k.dek)
+			err = derive(ctx, h, k, elsewhere)
 		}
 		if err == nil {
 			return id, nil
@@ -184,7 +187,7 @@ func AddRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, recoveryKey
 	if err != nil {
 		return -1, err
 	}
-	if _, err := unlock(ctx, h, k, unseal); err != nil {
+	if _, err := unlock(ctx, h, k, unseal, nil); err != nil {
 		return -1, err
 	}
 

@@ -699,7 +699,7 @@ func testTamperDEK(t *testing.T, change func(*volumeToken, wrappedDEK)) {
 		t.Fatal(err)
 	}
 	defer k.free()
-	if _, err := unlock(t.Context(), h, k, testUnseal); err != nil {
+	if _, err := unlock(t.Context(), h, k, testUnseal, nil); err != nil {
 		t.Fatal(err)
 	}
 	_, v, err := findVolumeToken(h)

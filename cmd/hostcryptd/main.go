@@ -34,6 +34,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == keyunseal.ChildArg {
 		os.Exit(keyunseal.ChildMain())
 	}
+	if len(os.Args) > 1 && os.Args[1] == deriveArg {
+		os.Exit(deriveMain())
+	}
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 

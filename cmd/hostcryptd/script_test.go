@@ -24,9 +24,9 @@ import (
 
 // TestMain lets the test binary be hostcryptd when a script calls it by that
 // name, so that scripts test the real command line, with real processes. The
-// unsealing child is this binary too, under its own name.
+// children are this binary too, under its own name.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == keyunseal.ChildArg {
+	if len(os.Args) > 1 && (os.Args[1] == keyunseal.ChildArg || os.Args[1] == deriveArg) {
 		main()
 	}
 	testscript.Main(m, map[string]func(){

@@ -297,7 +297,9 @@ func (d *daemon) unseal(ctx context.Context) error {
 		d.mu.Lock()
 		d.attempts++
 		d.mu.Unlock()
-		v, err := sector.Open(ctx, d.device, unsealer, sector.OpenOptions{ReadOnly: d.opts.readOnly, Discard: d.opts.discard})
+		v, err := sector.Open(ctx, d.device, unsealer, sector.OpenOptions{
+			ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere,
+		})
 		if err != nil {
 			return hopeful(err)
 		}
