@@ -22,6 +22,7 @@ var layers = map[string][]string{
 	"xts":          {},
 
 	"keyunseal/vaulttest": {},
+	"keyunseal/lifecycle": {},
 	"nbd/nbdtest":         {"nbd"},
 	"sector/sectortest":   {},
 

@@ -1,0 +1,254 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// A Host is what a Runner acts on: the volume, and the KEK that opens it. The
+// Runner calls one method at a time, each with a context that ends after
+// [Runner.Limit]. A panic in Unseal, Probe or Rotate is a transient failure.
+type Host interface {
+	// Unseal gets the volume key, checks the header with it, and serves: for
+	// the first time, or again after a Halt that has wiped the keys. It calls
+	// obtained when it has the volume key.
+	Unseal(ctx context.Context, obtained func()) Outcome
+	// Probe looks whether the KEK still unwraps.
+	Probe(ctx context.Context) Outcome
+	// Rotate looks for a newer version of the KEK, and rewraps the volume key.
+	Rotate(ctx context.Context)
+	// Halt stops the volume as policy says: what was answered is flushed; for
+	// Stop and Freeze the keys are gone when it returns. It has no time limit.
+	Halt(policy Policy)
+	// Lift undoes a Halt with the policy ReadOnly.
+	Lift()
+	// Changed is told of every change of state, and of every failure, also
+	// while another method runs. It must not call the Runner.
+	Changed(from State, now Snapshot)
+}
+
+// longestWait bounds a wait: the wall clock may be set, or go on while the
+// machine sleeps, which timers don't notice.
+const longestWait = 30 * time.Second
+
+// now is the wall clock's time: a grace period passes while the machine is
+// suspended, which the monotonic clock doesn't count.
+func now() time.Time { return time.Now().Round(0) }
+
+// ErrGivenUp is in the chain of what Run returns when only a person can help.
+var ErrGivenUp = errors.New("it can't work as it is configured")
+
+// A Runner drives a Machine: one goroutine owns all timing. Its methods other
+// than Run may be called from any goroutine.
+type Runner struct {
+	host Host
+
+	// Limit bounds each call that asks the KEK for something. Zero means 90 s:
+	// the identity service of a machine that has just booted may take 70.
+	Limit time.Duration
+
+	commands chan command
+
+	mu      sync.Mutex // guards machine
+	machine *Machine
+}
+
+type command struct {
+	what Action // Halt for Lock, Unseal for Unlock, GiveUp for Erase
+	done chan struct{}
+}
+
+// NewRunner returns a Runner that hasn't begun. c has been checked.
+func NewRunner(c Config, host Host) *Runner {
+	return &Runner{host: host, machine: New(c, now()), commands: make(chan command)}
+}
+
+// Snapshot returns what is known now.
+func (r *Runner) Snapshot() Snapshot {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.machine.Snapshot()
+}
+
+// Lock stops the volume now and wipes its keys; it stays so until Unlock. It
+// returns when that is done, or the error of ctx.
+func (r *Runner) Lock(ctx context.Context) error { return r.command(ctx, Halt) }
+
+// Unlock takes a Lock back, and tries to unseal now.
+func (r *Runner) Unlock(ctx context.Context) error { return r.command(ctx, Unseal) }
+
+// Erase stops the volume for good.
+func (r *Runner) Erase(ctx context.Context) error { return r.command(ctx, GiveUp) }
+
+func (r *Runner) command(ctx context.Context, what Action) error {
+	c := command{what, make(chan struct{})}
+	select {
+	case r.commands <- c:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-c.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Run does what the machine says until ctx ends, and returns nil then, or an
+// error with [ErrGivenUp] when there is nothing left to do.
+func (r *Runner) Run(ctx context.Context) error {
+	for {
+		r.mu.Lock()
+		action, at := r.machine.Next()
+		r.mu.Unlock()
+
+		if action == GiveUp {
+			s := r.Snapshot()
+			return fmt.Errorf("%w: %s", ErrGivenUp, s.Reason)
+		}
+		if left := at.Sub(now()); action == Nothing || left > 0 {
+			if !r.wait(ctx, action, left) {
+				return nil
+			}
+			continue
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		r.do(ctx, action)
+	}
+}
+
+// wait waits for a time, a command, or the end of ctx; it tells whether it
+// wasn't the last.
+func (r *Runner) wait(ctx context.Context, action Action, d time.Duration) bool {
+	var timer <-chan time.Time
+	if action != Nothing {
+		t := time.NewTimer(min(d, longestWait))
+		defer t.Stop()
+		timer = t.C
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer:
+	case c := <-r.commands:
+		r.obey(c)
+	}
+	return true
+}
+
+// obey carries out a command, and what follows from it at once.
+func (r *Runner) obey(c command) {
+	defer close(c.done)
+	r.update(func(now time.Time) {
+		switch c.what {
+		case Halt:
+			r.machine.Lock(now)
+		case Unseal:
+			r.machine.Unlock(now)
+		case GiveUp:
+			r.machine.Erase(now)
+		}
+	})
+	r.mu.Lock()
+	action, _ := r.machine.Next()
+	r.mu.Unlock()
+	if action == Halt {
+		r.do(context.Background(), Halt)
+	}
+}
+
+// do carries out one action. A command that comes while the KEK is being asked
+// ends that attempt: a lock must not wait for a vault that doesn't answer.
+func (r *Runner) do(ctx context.Context, action Action) {
+	limit := r.Limit
+	if limit == 0 {
+		limit = 90 * time.Second
+	}
+	switch action {
+	case Halt:
+		r.mu.Lock()
+		policy := r.machine.HaltPolicy()
+		r.mu.Unlock()
+		r.host.Halt(policy)
+		r.update(r.machine.Halted)
+		return
+	case Lift:
+		r.host.Lift()
+		r.update(r.machine.Lifted)
+		return
+	}
+
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	result := make(chan Outcome, 1)
+	go func() {
+		result <- r.guarded(func() Outcome {
+			switch action {
+			case Unseal:
+				return r.host.Unseal(ctx, func() { r.update(r.machine.KeyObtained) })
+			case Probe:
+				return r.host.Probe(ctx)
+			}
+			r.host.Rotate(ctx)
+			return Outcome{}
+		})
+	}()
+	var pending *command
+	var o Outcome
+	select {
+	case o = <-result:
+	case c := <-r.commands:
+		cancel()
+		o, pending = <-result, &c
+	}
+	if pending != nil && o.Kind != Success {
+		// It failed because it was interrupted: that says nothing.
+		if action == Rotate {
+			r.update(r.machine.Rotated)
+		}
+		r.obey(*pending)
+		return
+	}
+	r.update(func(now time.Time) {
+		switch action {
+		case Unseal:
+			r.machine.Unsealed(now, o)
+		case Probe:
+			r.machine.Probed(now, o)
+		case Rotate:
+			r.machine.Rotated(now)
+		}
+	})
+	if pending != nil {
+		r.obey(*pending)
+	}
+}
+
+// guarded makes a panic a transient failure: what is below here is a vendor's
+// SDK and a process that may die.
+func (r *Runner) guarded(f func() Outcome) (o Outcome) {
+	defer func() {
+		if p := recover(); p != nil {
+			o = Outcome{Kind: Transient, Class: "internal", Text: fmt.Sprintf("panic: %v", p)}
+		}
+	}()
+	return f()
+}
+
+// update changes the machine and tells the host.
+func (r *Runner) update(change func(now time.Time)) {
+	r.mu.Lock()
+	before := r.machine.Snapshot()
+	change(now())
+	after := r.machine.Snapshot()
+	r.mu.Unlock()
+	if before.State != after.State || after.Failures > before.Failures || before.Wiped != after.Wiped {
+		r.host.Changed(before.State, after)
+	}
+}

@@ -1,0 +1,309 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A fakeHost answers as its functions say, and writes down what was asked of it
+// and when. Tests run in a bubble of testing/synctest, where time passes only
+// when everybody waits.
+type fakeHost struct {
+	begun  time.Time
+	unseal func(ctx context.Context) Outcome
+	probe  func(ctx context.Context) Outcome
+
+	mu      sync.Mutex
+	log     []string
+	changes []Snapshot
+	halted  []time.Duration
+}
+
+func (f *fakeHost) note(what string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.log = append(f.log, what)
+}
+
+func (f *fakeHost) count(what string) (n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, l := range f.log {
+		if l == what {
+			n++
+		}
+	}
+	return n
+}
+
+func (f *fakeHost) Unseal(ctx context.Context, obtained func()) Outcome {
+	f.note("unseal")
+	o := f.unseal(ctx)
+	if o.Kind == Success {
+		obtained()
+	}
+	return o
+}
+
+func (f *fakeHost) Probe(ctx context.Context) Outcome { f.note("probe"); return f.probe(ctx) }
+func (f *fakeHost) Rotate(context.Context)            { f.note("rotate") }
+func (f *fakeHost) Lift()                             { f.note("lift") }
+func (f *fakeHost) Halt(p Policy) {
+	f.note("halt " + p.String())
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.halted = append(f.halted, time.Since(f.begun))
+}
+
+func (f *fakeHost) Changed(_ State, now Snapshot) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.changes = append(f.changes, now)
+}
+
+// start runs a Runner in a bubble; the function that it returns ends it.
+func start(t *testing.T, f *fakeHost, change func(*Config)) (*Runner, func() error) {
+	t.Helper()
+	c := Config{Heartbeat: DefaultHeartbeat, Rotation: DefaultRotation, Grace: DefaultGrace, Splay: DefaultSplay}
+	if change != nil {
+		change(&c)
+	}
+	if err := c.Check(); err != nil {
+		t.Fatal(err)
+	}
+	f.begun = time.Now()
+	r := NewRunner(c, f)
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error, 1)
+	go func() { result <- r.Run(ctx) }()
+	return r, func() error { cancel(); return <-result }
+}
+
+func ok(context.Context) Outcome { return Outcome{Kind: Success} }
+
+// hangs is a vault that swallows packets.
+func hangs(ctx context.Context) Outcome {
+	<-ctx.Done()
+	return Outcome{Text: ctx.Err().Error()}
+}
+
+// TestVaultDownAtBoot: for five minutes nobody answers; then the volume is
+// unlocked within one retry interval, and has never given up.
+func TestVaultDownAtBoot(t *testing.T) {
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			const down = 5 * time.Minute
+			f := &fakeHost{probe: ok}
+			var unlocked time.Duration
+			f.unseal = func(context.Context) Outcome {
+				if since := time.Since(f.begun); since < down {
+					return Outcome{Text: "connection refused"}
+				} else if unlocked == 0 {
+					unlocked = since
+				}
+				return Outcome{Kind: Success}
+			}
+			r, stop := start(t, f, nil)
+			time.Sleep(down)
+			synctest.Wait()
+			if s := r.Snapshot(); s.State != Acquiring || s.NextTry.IsZero() || s.Reason != "connection refused" {
+				t.Errorf("while it's down: %+v", s)
+			}
+			time.Sleep(time.Minute)
+			if s := r.Snapshot(); s.State != Unlocked || unlocked > down+15*time.Second {
+				t.Errorf("%v; unlocked after %v, the vault was back after %v", s.State, unlocked, down)
+			}
+			if err := stop(); err != nil {
+				t.Errorf("Run() = %v", err)
+			}
+		})
+	}
+}
+
+// TestRevocation: a key is disabled while all is well; the keys are wiped within
+// heartbeat, confirmation and grace, and the volume goes on when it's enabled.
+func TestRevocation(t *testing.T) {
+	for _, grace := range []time.Duration{0, time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			disabled := false
+			f := &fakeHost{}
+			f.probe = func(context.Context) Outcome {
+				if disabled {
+					return Outcome{Kind: Denied, Code: "KeyDisabled"}
+				}
+				return Outcome{Kind: Success}
+			}
+			f.unseal = f.probe
+			r, stop := start(t, f, func(c *Config) { c.Grace = grace })
+			time.Sleep(3 * time.Hour)
+			disabled = true
+			begin := time.Now()
+			time.Sleep(90 * time.Minute)
+			s := r.Snapshot()
+			took := s.Stopped.Sub(begin)
+			if s.State != Revoked || !s.Wiped || !slices.Contains(f.log, "halt stop") {
+				t.Fatalf("after 90 min: %+v\n%v", s, f.log)
+			}
+			const heartbeat, confirmation = DefaultHeartbeat * 6 / 5, 5 * time.Minute
+			if limit := heartbeat + confirmation + grace; took > limit || took < defaultConfirmSpan {
+				t.Errorf("grace %v: wiped after %v, want %v to %v", grace, took, defaultConfirmSpan, limit)
+			}
+			if s.AccessLost.Before(begin) || s.AccessLost.After(begin.Add(heartbeat)) {
+				t.Errorf("access lost at %v", s.AccessLost.Sub(begin))
+			}
+			t.Logf("grace %v: keys wiped %v after the key was disabled", grace, took.Round(time.Second))
+
+			disabled = false
+			time.Sleep(6 * time.Minute)
+			if s := r.Snapshot(); s.State != Unlocked || s.Wiped || !s.AccessLost.IsZero() {
+				t.Errorf("6 min after the key was enabled: %+v", s)
+			}
+			stop()
+		})
+	}
+}
+
+// TestOutageRevokesNothing: a week without an answer, in all ways.
+func TestOutageRevokesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		down := false
+		f := &fakeHost{unseal: ok}
+		n := 0
+		f.probe = func(ctx context.Context) Outcome {
+			if !down {
+				return Outcome{Kind: Success}
+			}
+			switch n++; n % 4 {
+			case 0:
+				return hangs(ctx)
+			case 1:
+				panic("index out of range")
+			case 2:
+				return Outcome{Answered: true, RetryAfter: 10 * time.Second}
+			}
+			return Outcome{Text: "no such host"}
+		}
+		r, stop := start(t, f, nil)
+		time.Sleep(time.Hour)
+		down = true
+		time.Sleep(7 * 24 * time.Hour)
+		if s := r.Snapshot(); s.State != Degraded || s.Wiped || len(f.halted) != 0 {
+			t.Errorf("after a week: %+v", s)
+		}
+		if n < 500 || n > 10000 {
+			t.Errorf("%d looks in a week", n)
+		}
+		down = false
+		time.Sleep(10 * time.Minute)
+		if s := r.Snapshot(); s.State != Unlocked {
+			t.Errorf("after the outage: %+v", s)
+		}
+		stop()
+	})
+}
+
+// TestLock: a command is carried out at once, also while a vault doesn't answer.
+func TestLock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeHost{unseal: ok, probe: hangs}
+		r, stop := start(t, f, nil)
+		time.Sleep(15 * time.Minute)
+		for f.count("probe") == 0 {
+			time.Sleep(time.Second)
+		}
+		begin := time.Now()
+		if err := r.Lock(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if s := r.Snapshot(); s.State != Locked || !s.Wiped || !s.Locked || time.Since(begin) > time.Second {
+			t.Errorf("after Lock, %v later: %+v", time.Since(begin), s)
+		}
+		before := f.count("unseal")
+		time.Sleep(48 * time.Hour)
+		if f.count("unseal") != before {
+			t.Error("a volume that an operator has locked was unsealed")
+		}
+		if err := r.Unlock(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		if s := r.Snapshot(); s.State != Unlocked {
+			t.Errorf("after Unlock: %+v", s)
+		}
+		if err := r.Erase(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if s := r.Snapshot(); s.State != Erased || !s.Wiped {
+			t.Errorf("after Erase: %+v", s)
+		}
+		stop()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := r.Lock(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Lock() of a runner that has ended = %v", err)
+		}
+	})
+}
+
+// TestLimit: one try that hangs doesn't hang the life.
+func TestLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := 0
+		f := &fakeHost{probe: ok}
+		f.unseal = func(ctx context.Context) Outcome {
+			if n++; n < 3 {
+				return hangs(ctx)
+			}
+			return Outcome{Kind: Success}
+		}
+		r, stop := start(t, f, nil)
+		time.Sleep(4 * time.Minute)
+		if s := r.Snapshot(); s.State != Unlocked || n != 3 {
+			t.Errorf("after %d tries: %+v", n, s)
+		}
+		stop()
+	})
+}
+
+func TestGivesUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeHost{unseal: func(context.Context) Outcome { return Outcome{Kind: Misconfigured, Text: "no such file"} }}
+		r := NewRunner(config(t, nil), f)
+		if err := r.Run(t.Context()); !errors.Is(err, ErrGivenUp) {
+			t.Errorf("Run() = %v, want ErrGivenUp", err)
+		}
+	})
+}
+
+// TestHeartbeatSpread: hosts that were unlocked in the same second, with phases
+// of their own, don't look at the vault together, then or ever.
+func TestHeartbeatSpread(t *testing.T) {
+	const hosts = 1000
+	perMinute := make(map[int]int)
+	for i := range hosts {
+		c := Config{Heartbeat: DefaultHeartbeat, Phase: float64(i) / hosts}
+		if err := c.Check(); err != nil {
+			t.Fatal(err)
+		}
+		m := New(c, epoch)
+		m.Unsealed(epoch, Outcome{Kind: Success})
+		for {
+			_, at := m.Next()
+			if at.Sub(epoch) > 2*time.Hour {
+				break
+			}
+			perMinute[int(at.Sub(epoch)/time.Minute)]++
+			m.Probed(at, Outcome{Kind: Success})
+		}
+	}
+	for minute := range 120 {
+		if n := perMinute[minute]; n < 50 || n > 160 {
+			t.Errorf("minute %d: %d looks of %d hosts, want about %d", minute, n, hosts, hosts/10)
+		}
+	}
+}
