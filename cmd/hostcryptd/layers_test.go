@@ -11,7 +11,7 @@ import (
 // import. It is the diagram in README.md in a form that can fail. Test doubles
 // may be imported by tests only.
 var layers = map[string][]string{
-	"cmd/hostcryptd": {"keyunseal", "nbd", "nbd/nbdnl", "sector", "sector/luks2", "systemd", "xts"},
+	"cmd/hostcryptd": {"keyunseal", "keyunseal/audit", "keyunseal/lifecycle", "nbd", "nbd/nbdnl", "sector", "sector/luks2", "systemd", "xts"},
 
 	"keyunseal":    {},
 	"nbd":          {},
@@ -22,6 +22,7 @@ var layers = map[string][]string{
 	"xts":          {},
 
 	"keyunseal/vaulttest": {},
+	"keyunseal/audit":     {},
 	"keyunseal/lifecycle": {},
 	"nbd/nbdtest":         {"nbd"},
 	"sector/sectortest":   {},

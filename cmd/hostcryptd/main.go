@@ -95,7 +95,7 @@ func (a *app) root() *cobra.Command {
 	})
 	root.AddCommand(
 		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.detachCommand(), a.dumpCommand(),
-		a.recoveryCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(),
+		a.recoveryCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(),
 	)
 	return root
 }
