@@ -56,7 +56,7 @@ const (
 // A request goes to the child's standard input.
 type request struct {
 	Version  int             `json:"version"`
-	Op       string          `json:"op"` // "seal" or "unseal"
+	Op       string          `json:"op"` // one of the op constants
 	Volume   string          `json:"volume"`
 	Spec     string          `json:"spec,omitempty"`
 	Token    json.RawMessage `json:"token,omitempty"`
@@ -68,10 +68,24 @@ type request struct {
 // A verdict comes from the child's standard output. A child that has given one
 // ends with status 0, whatever the verdict is.
 type verdict struct {
-	Version int             `json:"version"`
-	Token   json.RawMessage `json:"token,omitempty"` // of a seal that worked
-	Error   *wireError      `json:"error,omitempty"`
+	Version   int             `json:"version"`
+	Token     json.RawMessage `json:"token,omitempty"`  // of a seal or rewrap that worked
+	Status    *KeyStatus      `json:"status,omitempty"` // of an inspect that worked
+	Error     *wireError      `json:"error,omitempty"`
+	Exchanges []Exchange      `json:"exchanges,omitempty"` // for Options.Observe
 }
+
+// Operations of a request.
+const (
+	opSeal    = "seal"
+	opUnseal  = "unseal"
+	opProbe   = "probe"
+	opInspect = "inspect"
+	opRewrap  = "rewrap"
+)
+
+// maxExchanges bounds what one child reports: no operation has more than ten.
+const maxExchanges = 64
 
 // A wireError is an [Error] on its way to the parent. The cause becomes text.
 type wireError struct {
@@ -83,8 +97,21 @@ type wireError struct {
 	RequestID  string        `json:"request_id,omitempty"`
 	RetryAfter time.Duration `json:"retry_after,omitempty"` // ns
 	Text       string        `json:"text"`
-	TLS        bool          `json:"tls,omitempty"` // the cause is a certificate
+	TLS        bool          `json:"tls,omitempty"`  // the cause is a certificate
+	Kind       string        `json:"kind,omitempty"` // the cause is one of wireKinds
 }
+
+// wireKinds are errors that callers look for in a chain.
+var wireKinds = map[string]error{"current": ErrCurrent, "no status": ErrNoStatus}
+
+// A kindError has the text of an error that came from a child, and its kind.
+type kindError struct {
+	text string
+	kind error
+}
+
+func (e *kindError) Error() string { return e.text }
+func (e *kindError) Unwrap() error { return e.kind }
 
 func newWireError(err error) *wireError {
 	e, ok := errors.AsType[*Error](err)
@@ -97,6 +124,11 @@ func newWireError(err error) *wireError {
 	}
 	if e.Err != nil {
 		w.Text = clean(e.Err.Error())
+	}
+	for name, kind := range wireKinds {
+		if errors.Is(e, kind) {
+			w.Kind = name
+		}
 	}
 	return w
 }
@@ -115,12 +147,24 @@ func (w *wireError) err() error {
 	if w.TLS {
 		e.Err = &certificateError{e.Err}
 	}
+	if kind := wireKinds[w.Kind]; kind != nil {
+		e.Err = &kindError{w.Text, kind}
+	}
 	return e
 }
 
 // Seal is the package's [Seal] in a process of its own. opts.Transport has to be
 // nil: it can't cross.
 func (c *Child) Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]byte) (json.RawMessage, error) {
+	return c.seal(ctx, opts, request{Op: opSeal, Spec: spec, Volume: volume}, key)
+}
+
+// Rewrap is the package's [Rewrap] in a process of its own.
+func (c *Child) Rewrap(ctx context.Context, opts Options, token json.RawMessage, volume string, key *[KeySize]byte) (json.RawMessage, error) {
+	return c.seal(ctx, opts, request{Op: opRewrap, Token: token, Volume: volume}, key)
+}
+
+func (c *Child) seal(ctx context.Context, opts Options, req request, key *[KeySize]byte) (json.RawMessage, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, fail("child", "", ClassInternal, err)
@@ -134,7 +178,7 @@ func (c *Child) Seal(ctx context.Context, opts Options, spec, volume string, key
 	if err != nil {
 		return nil, fail("child", "", ClassInternal, err)
 	}
-	v, err := c.run(ctx, opts, request{Op: "seal", Spec: spec, Volume: volume}, r)
+	v, err := c.run(ctx, opts, req, r)
 	if err != nil {
 		return nil, err
 	}
@@ -142,6 +186,24 @@ func (c *Child) Seal(ctx context.Context, opts Options, spec, volume string, key
 		return nil, fail("child", "", ClassInternal, fmt.Errorf("the child sealed a token that can't be read: %w", err))
 	}
 	return v.Token, nil
+}
+
+// Probe is the package's [Probe] in a process of its own.
+func (c *Child) Probe(ctx context.Context, opts Options, token json.RawMessage, volume string) error {
+	_, err := c.run(ctx, opts, request{Op: opProbe, Token: token, Volume: volume}, nil)
+	return err
+}
+
+// Inspect is the package's [Inspect] in a process of its own.
+func (c *Child) Inspect(ctx context.Context, opts Options, token json.RawMessage, volume string) (KeyStatus, error) {
+	v, err := c.run(ctx, opts, request{Op: opInspect, Token: token, Volume: volume}, nil)
+	if err != nil {
+		return KeyStatus{}, err
+	}
+	if v.Status == nil {
+		return KeyStatus{}, fail("child", "", ClassInternal, errors.New("the child's verdict has no status"))
+	}
+	return *v.Status, nil
 }
 
 // Unseal is the package's [Unseal] in a process of its own. opts.Transport has to
@@ -152,7 +214,7 @@ func (c *Child) Unseal(ctx context.Context, opts Options, token json.RawMessage,
 		return fail("child", "", ClassInternal, err)
 	}
 	defer r.Close()
-	_, err = c.run(ctx, opts, request{Op: "unseal", Token: token, Volume: volume}, w)
+	_, err = c.run(ctx, opts, request{Op: opUnseal, Token: token, Volume: volume}, w)
 	w.Close() // nothing below may wait for more
 	if err != nil {
 		return err
@@ -178,8 +240,8 @@ func (c *Child) Unseal(ctx context.Context, opts Options, token json.RawMessage,
 	}
 }
 
-// run starts a child with pipe as its keyFD, waits for it, and returns its
-// verdict if that isn't an error.
+// run starts a child with pipe, if there is one, as its keyFD, waits for it, and
+// returns its verdict if that isn't an error.
 func (c *Child) run(ctx context.Context, opts Options, req request, pipe *os.File) (*verdict, error) {
 	if opts.Transport != nil {
 		panic("keyunseal: a Transport can't cross to a child")
@@ -214,7 +276,9 @@ func (c *Child) run(ctx context.Context, opts Options, req request, pipe *os.Fil
 	cmd.Stdout = stdout
 	stderr := &lineLogger{log: log}
 	cmd.Stderr = stderr
-	cmd.ExtraFiles = []*os.File{pipe}
+	if pipe != nil {
+		cmd.ExtraFiles = []*os.File{pipe}
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = time.Second // for the pipes, should the child leave one open elsewhere
 
@@ -238,6 +302,11 @@ func (c *Child) run(ctx context.Context, opts Options, req request, pipe *os.Fil
 	}
 	if v.Version != protocolVersion {
 		return nil, fail("child", "", ClassInternal, fmt.Errorf("the child speaks protocol version %d, want %d", v.Version, protocolVersion))
+	}
+	if opts.Observe != nil {
+		for _, x := range v.Exchanges[:min(len(v.Exchanges), maxExchanges)] {
+			opts.Observe(x)
+		}
 	}
 	if v.Error != nil {
 		return nil, v.Error.err()

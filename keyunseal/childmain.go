@@ -27,9 +27,8 @@ func childMain(rt http.RoundTripper) int {
 		EncodeLevel: zapcore.LowercaseLevelEncoder, EncodeTime: zapcore.RFC3339TimeEncoder,
 	}), zapcore.Lock(os.Stderr), zapcore.InfoLevel))
 
-	token, err := serveRequest(rt, log)
-	v := verdict{Version: protocolVersion, Token: token}
-	if err != nil {
+	v := &verdict{Version: protocolVersion}
+	if err := serveRequest(rt, log, v); err != nil {
 		v.Error = newWireError(err)
 	}
 	out, err := json.Marshal(v)
@@ -43,45 +42,63 @@ func childMain(rt http.RoundTripper) int {
 	return 0
 }
 
-func serveRequest(rt http.RoundTripper, log *zap.Logger) (json.RawMessage, error) {
+// serveRequest does what was asked for and puts the answer into v.
+func serveRequest(rt http.RoundTripper, log *zap.Logger, v *verdict) error {
 	in, err := io.ReadAll(io.LimitReader(os.Stdin, maxMessage+1))
 	if err != nil {
-		return nil, fail("child", "", ClassInternal, err)
+		return fail("child", "", ClassInternal, err)
 	}
 	var req request
 	if err := json.Unmarshal(in, &req); err != nil {
-		return nil, fail("child", "", ClassInternal, fmt.Errorf("reading the request: %w", err))
+		return fail("child", "", ClassInternal, fmt.Errorf("reading the request: %w", err))
 	}
 	if req.Version != protocolVersion {
-		return nil, fail("child", "", ClassInternal, fmt.Errorf("the request has protocol version %d, this program knows %d", req.Version, protocolVersion))
+		return fail("child", "", ClassInternal, fmt.Errorf("the request has protocol version %d, this program knows %d", req.Version, protocolVersion))
 	}
-	pipe := os.NewFile(keyFD, "volume key pipe")
-	if pipe == nil {
-		return nil, fail("child", "", ClassInternal, errors.New("there is no pipe for the volume key; this argument isn't for use by hand"))
+	var pipe *os.File
+	if req.Op != opProbe && req.Op != opInspect {
+		if pipe = os.NewFile(keyFD, "volume key pipe"); pipe == nil {
+			return fail("child", "", ClassInternal, errors.New("there is no pipe for the volume key; this argument isn't for use by hand"))
+		}
+		defer pipe.Close()
 	}
-	defer pipe.Close()
 
 	ctx, cancel := context.WithTimeout(context.Background(), req.Timeout)
 	defer cancel()
-	opts := Options{HostKey: req.HostKey, Identity: req.Identity, Log: log, Transport: rt}
+	opts := Options{HostKey: req.HostKey, Identity: req.Identity, Log: log, Transport: rt, Observe: func(x Exchange) {
+		if len(v.Exchanges) < maxExchanges {
+			v.Exchanges = append(v.Exchanges, x)
+		}
+	}}
 	var key [KeySize]byte
 	defer clear(key[:])
 	switch req.Op {
-	case "seal":
-		if _, err := io.ReadFull(pipe, key[:]); err != nil {
-			return nil, fail("child", "", ClassInternal, fmt.Errorf("reading the volume key: %w", err))
+	case opSeal, opRewrap:
+		if _, err = io.ReadFull(pipe, key[:]); err != nil {
+			return fail("child", "", ClassInternal, fmt.Errorf("reading the volume key: %w", err))
 		}
-		return Seal(ctx, opts, req.Spec, req.Volume, &key)
-	case "unseal":
+		if req.Op == opSeal {
+			v.Token, err = Seal(ctx, opts, req.Spec, req.Volume, &key)
+		} else {
+			v.Token, err = Rewrap(ctx, opts, req.Token, req.Volume, &key)
+		}
+		return err
+	case opUnseal:
 		if err := Unseal(ctx, opts, req.Token, req.Volume, &key); err != nil {
-			return nil, err
+			return err
 		}
 		if _, err := pipe.Write(key[:]); err != nil {
-			return nil, fail("child", "", ClassInternal, fmt.Errorf("handing over the volume key: %w", err))
+			return fail("child", "", ClassInternal, fmt.Errorf("handing over the volume key: %w", err))
 		}
-		return nil, nil
+		return nil
+	case opProbe:
+		return Probe(ctx, opts, req.Token, req.Volume)
+	case opInspect:
+		s, err := Inspect(ctx, opts, req.Token, req.Volume)
+		v.Status = &s
+		return err
 	}
-	return nil, fail("child", "", ClassInternal, fmt.Errorf("unknown operation %q", req.Op))
+	return fail("child", "", ClassInternal, fmt.Errorf("unknown operation %q", req.Op))
 }
 
 // hardenProcess keeps the secrets that pass through this process out of core

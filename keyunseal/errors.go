@@ -44,6 +44,9 @@ const (
 	ClassIntegrity
 	// ClassConfig means that what was asked for is wrong or not supported.
 	ClassConfig
+	// ClassMalformed means an answer that is none of a vault: a proxy's page, a
+	// body that was cut off, `200 {}`. It says nothing about the key, and passes.
+	ClassMalformed
 )
 
 // Class names are part of the protocol between parent and child.
@@ -57,6 +60,7 @@ var classNames = [...]string{
 	ClassWrongKey:    "wrong or refused key",
 	ClassIntegrity:   "integrity failure",
 	ClassConfig:      "bad configuration",
+	ClassMalformed:   "malformed answer",
 }
 
 // String returns words for people, such as "vault unreachable".
@@ -122,13 +126,28 @@ func (e *Error) Unwrap() error { return e.Err }
 // changing the configuration, the vault or the token.
 func (e *Error) Transient() bool {
 	switch e.Class {
-	case ClassInternal, ClassUnreachable, ClassThrottled:
+	case ClassInternal, ClassUnreachable, ClassThrottled, ClassMalformed:
 		return true
 	case ClassIdentity:
 		// The identity endpoint says 400, 401 or 403 when this machine doesn't have
 		// that identity. Its other answers and its silence pass; 404 and 410 mean
 		// that it's being updated (how-to-use-vm-token, "Error handling").
 		return e.Status != http.StatusBadRequest && e.Status != http.StatusUnauthorized && e.Status != http.StatusForbidden
+	}
+	return false
+}
+
+// Denied reports whether somebody who may decide has said no: the vault refused
+// this identity or has disabled, deleted or never had the key, or this machine
+// does not have the identity. Everything else may be an outage.
+func (e *Error) Denied() bool {
+	switch e.Class {
+	case ClassDenied:
+		return true
+	case ClassKeyUnusable:
+		return e.Status != 0 || e.Code != "" // else it's a host key file
+	case ClassIdentity:
+		return !e.Transient()
 	}
 	return false
 }
@@ -170,10 +189,12 @@ func (e *Error) hint() string {
 		return "--host-key names the file; another token or the recovery key may open the volume"
 	case ClassIntegrity:
 		switch e.Op {
-		case "get", "wrap", "unwrap", "verify":
+		case "get", "wrap", "unwrap", "probe", "verify":
 			return "does something answer in the vault's place? if not, the token is damaged: another token or a header backup may open the volume"
 		}
 		return "another token, the second header copy or a header backup may open the volume"
+	case ClassMalformed:
+		return "does a proxy or a portal answer in the vault's place?"
 	case ClassInternal:
 		return "this is a bug or a lack of memory; try again and report it if it stays"
 	}
@@ -233,12 +254,12 @@ func classify(op, keyID string, err error) error {
 	_, transport := errors.AsType[*transportError](err)
 	switch {
 	case errors.Is(err, errTooLong):
-		e.Class = ClassIntegrity
+		e.Class = ClassMalformed
 	case transport || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
 		e.Class = ClassUnreachable
 	default:
 		// The exchange worked and the SDK couldn't make sense of the answer.
-		e.Class = ClassIntegrity
+		e.Class = ClassMalformed
 		e.Err = fmt.Errorf("the answer isn't one of a vault: %w", err)
 	}
 	return e
@@ -277,10 +298,10 @@ func classifyResponse(op, keyID string, re *azcore.ResponseError) error {
 		e.Class = ClassDenied
 	case s == http.StatusNotFound || s == http.StatusGone || s == http.StatusConflict:
 		e.Class = ClassKeyUnusable
-	case s == http.StatusBadRequest && op != "unwrap":
+	case s == http.StatusBadRequest && op != "unwrap" && op != "probe":
 		e.Class = ClassConfig
 	default:
-		// Among them 400 to an unwrap, where all but the wrapped value is ours; and
+		// Among them 400 to an unwrap or a probe, where all but the wrapped value is ours; and
 		// redirects, which are never followed because the request holds a secret.
 		e.Class = ClassIntegrity
 	}

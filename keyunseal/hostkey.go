@@ -54,25 +54,39 @@ func sealHostKey(opts Options, volume string, key *[KeySize]byte) (*hostKeyToken
 }
 
 func unsealHostKey(opts Options, t *hostKeyToken, volume string, dst *[KeySize]byte) error {
-	path := opts.hostKey()
 	var secret [KeySize]byte
 	defer clear(secret[:])
-	if err := readHostKey(path, &secret); errors.Is(err, fs.ErrNotExist) {
+	if err := findHostKey(opts, t, &secret); err != nil {
+		return err
+	}
+	if err := t.open(&secret, TypeHostKey, volume, dst); err != nil {
+		// The host key is the right one, so the token is altered or of another volume.
+		return fail("unseal", opts.hostKey(), ClassIntegrity, err)
+	}
+	return nil
+}
+
+// probeHostKey looks whether the file is there and the right one.
+func probeHostKey(opts Options, t *hostKeyToken) error {
+	var secret [KeySize]byte
+	defer clear(secret[:])
+	return findHostKey(opts, t, &secret)
+}
+
+// findHostKey reads the host key that t was sealed with.
+func findHostKey(opts Options, t *hostKeyToken, secret *[KeySize]byte) error {
+	path := opts.hostKey()
+	if err := readHostKey(path, secret); errors.Is(err, fs.ErrNotExist) {
 		return fail("read host key", path, ClassKeyUnusable, fmt.Errorf("%w; the token was sealed with host key %s: restore that file, or unseal by another token or the recovery key", err, t.HostKeyID))
 	} else if err != nil {
 		return fail("read host key", path, ClassWrongKey, err)
 	}
-
-	id, err := hostKeyID(&secret)
+	id, err := hostKeyID(secret)
 	if err != nil {
 		return fail("unseal", path, ClassInternal, err)
 	}
 	if !strings.EqualFold(id, t.HostKeyID) {
 		return fail("unseal", path, ClassWrongKey, fmt.Errorf("the token was sealed with host key %s, the file holds %s", t.HostKeyID, id))
-	}
-	if err := t.open(&secret, TypeHostKey, volume, dst); err != nil {
-		// The host key is the right one, so the token is altered or of another volume.
-		return fail("unseal", path, ClassIntegrity, err)
 	}
 	return nil
 }

@@ -79,16 +79,21 @@ func (r *boundedReader) Read(p []byte) (int, error) {
 type exchange struct {
 	resource string // the audience that a challenge has to name
 	tenant   string // the tenant that a challenge has to name; learned from the first if empty
+
+	// Of the last request, for whoever compares logs.
+	clientRequestID, requestID string
 }
 
 func (x *exchange) Do(req *policy.Request) (*http.Response, error) {
 	// The time for a token isn't part of this: IMDS may take longer than a vault.
 	ctx, cancel := context.WithTimeout(req.Raw().Context(), exchangeTimeout)
 	defer cancel() // the body is read by then
+	x.clientRequestID, x.requestID = req.Raw().Header.Get("x-ms-client-request-id"), ""
 	resp, err := req.Clone(ctx).Next()
 	if err != nil {
 		return nil, &transportError{withoutURL(err)}
 	}
+	x.requestID = clean(resp.Header.Get("x-ms-request-id"))
 	if resp.StatusCode == http.StatusUnauthorized {
 		if err := x.checkChallenge(resp, req.Raw().Header.Get("Authorization") != ""); err != nil {
 			return nil, &Error{Class: ClassIntegrity, Status: resp.StatusCode, RequestID: clean(resp.Header.Get("x-ms-request-id")), Err: err}

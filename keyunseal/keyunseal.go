@@ -6,8 +6,11 @@
 // KEKs exist: the host key, 32 random bytes in a file of this host, and an RSA
 // key in Azure Key Vault. FORMAT.md specifies both tokens.
 //
-// Most callers want [Child], which has the same two calls and runs each of
-// them in a short-lived process of its own. The Azure SDK, its HTTP and TLS
+// Afterwards [Probe] looks whether the KEK may still be used, [Inspect] whether
+// there is a newer version of it, and [Rewrap] seals under that one.
+//
+// Most callers want [Child], which has the same calls and runs each of them in a
+// short-lived process of its own. The Azure SDK, its HTTP and TLS
 // buffers, its tokens and its panics then never share an address space with
 // the process that serves the volume.
 //
@@ -38,6 +41,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"time"
 
 	"go.uber.org/zap"
 )
@@ -79,6 +83,10 @@ type Options struct {
 	// Nil means no log.
 	Log *zap.Logger
 
+	// Observe, if not nil, is told of every use of a KEK, good or bad. It's
+	// called by the goroutine that called this package.
+	Observe func(Exchange)
+
 	// Transport carries every HTTP request to the vault and to the identity
 	// endpoint; nil means direct connections that check certificates against the
 	// system's roots. It's for tests: it can't be set from outside the program.
@@ -110,13 +118,25 @@ func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]
 	}
 	var t any
 	if spec == SpecPlatform {
-		t, err = sealHostKey(opts, volume, key)
+		var h *hostKeyToken
+		begun := time.Now()
+		h, err = sealHostKey(opts, volume, key)
+		x := Exchange{Op: "wrap", KeyID: opts.hostKey(), Duration: time.Since(begun)}
+		if err == nil {
+			x.KeyID, t = h.HostKeyID, h
+		}
+		reporter(opts.Observe).observe(x, err)
 	} else {
-		t, err = sealVault(ctx, opts, spec, volume, key)
+		t, err = sealVault(ctx, opts, spec, volume, nil, key)
 	}
 	if err != nil {
 		return nil, err
 	}
+	return verified(ctx, opts, t, spec, volume, key)
+}
+
+// verified encodes a token that was just sealed, if it unseals.
+func verified(ctx context.Context, opts Options, t any, spec, volume string, key *[KeySize]byte) (json.RawMessage, error) {
 	token, err := json.Marshal(t)
 	if err != nil {
 		return nil, fail("seal", spec, ClassInternal, err)
@@ -129,6 +149,9 @@ func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]
 	}
 	if subtle.ConstantTimeCompare(check[:], key[:]) != 1 {
 		return nil, fail("verify", spec, ClassIntegrity, errors.New("the token unseals to another key than was sealed"))
+	}
+	if err := Probe(ctx, opts, token, volume); err != nil {
+		return nil, verifyError(err)
 	}
 	return token, nil
 }
@@ -157,7 +180,10 @@ func Unseal(ctx context.Context, opts Options, token json.RawMessage, volume str
 	}
 	switch t := t.(type) {
 	case *hostKeyToken:
-		return unsealHostKey(opts, t, volume, dst)
+		begun := time.Now()
+		err := unsealHostKey(opts, t, volume, dst)
+		reporter(opts.Observe).observe(Exchange{Op: "unwrap", KeyID: t.HostKeyID, Duration: time.Since(begun)}, err)
+		return err
 	case *vaultToken:
 		return unsealVault(ctx, opts, t, volume, dst)
 	}

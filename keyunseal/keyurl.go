@@ -3,6 +3,7 @@ package keyunseal
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -60,7 +61,7 @@ func parseKeyURL(s string) (keyURL, error) {
 }
 
 func checkVaultHost(host string) error {
-	for _, suffix := range vaultSuffixes {
+	for _, suffix := range slices.Concat(vaultSuffixes, hsmSuffixes) {
 		label, ok := strings.CutSuffix(host, "."+suffix)
 		if !ok {
 			continue
@@ -71,12 +72,7 @@ func checkVaultHost(host string) error {
 		}
 		return nil
 	}
-	for _, suffix := range hsmSuffixes {
-		if strings.HasSuffix(host, "."+suffix) {
-			return fmt.Errorf("%s is a managed HSM, which this version doesn't support; use a key in a vault", host)
-		}
-	}
-	return fmt.Errorf("host %q is not in a Key Vault domain (%s)", host, strings.Join(vaultSuffixes, ", "))
+	return fmt.Errorf("host %q is not in a domain of Key Vault or Managed HSM (%s)", host, strings.Join(slices.Concat(vaultSuffixes, hsmSuffixes), ", "))
 }
 
 func isKeyName(s string) bool {

@@ -38,19 +38,19 @@ func TestParseKeyURL(t *testing.T) {
 		{in: "https://v42.vault.azure.net/keys/k_k", err: "key name"},
 		{in: "https://v42.vault.azure.net/keys/..", err: "key name"},
 		{in: "https://v42.vault.azure.net/keys/" + strings.Repeat("n", 128), err: "key name"},
-		{in: "https://v42.vault.azure.net:8443/keys/kek", err: "Key Vault domain"},
-		{in: "https://v42.vault.azure.net:443:443/keys/kek", err: "Key Vault domain"},
-		{in: "https://v42.vault.azure.net:/keys/kek", err: "Key Vault domain"},
-		{in: "https://v42.vault.azure.net./keys/kek", err: "Key Vault domain"},
-		{in: "https://vault.azure.net/keys/kek", err: "Key Vault domain"},
+		{in: "https://v42.vault.azure.net:8443/keys/kek", err: "domain of Key Vault"},
+		{in: "https://v42.vault.azure.net:443:443/keys/kek", err: "domain of Key Vault"},
+		{in: "https://v42.vault.azure.net:/keys/kek", err: "domain of Key Vault"},
+		{in: "https://v42.vault.azure.net./keys/kek", err: "domain of Key Vault"},
+		{in: "https://vault.azure.net/keys/kek", err: "domain of Key Vault"},
 		{in: "https://.vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://v2.vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://" + strings.Repeat("v", 25) + ".vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://-v42.vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://a.b42.vault.azure.net/keys/kek", err: "vault name"},
-		{in: "https://v42.vault.azure.net.evil.com/keys/kek", err: "Key Vault domain"},
-		{in: "https://evilvault.azure.net/keys/kek", err: "Key Vault domain"},
-		{in: "https://v42.managedhsm.azure.net/keys/kek", err: "managed HSM"},
+		{in: "https://v42.vault.azure.net.evil.com/keys/kek", err: "domain of Key Vault"},
+		{in: "https://evilvault.azure.net/keys/kek", err: "domain of Key Vault"},
+		{in: "https://v42.managedhsm.azure.net/keys/kek", want: "https://v42.managedhsm.azure.net/keys/kek"},
 		{in: "https://u:p@v42.vault.azure.net/keys/kek", err: `'@'`},
 		{in: "https://evil.com/@v42.vault.azure.net/keys/kek", err: `'@'`},
 		{in: "https://v42.vault.azure.net/keys/kek?api-version=7", err: `'?'`},
@@ -77,6 +77,7 @@ func TestKeyURLResource(t *testing.T) {
 		"https://v42.vault.azure.net/keys/k":         "https://vault.azure.net",
 		"https://v42.vault.azure.cn/keys/k":          "https://vault.azure.cn",
 		"https://v42.vault.usgovcloudapi.net/keys/k": "https://vault.usgovcloudapi.net",
+		"https://v42.managedhsm.azure.net/keys/k":    "https://managedhsm.azure.net",
 	} {
 		u, err := parseKeyURL(in)
 		if err != nil || u.resource() != want {
@@ -96,7 +97,7 @@ func FuzzParseKeyURL(f *testing.F) {
 			return
 		}
 		label, suffix, _ := strings.Cut(u.host, ".")
-		if !slices.Contains(vaultSuffixes, suffix) || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+		if !slices.Contains(vaultSuffixes, suffix) && !slices.Contains(hsmSuffixes, suffix) || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
 			t.Errorf("parseKeyURL(%q) accepts the host %q", in, u.host)
 		}
 		again, err := parseKeyURL(u.String())

@@ -47,6 +47,11 @@ type vaultToken struct {
 	Tenant    string `json:"tenant,omitempty"`
 	Identity  string `json:"identity"`
 	Wrapped   []byte `json:"wrapped"`
+
+	// The canary is unwrapped, instead of what opens the volume, to see whether
+	// the KEK still may be used.
+	Canary     []byte `json:"canary"`
+	CanaryHash []byte `json:"canary_sha256"`
 	envelope
 
 	id keyURL // KeyID, parsed
@@ -112,8 +117,8 @@ func (t *vaultToken) check() error {
 	if t.id.version == "" {
 		return errors.New("kid has no version")
 	}
-	if t.Algorithm != vaultAlgorithm {
-		return fmt.Errorf("alg is %.40q, only %s is accepted", t.Algorithm, vaultAlgorithm)
+	if t.Algorithm != algorithmRSA && t.Algorithm != algorithmAES {
+		return fmt.Errorf("alg is %.40q, only %s and %s are accepted", t.Algorithm, algorithmRSA, algorithmAES)
 	}
 	if _, err := parseIdentity(t.Identity); err != nil {
 		return err
@@ -121,9 +126,13 @@ func (t *vaultToken) check() error {
 	if t.Tenant != "" && !isUUID(t.Tenant) {
 		return fmt.Errorf("tenant %.40q is not a UUID", t.Tenant)
 	}
-	// The wrapped value is as long as the RSA modulus.
-	if n := len(t.Wrapped); n < minRSABytes || n > maxRSABytes {
-		return fmt.Errorf("wrapped has %d bytes, want %d to %d", n, minRSABytes, maxRSABytes)
+	for name, value := range map[string][]byte{"wrapped": t.Wrapped, "canary": t.Canary} {
+		if err := checkWrapped(t.Algorithm, value); err != nil {
+			return fmt.Errorf("%s %w", name, err)
+		}
+	}
+	if n := len(t.CanaryHash); n != sha256.Size {
+		return fmt.Errorf("canary_sha256 has %d bytes, want %d", n, sha256.Size)
 	}
 	return t.envelope.check()
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/http"
@@ -22,16 +23,24 @@ import (
 // The steps of sealing under a vault key:
 //
 //	1. look at the key, if the identity may: which version, is it fit
-//	2. make a random secret and let the vault wrap it with that version
+//	2. make a random secret and let the vault wrap it with that version, and a
+//	   canary likewise
 //	3. seal the volume key under the secret (token.go)
-//	4. unseal the token again (Seal does it)
+//	4. unseal the token again, and the canary (Seal does it)
 //
 // and of unsealing: let the vault unwrap the secret, open the volume key.
 
 const (
-	vaultAlgorithm = "RSA-OAEP-256"
-	minRSABytes    = 2048 / 8
-	maxRSABytes    = 4096 / 8
+	// RSA keys wrap with this one in vaults and managed HSMs alike. RSA1_5 and
+	// RSA-OAEP, which is that with SHA-1, are not accepted.
+	algorithmRSA = "RSA-OAEP-256"
+	// AES keys of 256 bits, which only HSMs have, wrap with this one: AES key
+	// wrap (RFC 3394), 8 bytes longer than what it wraps.
+	algorithmAES = "A256KW"
+
+	minRSABytes = 2048 / 8
+	maxRSABytes = 4096 / 8
+	aesBytes    = KeySize + 8
 
 	// exchangeTimeout bounds one HTTP request to the vault with its answer. The
 	// first one to a host includes the name lookup, see http.go.
@@ -41,7 +50,22 @@ const (
 	warnExpiry = 30 * 24 * time.Hour
 )
 
-func sealVault(ctx context.Context, opts Options, spec, volume string, key *[KeySize]byte) (*vaultToken, error) {
+// checkWrapped tells whether a wrapped value has a size that it can have.
+func checkWrapped(algorithm string, value []byte) error {
+	low, high := minRSABytes, maxRSABytes // as long as the modulus
+	if algorithm == algorithmAES {
+		low, high = aesBytes, aesBytes
+	}
+	if n := len(value); n < low || n > high {
+		return fmt.Errorf("has %d bytes, want %d to %d", n, low, high)
+	}
+	return nil
+}
+
+// sealVault seals under the key that spec names. old, if it isn't nil, is the
+// token that the new one is to replace: same tenant, and another version of the
+// key, or [ErrCurrent].
+func sealVault(ctx context.Context, opts Options, spec, volume string, old *vaultToken, key *[KeySize]byte) (*vaultToken, error) {
 	id, err := parseKeyURL(spec)
 	if err != nil {
 		if strings.Contains(spec, "@") {
@@ -53,48 +77,68 @@ func sealVault(ctx context.Context, opts Options, spec, volume string, key *[Key
 	if identity == "" {
 		identity = identityManaged
 	}
-	v, err := newVault(opts, id, identity, "", volume)
+	tenant := ""
+	if old != nil {
+		tenant = old.Tenant
+	}
+	v, err := newVault(opts, id, identity, tenant, volume)
 	if err != nil {
 		return nil, err
 	}
 
+	algorithm := algorithmRSA
 	info, err := v.get(ctx, id)
 	switch e, denied := errors.AsType[*Error](err); {
 	case denied && e.Class == ClassDenied && e.Status == http.StatusForbidden:
 		// The permission to look is optional. Without it the wrap says which
 		// version it used, and the length of the result how long the key is.
+		// Whether it's an RSA key nobody says; in a vault it is.
 		opts.log().Warn("the identity may not read the vault key's attributes; expiry and purge protection stay unknown",
 			zap.String("kek", id.String()))
 	case err != nil:
 		return nil, err
 	default:
 		if err := info.check(); err != nil {
-			return nil, fail("get", id.String(), ClassConfig, err)
+			return nil, err
 		}
 		info.warn(opts.log(), time.Now())
-		id = info.id
+		id, algorithm = info.id, info.algorithm()
+	}
+	if old != nil && id.version == old.id.version {
+		return nil, fail("rewrap", id.String(), ClassConfig, ErrCurrent)
 	}
 
-	var secret [KeySize]byte
+	var secret, canary [KeySize]byte
 	defer clear(secret[:])
 	rand.Read(secret[:]) // never fails
-	id, wrapped, err := v.wrap(ctx, id, &secret)
+	rand.Read(canary[:])
+	id, wrapped, err := v.wrap(ctx, id, algorithm, &secret)
 	if err != nil {
 		return nil, err
 	}
+	if old != nil && id.version == old.id.version { // not known before, without the permission to look
+		return nil, fail("rewrap", id.String(), ClassConfig, ErrCurrent)
+	}
+	_, wrappedCanary, err := v.wrap(ctx, id, algorithm, &canary)
+	if err != nil {
+		return nil, err
+	}
+	canaryHash := sha256.Sum256(canary[:])
 	e, err := sealEnvelope(&secret, TypeKeyVault, volume, key)
 	if err != nil {
 		return nil, fail("seal", id.String(), ClassInternal, err)
 	}
 	return &vaultToken{
-		tokenHead: newHead(TypeKeyVault),
-		KeyID:     id.String(),
-		Algorithm: vaultAlgorithm,
-		Tenant:    v.exchange.tenant,
-		Identity:  identity,
-		Wrapped:   wrapped,
-		envelope:  e,
-		id:        id,
+		tokenHead:  newHead(TypeKeyVault),
+		KeyID:      id.String(),
+		Algorithm:  algorithm,
+		Tenant:     v.exchange.tenant,
+		Identity:   identity,
+		Wrapped:    wrapped,
+		Canary:     wrappedCanary,
+		CanaryHash: canaryHash[:],
+		envelope:   e,
+		id:         id,
 	}, nil
 }
 
@@ -109,7 +153,7 @@ func unsealVault(ctx context.Context, opts Options, t *vaultToken, volume string
 	}
 	var secret [KeySize]byte
 	defer clear(secret[:])
-	if err := v.unwrap(ctx, t.id, t.Wrapped, &secret); err != nil {
+	if err := v.unwrap(ctx, "unwrap", t, t.Wrapped, &secret); err != nil {
 		return err
 	}
 	if err := t.open(&secret, TypeKeyVault, volume, dst); err != nil {
@@ -119,10 +163,59 @@ func unsealVault(ctx context.Context, opts Options, t *vaultToken, volume string
 	return nil
 }
 
+// probeVault unwraps the canary.
+func probeVault(ctx context.Context, opts Options, t *vaultToken, volume string) error {
+	identity := opts.Identity
+	if identity == "" {
+		identity = t.Identity
+	}
+	v, err := newVault(opts, t.id, identity, t.Tenant, volume)
+	if err != nil {
+		return err
+	}
+	var canary [KeySize]byte
+	if err := v.unwrap(ctx, "probe", t, t.Canary, &canary); err != nil {
+		return err
+	}
+	if hash := sha256.Sum256(canary[:]); !bytes.Equal(hash[:], t.CanaryHash) {
+		return fail("probe", t.id.String(), ClassIntegrity, errors.New("the canary unwraps to something else than was wrapped"))
+	}
+	return nil
+}
+
+// inspectVault looks at the version that the token was sealed with and at the
+// newest.
+func inspectVault(ctx context.Context, opts Options, t *vaultToken, volume string) (KeyStatus, error) {
+	identity := opts.Identity
+	if identity == "" {
+		identity = t.Identity
+	}
+	v, err := newVault(opts, t.id, identity, t.Tenant, volume)
+	if err != nil {
+		return KeyStatus{}, err
+	}
+	used, err := v.get(ctx, t.id)
+	if err != nil {
+		return KeyStatus{}, err
+	}
+	base := t.id
+	base.version = ""
+	newest, err := v.get(ctx, base)
+	if err != nil {
+		return KeyStatus{}, err
+	}
+	return KeyStatus{
+		Version: t.id.version, Enabled: used.enabled, NotBefore: used.notBefore, Expires: used.expires,
+		Newest: newest.id.version, NewestUsable: newest.enabled && newest.validAt(time.Now()),
+		Type: newest.kind, Bits: newest.bits, Purgeable: newest.purgeable,
+	}, nil
+}
+
 // A vault talks to the vault of one key. It isn't used by several goroutines.
 type vault struct {
 	client   *azkeys.Client
 	exchange *exchange
+	observe  reporter
 }
 
 // newVault makes no request. A tenant that isn't empty is the only one whose
@@ -147,29 +240,53 @@ func newVault(opts Options, id keyURL, identity, tenant, volume string) (*vault,
 	if err != nil {
 		return nil, fail("vault", id.String(), ClassInternal, err)
 	}
-	return &vault{client: kc, exchange: x}, nil
+	return &vault{client: kc, exchange: x, observe: opts.Observe}, nil
 }
 
 // keyInfo is what Seal wants to know of a key before it relies on it.
 type keyInfo struct {
 	id         keyURL // with version
-	rsa        bool
-	bits       int
+	kind       string // "RSA", "RSA-HSM", "oct-HSM"
+	bits       int    // of an RSA key
 	operations []string
+	enabled    bool
+	notBefore  time.Time // zero for none
 	expires    time.Time // zero for never
 	purgeable  bool      // anyone with the permission may destroy it for good
 }
 
-func (k *keyInfo) check() error {
-	if !k.rsa {
-		return errors.New("is not an RSA key")
+// algorithm is the one by which the key wraps.
+func (k *keyInfo) algorithm() string {
+	if k.kind == string(azkeys.KeyTypeOctHSM) {
+		return algorithmAES
 	}
-	if k.bits < 8*minRSABytes || k.bits > 8*maxRSABytes {
-		return fmt.Errorf("is an RSA key of %d bits, want %d to %d", k.bits, 8*minRSABytes, 8*maxRSABytes)
+	return algorithmRSA
+}
+
+func (k *keyInfo) validAt(t time.Time) bool {
+	return !t.Before(k.notBefore) && (k.expires.IsZero() || t.Before(k.expires))
+}
+
+func (k *keyInfo) check() error {
+	refuse := func(format string, args ...any) error {
+		return fail("get", k.id.String(), ClassConfig, fmt.Errorf(format, args...))
+	}
+	if !k.enabled {
+		// Wrapping with a disabled key is reported to work; unwrapping doesn't.
+		return &Error{Op: "get", KeyID: k.id.String(), Class: ClassKeyUnusable, Code: "KeyDisabled", Err: errors.New("the key is disabled")}
+	}
+	switch k.kind {
+	case string(azkeys.KeyTypeRSA), string(azkeys.KeyTypeRSAHSM):
+		if k.bits < 8*minRSABytes || k.bits > 8*maxRSABytes {
+			return refuse("is an RSA key of %d bits, want %d to %d", k.bits, 8*minRSABytes, 8*maxRSABytes)
+		}
+	case string(azkeys.KeyTypeOctHSM):
+	default:
+		return refuse("is a key of type %.20q; it has to be RSA, RSA-HSM or oct-HSM", k.kind)
 	}
 	for _, op := range []string{"wrapKey", "unwrapKey"} {
 		if !slices.Contains(k.operations, op) {
-			return fmt.Errorf("doesn't permit the operation %s", op)
+			return refuse("doesn't permit the operation %s", op)
 		}
 	}
 	return nil
@@ -197,27 +314,23 @@ func (v *vault) get(ctx context.Context, id keyURL) (*keyInfo, error) {
 		return nil, err
 	}
 	if resp.Key == nil || resp.Key.KID == nil || resp.Key.Kty == nil || resp.Attributes == nil {
-		return nil, fail("get", id.String(), ClassIntegrity, errors.New("the answer lacks the key, its type or its attributes"))
+		return nil, fail("get", id.String(), ClassMalformed, errors.New("the answer lacks the key, its type or its attributes"))
 	}
 	got, err := answeredID(id, resp.Key.KID)
 	if err != nil {
 		return nil, fail("get", id.String(), ClassIntegrity, err)
 	}
-	if a := resp.Attributes; a.Enabled == nil || !*a.Enabled {
-		// Wrapping with a disabled key is reported to work; unwrapping doesn't.
-		return nil, &Error{Op: "get", KeyID: got.String(), Class: ClassKeyUnusable, Code: "KeyDisabled", Err: errors.New("the key is disabled")}
-	}
-
-	info := &keyInfo{id: got}
-	switch *resp.Key.Kty {
-	case azkeys.KeyTypeRSA, azkeys.KeyTypeRSAHSM:
-		info.rsa = true
-		info.bits = 8 * len(bytes.TrimLeft(resp.Key.N, "\x00"))
+	info := &keyInfo{
+		id: got, kind: clean(string(*resp.Key.Kty)), bits: 8 * len(bytes.TrimLeft(resp.Key.N, "\x00")),
+		enabled: resp.Attributes.Enabled != nil && *resp.Attributes.Enabled,
 	}
 	for _, op := range resp.Key.KeyOps {
 		if op != nil {
 			info.operations = append(info.operations, string(*op))
 		}
+	}
+	if resp.Attributes.NotBefore != nil {
+		info.notBefore = *resp.Attributes.NotBefore
 	}
 	if resp.Attributes.Expires != nil {
 		info.expires = *resp.Attributes.Expires
@@ -229,8 +342,8 @@ func (v *vault) get(ctx context.Context, id keyURL) (*keyInfo, error) {
 }
 
 // wrap returns the wrapped secret and the versioned id of the key that wrapped it.
-func (v *vault) wrap(ctx context.Context, id keyURL, secret *[KeySize]byte) (keyURL, []byte, error) {
-	alg := azkeys.EncryptionAlgorithmRSAOAEP256
+func (v *vault) wrap(ctx context.Context, id keyURL, algorithm string, secret *[KeySize]byte) (keyURL, []byte, error) {
+	alg := azkeys.EncryptionAlgorithm(algorithm)
 	var resp azkeys.WrapKeyResponse
 	err := v.call("wrap", id, func() (err error) {
 		resp, err = v.client.WrapKey(ctx, id.name, id.version, azkeys.KeyOperationParameters{Algorithm: &alg, Value: secret[:]}, nil)
@@ -239,12 +352,15 @@ func (v *vault) wrap(ctx context.Context, id keyURL, secret *[KeySize]byte) (key
 	if err != nil {
 		return keyURL{}, nil, err
 	}
+	if resp.KID == nil && len(resp.Result) == 0 {
+		return keyURL{}, nil, fail("wrap", id.String(), ClassMalformed, errEmpty)
+	}
 	got, err := answeredID(id, resp.KID)
 	if err != nil {
 		return keyURL{}, nil, fail("wrap", id.String(), ClassIntegrity, err)
 	}
-	if n := len(resp.Result); n < minRSABytes || n > maxRSABytes {
-		return keyURL{}, nil, fail("wrap", id.String(), ClassIntegrity, fmt.Errorf("the answer has a value of %d bytes, want %d to %d", n, minRSABytes, maxRSABytes))
+	if err := checkWrapped(algorithm, resp.Result); err != nil {
+		return keyURL{}, nil, fail("wrap", id.String(), ClassIntegrity, fmt.Errorf("the value in the answer %w", err))
 	}
 	if bytes.Contains(resp.Result, secret[:]) {
 		return keyURL{}, nil, fail("wrap", id.String(), ClassIntegrity, errors.New("the answer holds the secret in the clear"))
@@ -252,12 +368,14 @@ func (v *vault) wrap(ctx context.Context, id keyURL, secret *[KeySize]byte) (key
 	return got, resp.Result, nil
 }
 
-// unwrap writes the secret to dst. id has a version: without one the vault would
-// try its newest, which after a rotation is not the one that wrapped.
-func (v *vault) unwrap(ctx context.Context, id keyURL, wrapped []byte, dst *[KeySize]byte) error {
-	alg := azkeys.EncryptionAlgorithmRSAOAEP256
+// unwrap writes what the vault unwraps to dst. The token's key id has a version:
+// without one the vault would try its newest, which after a rotation is not the
+// one that wrapped.
+func (v *vault) unwrap(ctx context.Context, op string, t *vaultToken, wrapped []byte, dst *[KeySize]byte) error {
+	id := t.id
+	alg := azkeys.EncryptionAlgorithm(t.Algorithm)
 	var resp azkeys.UnwrapKeyResponse
-	err := v.call("unwrap", id, func() (err error) {
+	err := v.call(op, id, func() (err error) {
 		resp, err = v.client.UnwrapKey(ctx, id.name, id.version, azkeys.KeyOperationParameters{Algorithm: &alg, Value: wrapped}, nil)
 		return err
 	})
@@ -265,11 +383,14 @@ func (v *vault) unwrap(ctx context.Context, id keyURL, wrapped []byte, dst *[Key
 		return err
 	}
 	defer clear(resp.Result)
+	if resp.KID == nil && len(resp.Result) == 0 {
+		return fail(op, id.String(), ClassMalformed, errEmpty)
+	}
 	if _, err := answeredID(id, resp.KID); err != nil {
-		return fail("unwrap", id.String(), ClassIntegrity, err)
+		return fail(op, id.String(), ClassIntegrity, err)
 	}
 	if n := len(resp.Result); n != KeySize {
-		return fail("unwrap", id.String(), ClassIntegrity, fmt.Errorf("the answer has a value of %d bytes, want %d", n, KeySize))
+		return fail(op, id.String(), ClassIntegrity, fmt.Errorf("the answer has a value of %d bytes, want %d", n, KeySize))
 	}
 	copy(dst[:], resp.Result)
 	return nil
@@ -278,6 +399,10 @@ func (v *vault) unwrap(ctx context.Context, id keyURL, wrapped []byte, dst *[Key
 // call runs one SDK call. The SDK can panic on a malformed answer; only the
 // stack says where, so it goes to the error.
 func (v *vault) call(op string, id keyURL, f func() error) (err error) {
+	begun := time.Now()
+	defer func() {
+		v.observe.tell(op, id, v.exchange, time.Since(begun), err)
+	}()
 	defer func() {
 		if p := recover(); p != nil {
 			err = fail(op, id.String(), ClassInternal, fmt.Errorf("the Azure SDK panicked: %v: %s", p, panicSite(debug.Stack())))
@@ -301,6 +426,9 @@ func panicSite(stack []byte) string {
 	}
 	return "in an unknown function"
 }
+
+// errEmpty is about `200 {}` and the like, to which the SDK says no error.
+var errEmpty = errors.New("the answer is empty")
 
 // answeredID parses the key id of an answer and checks that it's about the key
 // that was asked for. The SDK checks nothing; to `200 {}` it says no error.

@@ -32,8 +32,9 @@ type key struct {
 }
 
 type version struct {
-	id               string // 32 hex digits
-	priv             *rsa.PrivateKey
+	id               string          // 32 hex digits
+	priv             *rsa.PrivateKey // nil for an AES key of a managed HSM
+	aes              []byte
 	ops              []string
 	enabled          bool
 	nbf, exp         time.Time // zero for none
@@ -75,6 +76,24 @@ func (s *Server) AddKey(url string, bits int) (string, error) {
 	return s.addVersion(host, name, v), nil
 }
 
+// AddAESKey makes a 256-bit AES key (oct-HSM) in a managed HSM, or a new version
+// of it, and returns its URL with version.
+func (s *Server) AddAESKey(url string) (string, error) {
+	host, name, _, err := splitURL(url)
+	if err != nil {
+		return "", err
+	}
+	if !isHSM(host) {
+		return "", fmt.Errorf("vaulttest: %s is not a managed HSM", host)
+	}
+	v := s.emptyVersion()
+	v.aes = make([]byte, 32)
+	rand.Read(v.aes)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.addVersion(host, name, v), nil
+}
+
 func (s *Server) newVersion(bits int) (*version, error) {
 	if bits != 2048 && bits != 3072 && bits != 4096 {
 		return nil, fmt.Errorf("vaulttest: RSA key of %d bits", bits)
@@ -83,10 +102,16 @@ func (s *Server) newVersion(bits int) (*version, error) {
 	if err != nil {
 		return nil, err
 	}
+	v := s.emptyVersion()
+	v.priv = priv
+	return v, nil
+}
+
+func (s *Server) emptyVersion() *version {
 	var id [16]byte
 	rand.Read(id[:])
 	now := s.opts.Now()
-	return &version{id: hex.EncodeToString(id[:]), priv: priv, ops: allOps, enabled: true, created: now, updated: now}, nil
+	return &version{id: hex.EncodeToString(id[:]), ops: allOps, enabled: true, created: now, updated: now}
 }
 
 // addVersion needs mu.
@@ -326,8 +351,9 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, host string)
 		h.Set(k, v)
 	}
 
-	_, cloud, _ := strings.Cut(host, ".vault.")
-	resource := "https://vault." + cloud
+	_, service, _ := strings.Cut(host, ".") // vault.azure.net
+	_, cloud, _ := strings.Cut(service, ".")
+	resource := "https://" + service
 	identity, err := s.authenticate(r.Header.Get("Authorization"), resource)
 	if err != nil {
 		s.run(w, r, Request{Route: "challenge", RequestID: requestID}, func(w http.ResponseWriter, r *http.Request) {
@@ -424,8 +450,8 @@ type jwk struct {
 	KID string   `json:"kid"`
 	Kty string   `json:"kty"`
 	Ops []string `json:"key_ops"`
-	N   string   `json:"n"`
-	E   string   `json:"e"`
+	N   string   `json:"n,omitempty"`
+	E   string   `json:"e,omitempty"`
 }
 
 type bundle struct {
@@ -454,14 +480,14 @@ func (s *Server) attributes(v *version) attributes {
 }
 
 func (s *Server) bundle(k *key, v *version) *bundle {
-	return &bundle{
-		Key: jwk{
-			KID: k.kid(v), Kty: "RSA", Ops: v.ops,
-			N: b64(v.priv.N.Bytes()), E: b64(big.NewInt(int64(v.priv.E)).Bytes()),
-		},
-		Attributes: s.attributes(v),
-		Tags:       k.tags,
+	b := &bundle{Key: jwk{KID: k.kid(v), Kty: "oct-HSM", Ops: v.ops}, Attributes: s.attributes(v), Tags: k.tags}
+	if v.priv != nil {
+		b.Key.Kty, b.Key.N, b.Key.E = "RSA", b64(v.priv.N.Bytes()), b64(big.NewInt(int64(v.priv.E)).Bytes())
+		if isHSM(k.host) {
+			b.Key.Kty = "RSA-HSM"
+		}
 	}
+	return b
 }
 
 func (s *Server) deletedBundle(k *key) *bundle {
@@ -579,9 +605,14 @@ func (s *Server) rotateKey(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.newVersion(old.priv.N.BitLen())
-	if err != nil {
-		return nil, err
+	v := s.emptyVersion()
+	if old.priv != nil {
+		if v, err = s.newVersion(old.priv.N.BitLen()); err != nil {
+			return nil, err
+		}
+	} else {
+		v.aes = make([]byte, 32)
+		rand.Read(v.aes)
 	}
 	v.ops = old.ops
 	s.addVersion(c.host, c.name, v)
@@ -641,27 +672,32 @@ type operation struct {
 
 type result struct {
 	KID   string `json:"kid"`
+	Alg   string `json:"alg,omitempty"` // a managed HSM repeats it
 	Value string `json:"value"`
 }
 
-// operand reads the body of wrapkey and unwrapkey.
-func (s *Server) operand(c *call) (newHash func() hash.Hash, value []byte, err error) {
+// operand reads the body of wrapkey and unwrapkey. newHash is nil for A256KW.
+func (s *Server) operand(c *call, v *version) (newHash func() hash.Hash, value []byte, alg string, err error) {
 	var p operation
 	if err := json.Unmarshal(c.body, &p); err != nil {
-		return nil, nil, badParameter("The request body is missing or not valid JSON.")
+		return nil, nil, "", badParameter("The request body is missing or not valid JSON.")
 	}
-	switch p.Alg {
-	case "RSA-OAEP-256":
+	switch {
+	case p.Alg == "RSA-OAEP-256" && v.priv != nil:
 		newHash = sha256.New
-	case "RSA-OAEP":
+	case p.Alg == "RSA-OAEP" && v.priv != nil:
 		newHash = sha1.New
+	case p.Alg == "A256KW" && v.aes != nil:
 	default:
-		return nil, nil, badParameter("Property alg has the invalid or unsupported value %q.", p.Alg)
+		return nil, nil, "", badParameter("Property alg has the invalid or unsupported value %q.", p.Alg)
 	}
 	if value, err = unb64(p.Value); err != nil || len(value) == 0 {
-		return nil, nil, badParameter("Property value is not a valid base64url string.")
+		return nil, nil, "", badParameter("Property value is not a valid base64url string.")
 	}
-	return newHash, value, nil
+	if isHSM(c.host) {
+		alg = p.Alg
+	}
+	return newHash, value, alg, nil
 }
 
 // usable checks what a key's attributes allow. Outside its validity a key may
@@ -689,7 +725,7 @@ func (s *Server) wrap(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	newHash, value, err := s.operand(c)
+	newHash, value, alg, err := s.operand(c, v)
 	if err != nil {
 		return nil, err
 	}
@@ -699,11 +735,18 @@ func (s *Server) wrap(c *call) (any, error) {
 	if s.opts.Plaintext != nil {
 		s.opts.Plaintext("wrapkey", value)
 	}
+	if newHash == nil {
+		wrapped, err := aesWrap(v.aes, value)
+		if err != nil {
+			return nil, badParameter("%v", err)
+		}
+		return result{k.kid(v), alg, b64(wrapped)}, nil
+	}
 	wrapped, err := rsa.EncryptOAEP(newHash(), rand.Reader, &v.priv.PublicKey, value, nil)
 	if err != nil {
 		return nil, badParameter("Property value is too long for this key and algorithm.")
 	}
-	return result{k.kid(v), b64(wrapped)}, nil
+	return result{k.kid(v), alg, b64(wrapped)}, nil
 }
 
 func (s *Server) unwrap(c *call) (any, error) {
@@ -711,22 +754,27 @@ func (s *Server) unwrap(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	newHash, value, err := s.operand(c)
+	newHash, value, alg, err := s.operand(c, v)
 	if err != nil {
 		return nil, err
 	}
 	if err := s.usable(v, "unwrapKey"); err != nil {
 		return nil, err
 	}
-	if len(value) != v.priv.Size() {
+	var plain []byte
+	switch {
+	case newHash == nil:
+		plain, err = aesUnwrap(v.aes, value)
+	case len(value) != v.priv.Size():
 		return nil, badParameter("Property value has %d bytes, the key has %d.", len(value), v.priv.Size())
+	default:
+		plain, err = rsa.DecryptOAEP(newHash(), nil, v.priv, value, nil)
 	}
-	plain, err := rsa.DecryptOAEP(newHash(), nil, v.priv, value, nil)
 	if err != nil {
 		return nil, badParameter("The parameter is incorrect.")
 	}
 	if s.opts.Plaintext != nil {
 		s.opts.Plaintext("unwrapkey", plain)
 	}
-	return result{k.kid(v), b64(plain)}, nil
+	return result{k.kid(v), alg, b64(plain)}, nil
 }

@@ -36,7 +36,8 @@ type savedKey struct {
 
 type savedVersion struct {
 	ID        string    `json:"id"`
-	Key       []byte    `json:"key"` // PKCS #8
+	Key       []byte    `json:"key,omitempty"` // PKCS #8
+	AES       []byte    `json:"aes,omitempty"`
 	Ops       []string  `json:"ops"`
 	Enabled   bool      `json:"enabled"`
 	NotBefore time.Time `json:"nbf"`
@@ -58,11 +59,13 @@ func (s *Server) Save() error {
 	for _, k := range s.keys {
 		sk := savedKey{Host: k.host, Name: k.name, Tags: k.tags, Deleted: k.deleted, Recovered: k.recovered}
 		for _, v := range k.versions {
-			der, err := x509.MarshalPKCS8PrivateKey(v.priv)
-			if err != nil {
-				return err
+			var der []byte
+			if v.priv != nil {
+				if der, err = x509.MarshalPKCS8PrivateKey(v.priv); err != nil {
+					return err
+				}
 			}
-			sk.Versions = append(sk.Versions, savedVersion{v.id, der, v.ops, v.enabled, v.nbf, v.exp, v.created, v.updated})
+			sk.Versions = append(sk.Versions, savedVersion{v.id, der, v.aes, v.ops, v.enabled, v.nbf, v.exp, v.created, v.updated})
 		}
 		st.Keys = append(st.Keys, sk)
 	}
@@ -131,11 +134,13 @@ func (s *Server) load() (bool, error) {
 	for _, sk := range st.Keys {
 		k := &key{host: sk.Host, name: sk.Name, tags: sk.Tags, deleted: sk.Deleted, recovered: sk.Recovered}
 		for _, sv := range sk.Versions {
-			priv, err := parsePKCS8[*rsa.PrivateKey](sv.Key)
-			if err != nil {
-				return false, err
+			var priv *rsa.PrivateKey
+			if sv.AES == nil {
+				if priv, err = parsePKCS8[*rsa.PrivateKey](sv.Key); err != nil {
+					return false, err
+				}
 			}
-			k.versions = append(k.versions, &version{sv.ID, priv, sv.Ops, sv.Enabled, sv.NotBefore, sv.Expires, sv.Created, sv.Updated})
+			k.versions = append(k.versions, &version{sv.ID, priv, sv.AES, sv.Ops, sv.Enabled, sv.NotBefore, sv.Expires, sv.Created, sv.Updated})
 		}
 		if len(k.versions) == 0 {
 			return false, fmt.Errorf("key %s has no version", sk.Name)

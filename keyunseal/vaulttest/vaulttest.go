@@ -303,10 +303,18 @@ func isLogin(h string) bool {
 	return false
 }
 
+// isHSM tells whether a host is a managed HSM.
+func isHSM(h string) bool {
+	_, rest, _ := strings.Cut(strings.ToLower(h), ".")
+	return strings.HasPrefix(rest, "managedhsm.")
+}
+
+// isVault tells whether a host is a vault or a managed HSM.
 func isVault(h string) bool {
 	label, rest, _ := strings.Cut(h, ".")
-	_, ok := loginHosts[strings.TrimPrefix(rest, "vault.")]
-	return label != "" && ok && strings.HasPrefix(rest, "vault.")
+	service, cloud, _ := strings.Cut(rest, ".")
+	_, ok := loginHosts[cloud]
+	return label != "" && ok && (service == "vault" || service == "managedhsm")
 }
 
 // makeCA makes the certificate authority.
