@@ -1,13 +1,13 @@
 package sector
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -23,6 +23,7 @@ type FormatOptions struct {
 	SectorSize  int      // 512 or 4096
 	RecoveryKey []byte   // of the recovery keyslot, see [NewRecoveryKey]; nil for none
 	Seal        []Sealer // at least one; each makes a token
+	Pins        Pins     // where to remember the volume; nil for nowhere
 
 	// BeforeWrite, if not nil, is called when everything that can be refused
 	// was not, and the next step destroys what is on the device.
@@ -34,7 +35,8 @@ type FormatOptions struct {
 // touched: what was in plaintext there stays so until it is overwritten.
 //
 // Nothing is written before every Seal has succeeded. Then the first 16 MiB
-// are zeroed and the header is written and read back.
+// are zeroed, the header is written and read back, and the volume is pinned. A
+// header that comes with an error is complete; only the pin is missing.
 func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, error) {
 	h, err := newHeader(b, &o)
 	if err != nil {
@@ -71,7 +73,9 @@ func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, err
 	rand.Read(nonce)
 	made := dataSize(b.Size(), h)
 	deks := map[string]wrappedDEK{"0": wrapDEK(k.volumeKey, k.dek, h.UUID, "0", uint32(o.SectorSize), nonce)}
-	if err := setVolumeToken(h, k.volumeKey, made, deks); err != nil {
+	v := &volumeToken{Size: strconv.FormatInt(made, 10), DEKs: deks}
+	v.setGeneration(1)
+	if err := setVolumeToken(h, k.volumeKey, v); err != nil {
 		return nil, err
 	}
 
@@ -104,7 +108,16 @@ func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, err
 	if err := luks2.Format(b, h); err != nil {
 		return nil, err
 	}
-	return h, verifyWritten(b, h.UUID, k, o.RecoveryKey)
+	if err := verifyWritten(b, h.UUID, k, o.RecoveryKey); err != nil {
+		return nil, err
+	}
+	if o.Pins != nil {
+		// Not the pin of a volume that had this UUID before.
+		if err := o.Pins.Set(h.UUID, Pin{Fingerprint: fingerprint(k.volumeKey, h.UUID), Generation: 1}); err != nil {
+			return h, fmt.Errorf("sector: the volume is complete, but this host could not note its header key: %w", err)
+		}
+	}
+	return h, nil
 }
 
 // verifyWritten reads the header back and opens it with the keys at hand.
@@ -207,23 +220,4 @@ func newUUID() string {
 	u[6] = u[6]&0x0f | 0x40
 	u[8] = u[8]&0x3f | 0x80
 	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
-}
-
-// NewRecoveryKey returns a random recovery key of 128 bits: eight groups of six
-// digits with dashes between. Each group is a 16-bit number times 11, so the
-// alternating sum of its digits is divisible by 11, which catches a mistyped
-// digit and two that were swapped. cryptsetup takes the text as it is, dashes
-// included, as a passphrase.
-func NewRecoveryKey() []byte {
-	var r [16]byte
-	rand.Read(r[:])
-	defer clear(r[:])
-	var key bytes.Buffer
-	for i := range 8 {
-		if i > 0 {
-			key.WriteByte('-')
-		}
-		fmt.Fprintf(&key, "%06d", (int(r[2*i])<<8|int(r[2*i+1]))*11)
-	}
-	return key.Bytes()
 }

@@ -58,7 +58,13 @@ func exampleHeader(t *testing.T, volumeKey *[32]byte, dek *[64]byte) *luks2.Head
 		Digest: pbkdf2.Key(dek[:], salt, digestIterations, 32, sha256.New)}
 	nonce := bytes.Repeat([]byte{0x4e}, 12)
 	deks := map[string]wrappedDEK{"0": wrapDEK(volumeKey, dek, h.UUID, "0", 4096, nonce)}
-	if err := setVolumeToken(h, volumeKey, dataSize(d.Size(), h), deks); err != nil {
+	h.Tokens[0], err = luks2.NewToken([]byte(`{"type":"hostcryptd-example","keyslots":[],"version":1,"key":"a wrapped key"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := &volumeToken{Size: strconv.FormatInt(dataSize(d.Size(), h), 10), DEKs: deks}
+	v.setGeneration(1)
+	if err := setVolumeToken(h, volumeKey, v); err != nil {
 		t.Fatal(err)
 	}
 	return h
@@ -148,9 +154,17 @@ func exampleValues(t *testing.T, h *luks2.Header, volumeKey *[32]byte) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\nMAC: %x\ndigest: %x\n",
+	mac, err := headerMAC(volumeKey, h, v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := canonical(h.Tokens[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\ntoken 0: %s\nMAC: %x\ndigest: %x\nfingerprint: %s\n",
 		deriveKey(volumeKey, h.UUID, purposeWrap), dekData(h.UUID, "0", 4096), wrapped,
-		deriveKey(volumeKey, h.UUID, purposeMAC), headerMAC(volumeKey, h, v.Size, v.DEKs), h.Digests[0].Digest)
+		deriveKey(volumeKey, h.UUID, purposeMAC), token, mac, h.Digests[0].Digest, fingerprint(volumeKey, h.UUID))
 }
 
 func hexdump(b []byte) string {

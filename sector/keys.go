@@ -11,12 +11,14 @@ import (
 	"crypto/subtle"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 
 	"golang.org/x/crypto/pbkdf2"
 
@@ -29,17 +31,22 @@ import (
 const volumeTokenType = TokenPrefix + "volume"
 
 // formatVersion is the version of volumeToken and of everything that its MAC
-// covers.
-const formatVersion = 1
+// covers. Version 1 had no generation and left the key tokens out of the MAC;
+// it is still read, and becomes version 2 when the header is next changed.
+const formatVersion = 2
+
+// dekVersion is the version of a wrapped DEK, which did not change.
+const dekVersion = 1
 
 // A volumeToken is the content of the token of type volumeTokenType.
 type volumeToken struct {
-	Type     string                `json:"type"`
-	Keyslots []string              `json:"keyslots"`
-	Version  int                   `json:"version"`
-	Size     string                `json:"size"` // of the data when it was formatted, in bytes, as LUKS2 writes 64-bit integers
-	DEKs     map[string]wrappedDEK `json:"deks"` // by number of the digest they match
-	MAC      string                `json:"mac"`
+	Type       string                `json:"type"`
+	Keyslots   []string              `json:"keyslots"`
+	Version    int                   `json:"version"`
+	Size       string                `json:"size"`                 // of the data when it was formatted, in bytes, as LUKS2 writes 64-bit integers
+	Generation string                `json:"generation,omitempty"` // grows with every change that was made with the volume key
+	DEKs       map[string]wrappedDEK `json:"deks"`                 // by number of the digest they match
+	MAC        string                `json:"mac"`
 }
 
 // A wrappedDEK is a DEK under AES-256-GCM; Wrapped ends with the tag.
@@ -53,6 +60,7 @@ type wrappedDEK struct {
 const (
 	purposeWrap = "hostcryptd v1 DEK wrapping"
 	purposeMAC  = "hostcryptd v1 header MAC"
+	purposePin  = "hostcryptd v1 pin"
 )
 
 func deriveKey(volumeKey *[VolumeKeySize]byte, uuid, purpose string) []byte {
@@ -93,7 +101,7 @@ func fields(list ...string) []byte {
 // it is to be used. A DEK moved to another volume or used with another cipher
 // or sector size does not unwrap.
 func dekData(uuid, digest string, sectorSize uint32) []byte {
-	return fields("hostcryptd v1 DEK", uuid, digest, Cipher, strconv.FormatUint(uint64(sectorSize), 10), strconv.Itoa(formatVersion))
+	return fields("hostcryptd v1 DEK", uuid, digest, Cipher, strconv.FormatUint(uint64(sectorSize), 10), strconv.Itoa(dekVersion))
 }
 
 func wrapDEK(volumeKey *[VolumeKeySize]byte, dek *[dekSize]byte, uuid, digest string, sectorSize uint32, nonce []byte) wrappedDEK {
@@ -121,12 +129,13 @@ func unwrapDEK(volumeKey *[VolumeKeySize]byte, w wrappedDEK, dek *[dekSize]byte,
 	return nil
 }
 
-// headerMAC authenticates what decides how the volume is read: the UUID, all
-// segments, the digest of each, the requirements, the size and the wrapped DEKs.
-// Keyslots, the other tokens, label and flags are left out, so that cryptsetup
-// may change them. FORMAT.md has an example.
-func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, size string, deks map[string]wrappedDEK) []byte {
-	list := []string{"hostcryptd v1 header", h.UUID}
+// headerMAC authenticates what decides how the volume is read and who may open
+// it: the UUID, all segments, the digest of each, the requirements, the size, the
+// generation, the wrapped DEKs and the key tokens. Keyslots, the tokens of other
+// programs, label and flags are left out, so that cryptsetup may change them.
+// FORMAT.md has an example.
+func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, v *volumeToken) ([]byte, error) {
+	list := []string{fmt.Sprintf("hostcryptd v%d header", v.Version), h.UUID}
 	number := func(n uint64) { list = append(list, strconv.FormatUint(n, 10)) }
 
 	number(uint64(len(h.Segments)))
@@ -156,17 +165,60 @@ func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, size string, dek
 	}
 	number(uint64(len(h.Config.Requirements)))
 	list = append(list, slices.Sorted(slices.Values(h.Config.Requirements))...)
-	list = append(list, size)
-	number(uint64(len(deks)))
-	for _, id := range slices.Sorted(maps.Keys(deks)) {
-		list = append(list, id, deks[id].Nonce, deks[id].Wrapped)
+	list = append(list, v.Size)
+	if v.Version > 1 {
+		list = append(list, v.Generation)
+	}
+	number(uint64(len(v.DEKs)))
+	for _, id := range slices.Sorted(maps.Keys(v.DEKs)) {
+		list = append(list, id, v.DEKs[id].Nonce, v.DEKs[id].Wrapped)
+	}
+	if v.Version > 1 {
+		// A token that was removed must not come back, nor lead elsewhere.
+		tokens := slices.SortedFunc(slices.Values(keyTokens(h)), func(a, b KeyToken) int { return a.ID - b.ID })
+		number(uint64(len(tokens)))
+		for _, t := range tokens {
+			text, err := canonical(h.Tokens[t.ID])
+			if err != nil {
+				return nil, fmt.Errorf("%w: token %d: %w", ErrAuth, t.ID, err)
+			}
+			number(uint64(t.ID))
+			list = append(list, text)
+		}
 	}
 
 	key := deriveKey(volumeKey, h.UUID, purposeMAC)
 	defer clear(key)
 	mac := hmac.New(sha256.New, key)
 	mac.Write(fields(list...))
-	return mac.Sum(nil)
+	return mac.Sum(nil), nil
+}
+
+// canonical writes a token such that it doesn't matter who wrote the JSON last:
+// no white space, members sorted by name, RFC 8785 for what tokens hold.
+func canonical(t *luks2.Token) (string, error) {
+	text, err := t.MarshalJSON()
+	if err != nil {
+		return "", err
+	}
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.UseNumber()
+	var v any
+	if err := d.Decode(&v); err != nil {
+		return "", err
+	}
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		return "", err
+	}
+	return strings.TrimSuffix(b.String(), "\n"), nil
+}
+
+// fingerprint names a volume key without helping to find it.
+func fingerprint(volumeKey *[VolumeKeySize]byte, uuid string) string {
+	return hex.EncodeToString(deriveKey(volumeKey, uuid, purposePin))
 }
 
 // digestOf returns the number of the digest of a segment, as text; "" for a
@@ -180,15 +232,16 @@ func digestOf(h *luks2.Header, segment int) string {
 	return ""
 }
 
-// setVolumeToken puts the wrapped DEKs and the MAC into h. It comes last when
-// a header is made or changed.
-func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, made int64, deks map[string]wrappedDEK) error {
-	size := strconv.FormatInt(made, 10)
-	text, err := json.Marshal(volumeToken{
-		Type: volumeTokenType, Keyslots: []string{}, Version: formatVersion,
-		Size: size, DEKs: deks,
-		MAC: base64.StdEncoding.EncodeToString(headerMAC(volumeKey, h, size, deks)),
-	})
+// setVolumeToken puts v into h, under a MAC over both. It comes last when a
+// header is made or changed.
+func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, v *volumeToken) error {
+	v.Type, v.Keyslots, v.Version = volumeTokenType, []string{}, formatVersion
+	mac, err := headerMAC(volumeKey, h, v)
+	if err != nil {
+		return err
+	}
+	v.MAC = base64.StdEncoding.EncodeToString(mac)
+	text, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
@@ -230,8 +283,11 @@ func findVolumeToken(h *luks2.Header) (int, *volumeToken, error) {
 	if err := json.Unmarshal(text, &v); err != nil {
 		return 0, nil, fmt.Errorf("%w: token %d: %w", ErrAuth, found, err)
 	}
-	if v.Version != formatVersion {
-		return 0, nil, fmt.Errorf("%w: token %d is of version %d; this program knows %d", ErrUnsupported, found, v.Version, formatVersion)
+	if v.Version < 1 || v.Version > formatVersion {
+		return 0, nil, fmt.Errorf("%w: token %d is of version %d; this program knows versions up to %d", ErrUnsupported, found, v.Version, formatVersion)
+	}
+	if _, err := strconv.ParseUint(v.Generation, 10, 63); v.Version > 1 && err != nil {
+		return 0, nil, fmt.Errorf("%w: token %d: generation: %w", ErrAuth, found, err)
 	}
 	return found, &v, nil
 }
@@ -246,10 +302,26 @@ func (v *volumeToken) size() int64 {
 	return n
 }
 
+// generation is Generation as a number, 0 in version 1.
+func (v *volumeToken) generation() uint64 {
+	if v.Version == 1 {
+		return 0
+	}
+	n, _ := strconv.ParseUint(v.Generation, 10, 63) // checked by findVolumeToken
+	return n
+}
+
+// setGeneration replaces the generation.
+func (v *volumeToken) setGeneration(n uint64) { v.Generation = strconv.FormatUint(n, 10) }
+
 // verify checks the MAC with a volume key that a token gave.
 func (v *volumeToken) verify(h *luks2.Header, volumeKey *[VolumeKeySize]byte) error {
 	mac, err := base64.StdEncoding.DecodeString(v.MAC)
-	if err != nil || !hmac.Equal(mac, headerMAC(volumeKey, h, v.Size, v.DEKs)) {
+	want, werr := headerMAC(volumeKey, h, v)
+	if werr != nil {
+		return werr
+	}
+	if err != nil || !hmac.Equal(mac, want) {
 		return fmt.Errorf("%w: the header is not the one that was written with this volume key", ErrAuth)
 	}
 	return nil

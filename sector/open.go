@@ -2,28 +2,50 @@ package sector
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"maps"
-	"slices"
+	"time"
 
 	"hostcryptd/sector/luks2"
 	"hostcryptd/xts"
 )
 
-// OpenOptions say how a volume is to be served.
+// OpenOptions say how a volume is unlocked and served. Functions that unlock a
+// header only to change it ignore ReadOnly and Discard.
 type OpenOptions struct {
 	ReadOnly bool // nothing is written, not even a repair of the header
 	Discard  bool // pass [Volume.Trim] on to the backing device
 
 	// Derive, if not nil, keeps the keys off this process's heap.
 	Derive Deriver
+
+	// Pins tells a forged or an old header from the one that this host has
+	// seen. Without it, whoever can write to the disk and wrap with the KEK can
+	// replace the whole header.
+	Pins Pins
+
+	// TryTimeout bounds what one token gets; 0 means [DefaultTryTimeout].
+	TryTimeout time.Duration
+	// HeadStart is how long a token may take before the next one is tried beside
+	// it; 0 means [DefaultHeadStart].
+	HeadStart time.Duration
 }
 
-// Open unlocks the volume on b: it reads the header, lets unseal try each
-// token in the order of their numbers until one gives the volume key, checks
-// the header against that key and the DEK against its digest. If every token
-// fails, the error holds what unseal said of each.
+// Defaults of [OpenOptions].
+const (
+	DefaultTryTimeout = 25 * time.Second
+	DefaultHeadStart  = 2 * time.Second
+)
+
+// Open unlocks the volume on b: it reads the header, lets unseal try the tokens
+// until one gives the volume key, checks the header against that key and the DEK
+// against its digest, and the header against the pin. If every token fails, the
+// error holds what unseal said of each.
+//
+// Tokens are tried in the order of their numbers, retired ones last. A token
+// that has not answered after a head start goes on while the next is tried, so
+// that one vault that is down doesn't hold up another that is not.
+//
+// A volume that has no pin here gets one: it's trusted at first sight.
 //
 // A header copy that is damaged or behind is rewritten from the good one,
 // unless something else stands in its place; [Volume.Warnings] tells. Open
@@ -37,46 +59,61 @@ func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volu
 	if err != nil {
 		return nil, err
 	}
-	v, err := open(ctx, b, h, k, unseal, o)
+	v, got, err := open(ctx, b, h, k, unseal, o)
 	if err != nil {
 		k.free()
 		return nil, err
 	}
-	if copies.Damaged() {
-		v.warnings = append(v.warnings, repairHeader(ctx, b, copies, o.ReadOnly))
+	whole := !copies.Damaged()
+	if !whole {
+		var what string
+		what, whole = repairHeader(ctx, b, copies, o.ReadOnly)
+		v.warnings = append(v.warnings, what)
+	}
+	// Only a header of which both copies are there is what no older one may
+	// replace: if the better copy is lost after this, the other has to do.
+	if whole {
+		if w := o.raise(h.UUID, got); w != "" {
+			v.warnings = append(v.warnings, w)
+		}
 	}
 	return v, nil
 }
 
-func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsealer, o OpenOptions) (*Volume, error) {
+func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsealer, o OpenOptions) (*Volume, opened, error) {
 	defer k.wipeRaw()
-	token, err := unlock(ctx, h, k, unseal, o.Derive)
+	got, err := unlock(ctx, h, k, unseal, o)
 	if err != nil {
-		return nil, err
+		return nil, got, err
+	}
+	if err := o.checkPin(h.UUID, got); err != nil {
+		return nil, got, err
 	}
 	c, err := xts.NewCipherIn(k.schedule, k.dek)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAuth, err)
+		return nil, got, fmt.Errorf("%w: %w", ErrAuth, err)
 	}
-	_, v, err := findVolumeToken(h)
+	_, t, err := findVolumeToken(h)
 	if err != nil {
-		return nil, err
+		return nil, got, err
 	}
-	return newVolume(b, h, v.size(), token, k, c, o)
+	v, err := newVolume(b, h, t.size(), got.token, k, c, o)
+	return v, got, err
 }
 
-// repairHeader acts on damage that ReadHeader found, and says what it did.
-// The header was authenticated by then: a forged copy is not spread.
-func repairHeader(ctx context.Context, b Backing, found luks2.Copies, readOnly bool) string {
+// repairHeader acts on damage that ReadHeader found, and says what it did, and
+// whether both copies are good now. The header was authenticated by then: a
+// forged copy is not spread.
+func repairHeader(ctx context.Context, b Backing, found luks2.Copies, readOnly bool) (what string, whole bool) {
 	switch {
 	case readOnly:
-		return found.Describe() + "; it was not repaired, as the volume is read-only"
+		return found.Describe() + "; it was not repaired, as the volume is read-only", false
 	case found.Foreign():
-		return found.Describe() + "; something else stands in its place, so it was not repaired; if that can go, run 'cryptsetup repair'"
+		return found.Describe() + "; something else stands in its place, so it was not repaired; if that can go, run 'hostcryptd header repair --force'", false
 	}
 	release, err := b.LockHeader(ctx, true)
 	if err != nil {
-		return fmt.Sprintf("%s; it was not repaired: %v", found.Describe(), err)
+		return fmt.Sprintf("%s; it was not repaired: %v", found.Describe(), err), false
 	}
 	defer release()
 	// Read again under the lock: cryptsetup may have repaired it meanwhile.
@@ -85,44 +122,9 @@ func repairHeader(ctx context.Context, b Backing, found luks2.Copies, readOnly b
 		err = luks2.Repair(b, h, copies)
 	}
 	if err != nil {
-		return fmt.Sprintf("%s; it was not repaired: %v", found.Describe(), err)
+		return fmt.Sprintf("%s; it was not repaired: %v", found.Describe(), err), false
 	}
-	return found.Describe() + "; it was repaired"
-}
-
-// unlock fills k with the volume key and the DEK of h, and returns the number
-// of the token that gave them.
-func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, elsewhere Deriver) (token int, err error) {
-	if _, err := supported(h); err != nil {
-		return 0, err
-	}
-	var failed []error
-	for _, id := range slices.Sorted(maps.Keys(h.Tokens)) {
-		t := h.Tokens[id]
-		if !isKeyToken(t) {
-			continue
-		}
-		text, err := t.MarshalJSON()
-		if err != nil {
-			return 0, err
-		}
-		err = unseal(ctx, h.UUID, text, k.volumeKey)
-		if err == nil {
-			err = derive(ctx, h, k, elsewhere)
-		}
-		if err == nil {
-			return id, nil
-		}
-		k.wipeRaw()
-		failed = append(failed, fmt.Errorf("token %d (%s): %w", id, t.Type, err))
-		if ctx.Err() != nil {
-			break
-		}
-	}
-	if failed == nil {
-		return 0, fmt.Errorf("%w: no token is left that holds its key; it can be opened with its recovery key and 'cryptsetup open'", ErrNotVolume)
-	}
-	return 0, errors.Join(failed...)
+	return found.Describe() + "; it was repaired", true
 }
 
 // supported returns the volume token of a header that this version can serve.
@@ -169,68 +171,4 @@ func openDEK(h *luks2.Header, volumeKey *[VolumeKeySize]byte, dek *[dekSize]byte
 		return err
 	}
 	return checkDigest(h.SegmentDigest(0), dek)
-}
-
-// AddRecoveryKey adds a keyslot that opens the volume with a recovery key, and
-// returns its number. The volume may be in use meanwhile. With an error the
-// number is -1 if nothing was added for certain; otherwise the key may open
-// the volume or not.
-func AddRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, recoveryKey []byte) (int, error) {
-	k, err := newKeys(xts.Size)
-	if err != nil {
-		return -1, err
-	}
-	defer k.free()
-	// Unsealing may take long, so it comes before the lock; what it gave is
-	// checked again under it.
-	h, _, err := ReadHeader(ctx, b)
-	if err != nil {
-		return -1, err
-	}
-	if _, err := unlock(ctx, h, k, unseal, nil); err != nil {
-		return -1, err
-	}
-
-	release, err := b.LockHeader(ctx, true)
-	if err != nil {
-		return -1, err
-	}
-	defer release()
-	h, copies, err := readHeader(b)
-	if err != nil {
-		return -1, err
-	}
-	if copies.Foreign() {
-		return -1, fmt.Errorf("%w: %s; run 'cryptsetup repair' first", ErrDamaged, copies.Describe())
-	}
-	if err := openDEK(h, k.volumeKey, k.dek); err != nil {
-		return -1, err
-	}
-	id, err := luks2.Free(h.Keyslots, luks2.MaxKeyslots)
-	if err != nil {
-		return -1, err
-	}
-	offset, err := h.FreeArea(keyslotAreaSize)
-	if err != nil {
-		return -1, err
-	}
-	slot := newKeyslot(offset)
-	area := alignedBytes(keyslotAreaSize)
-	if err := sealKeyslot(slot, recoveryKey, k.dek, area); err != nil {
-		return -1, err
-	}
-	// The area first, then the header that makes it count.
-	if _, err := b.WriteAt(area, int64(offset)); err != nil {
-		return -1, fmt.Errorf("sector: writing keyslot %d: %w", id, err)
-	}
-	if err := b.Sync(); err != nil {
-		return -1, fmt.Errorf("sector: writing keyslot %d: %w", id, err)
-	}
-	h.Keyslots[id] = slot
-	d := h.SegmentDigest(0)
-	d.Keyslots = append(d.Keyslots, id)
-	if err := openKeyslot(b, h, id, recoveryKey, k.dek); err != nil {
-		return -1, fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
-	}
-	return id, luks2.Write(b, h)
 }

@@ -62,6 +62,9 @@ var (
 	ErrBusy = errors.New("device is in use")
 	// ErrWrongKey means that a recovery key opens no keyslot.
 	ErrWrongKey = errors.New("wrong recovery key")
+	// ErrLastWay means that what was to be removed is the last way into the
+	// volume, as far as can be shown.
+	ErrLastWay = errors.New("it's the last way in")
 	// ErrFailed means that a flush of this volume has failed before.
 	ErrFailed = fmt.Errorf("volume has failed: an earlier flush was not completed: %w", syscall.EIO)
 	// ErrSuspended means that the volume is suspended: its keys were wiped and
@@ -100,8 +103,9 @@ type Backing interface {
 type Sealer func(ctx context.Context, volume string, key *[VolumeKeySize]byte) (json.RawMessage, error)
 
 // An Unsealer gets the volume key out of a token. It is called with tokens of
-// any type that starts with [TokenPrefix], one at a time; an error means that
-// this token can't be opened now, and the next one is tried.
+// any type that starts with [TokenPrefix], from several goroutines at once, and
+// returns when ctx ends; an error means that this token can't be opened now, and
+// the next one is tried. Nothing may write to key after it has returned.
 type Unsealer func(ctx context.Context, volume string, token json.RawMessage, key *[VolumeKeySize]byte) error
 
 const (
@@ -142,7 +146,7 @@ func readHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
 	case errors.Is(err, luks2.ErrVersion):
 		return nil, copies, fmt.Errorf("%w: %w", ErrNotVolume, err)
 	case errors.Is(err, luks2.ErrChecksum), errors.Is(err, luks2.ErrInvalid):
-		return nil, copies, fmt.Errorf("%w: %s; restore it from a backup with 'cryptsetup luksHeaderRestore'", ErrDamaged, copies.Describe())
+		return nil, copies, fmt.Errorf("%w: %s; restore it from a backup with 'hostcryptd header restore'", ErrDamaged, copies.Describe())
 	}
 	return nil, copies, err
 }

@@ -653,7 +653,7 @@ func TestTamper(t *testing.T) {
 		{"broken key token before a good one", func(h *luks2.Header) {
 			h.Tokens[2] = h.Tokens[0]
 			h.Tokens[0], _ = luks2.NewToken([]byte(`{"type":"hostcryptd-broken","keyslots":[]}`))
-		}, nil},
+		}, ErrAuth},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -699,7 +699,7 @@ func testTamperDEK(t *testing.T, change func(*volumeToken, wrappedDEK)) {
 		t.Fatal(err)
 	}
 	defer k.free()
-	if _, err := unlock(t.Context(), h, k, testUnseal, nil); err != nil {
+	if _, err := unlock(t.Context(), h, k, testUnseal, OpenOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	_, v, err := findVolumeToken(h)
@@ -707,7 +707,7 @@ func testTamperDEK(t *testing.T, change func(*volumeToken, wrappedDEK)) {
 		t.Fatal(err)
 	}
 	change(v, wrapDEK(k.volumeKey, k.dek, "another UUID", "0", 4096, make([]byte, 12)))
-	if err := errors.Join(setVolumeToken(h, k.volumeKey, v.size(), v.DEKs), luks2.Write(d, h)); err != nil {
+	if err := errors.Join(setVolumeToken(h, k.volumeKey, v), luks2.Write(d, h)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(t.Context(), d, testUnseal, OpenOptions{}); !errors.Is(err, ErrAuth) || !strings.Contains(err.Error(), "wrapped DEK") {
@@ -1045,7 +1045,7 @@ func TestAfterCryptsetup(t *testing.T) {
 	}
 	cryptsetup(t, "config", name, "--label", "renamed")
 	cryptsetup(t, "luksAddKey", "-q", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "32", "--pbkdf-parallel", "1", "--key-file", keyFile, name, second)
-	if id, err := AddRecoveryKey(t.Context(), d, testUnseal, []byte("third")); err != nil || id != 2 {
+	if id, err := AddRecoveryKey(t.Context(), d, testUnseal, []byte("third"), OpenOptions{}); err != nil || id != 2 {
 		t.Fatalf("AddRecoveryKey() = %d, %v", id, err)
 	}
 	third := filepath.Join(t.TempDir(), "third")

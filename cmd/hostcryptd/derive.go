@@ -39,6 +39,8 @@ const deriveTimeout = time.Minute
 type deriveVerdict struct {
 	Error string `json:"error,omitempty"`
 	Kind  string `json:"kind,omitempty"` // of deriveKinds
+
+	Fingerprint string `json:"fingerprint,omitempty"` // of the volume key
 }
 
 // deriveKinds are the errors that mean something to the caller.
@@ -57,21 +59,21 @@ func (e *derivedError) Error() string { return e.text }
 func (e *derivedError) Unwrap() error { return e.kind }
 
 // deriveElsewhere is a [sector.Deriver].
-func deriveElsewhere(ctx context.Context, header []byte, volumeKey *[sector.VolumeKeySize]byte, dek *[sector.DEKSize]byte) error {
+func deriveElsewhere(ctx context.Context, header []byte, volumeKey *[sector.VolumeKeySize]byte, dek *[sector.DEKSize]byte) (string, error) {
 	keyIn, keyOut, err := os.Pipe()
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer keyIn.Close()
 	// It always fits, so there is nobody to wait for.
 	_, err = keyOut.Write(volumeKey[:])
 	keyOut.Close()
 	if err != nil {
-		return err
+		return "", err
 	}
 	dekIn, dekOut, err := os.Pipe()
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer dekIn.Close()
 
@@ -94,20 +96,20 @@ func deriveElsewhere(ctx context.Context, header []byte, volumeKey *[sector.Volu
 		err = json.Unmarshal(stdout.Bytes(), &v)
 	}
 	if err != nil {
-		return fmt.Errorf("deriving the data key in a child process: %w: %.300s", err, stderr.Bytes())
+		return "", fmt.Errorf("deriving the data key in a child process: %w: %.300s", err, stderr.Bytes())
 	}
 	if v.Error != "" {
-		return &derivedError{v.Error, deriveKinds[v.Kind]}
+		return "", &derivedError{v.Error, deriveKinds[v.Kind]}
 	}
 	// The child has ended, so all of it is in the pipe.
 	if n, err := unix.IoctlGetInt(int(dekIn.Fd()), unix.TIOCINQ); err != nil || n != len(dek) {
-		return fmt.Errorf("the child process handed over %d bytes, want %d: %w", n, len(dek), errors.Join(err, syscall.EPROTO))
+		return "", fmt.Errorf("the child process handed over %d bytes, want %d: %w", n, len(dek), errors.Join(err, syscall.EPROTO))
 	}
 	if _, err := io.ReadFull(dekIn, dek[:]); err != nil {
 		clear(dek[:])
-		return err
+		return "", err
 	}
-	return nil
+	return v.Fingerprint, nil
 }
 
 // deriveMain is the whole program of the child. Its memory goes with it, and
@@ -117,8 +119,8 @@ func deriveMain() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	err := deriveFrom(os.Stdin, os.NewFile(3, "volume key"), os.NewFile(4, "data key"))
-	v := deriveVerdict{}
+	fingerprint, err := deriveFrom(os.Stdin, os.NewFile(3, "volume key"), os.NewFile(4, "data key"))
+	v := deriveVerdict{Fingerprint: fingerprint}
 	if err != nil {
 		v.Error = err.Error()
 		for kind, target := range deriveKinds {
@@ -133,22 +135,22 @@ func deriveMain() int {
 	return 0
 }
 
-func deriveFrom(in, keyIn, dekOut *os.File) error {
+func deriveFrom(in, keyIn, dekOut *os.File) (fingerprint string, err error) {
 	if keyIn == nil || dekOut == nil {
-		return errors.New("this argument isn't for use by hand")
+		return "", errors.New("this argument isn't for use by hand")
 	}
 	var volumeKey [sector.VolumeKeySize]byte
 	if _, err := io.ReadFull(keyIn, volumeKey[:]); err != nil {
-		return fmt.Errorf("reading the volume key: %w", err)
+		return "", fmt.Errorf("reading the volume key: %w", err)
 	}
 	header, err := io.ReadAll(io.LimitReader(in, 8<<20)) // the largest of LUKS2 has 4 MiB
 	if err != nil {
-		return err
+		return "", err
 	}
 	var dek [sector.DEKSize]byte
-	if err := sector.DeriveDEK(header, &volumeKey, &dek); err != nil {
-		return err
+	if fingerprint, err = sector.DeriveDEK(header, &volumeKey, &dek); err != nil {
+		return "", err
 	}
 	_, err = dekOut.Write(dek[:])
-	return err
+	return fingerprint, err
 }

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -19,6 +20,25 @@ type tokenInfo struct {
 	Type  string   `json:"type"`
 	Key   *keyInfo `json:"key,omitempty"`   // of a token that holds the volume key
 	Error string   `json:"error,omitempty"` // why Key could not be read
+
+	// Of a token that another has replaced: it still opens the volume.
+	Retired   *time.Time `json:"retired,omitempty"`
+	KeepUntil *time.Time `json:"keep_until,omitempty"`
+}
+
+// text describes a token in one line.
+func (t *tokenInfo) text() string {
+	s := t.Type
+	switch {
+	case t.Error != "":
+		s += ", unreadable: " + t.Error
+	case t.Key != nil:
+		s += ": " + t.Key.text()
+	}
+	if t.Retired != nil {
+		s += fmt.Sprintf(", retired %s, kept until %s", t.Retired.Format(time.RFC3339), t.KeepUntil.Format(time.RFC3339))
+	}
+	return s
 }
 
 type keyInfo struct{ keyunseal.Description }
@@ -43,6 +63,12 @@ func (k *keyInfo) text() string {
 
 func tokenInfos(h *luks2.Header) []tokenInfo {
 	list := []tokenInfo{}
+	retired := map[int]sector.KeyToken{}
+	for _, k := range sector.KeyTokens(h) {
+		if !k.Retired.IsZero() {
+			retired[k.ID] = k
+		}
+	}
 	for _, id := range slices.Sorted(maps.Keys(h.Tokens)) {
 		t := h.Tokens[id]
 		info := tokenInfo{ID: id, Type: t.Type}
@@ -57,6 +83,9 @@ func tokenInfos(h *luks2.Header) []tokenInfo {
 				info.Key, info.Error = nil, err.Error()
 			}
 		}
+		if k, ok := retired[id]; ok {
+			info.Retired, info.KeepUntil = &k.Retired, &k.KeepUntil
+		}
 		list = append(list, info)
 	}
 	return list
@@ -69,7 +98,8 @@ type headerInfo struct {
 	Label      string        `json:"label"`
 	Subsystem  string        `json:"subsystem"`
 	SequenceID uint64        `json:"sequence_id"`
-	Copies     string        `json:"copies"` // "good", or what is wrong
+	Generation uint64        `json:"generation"` // of the changes that were made with the volume key
+	Copies     string        `json:"copies"`     // "good", or what is wrong
 	Data       []segmentInfo `json:"data"`
 	Tokens     []tokenInfo   `json:"tokens"`
 	Keyslots   []keyslotInfo `json:"keyslots"`
@@ -123,6 +153,7 @@ func describeHeader(device string, size uint64, h *luks2.Header, copies luks2.Co
 		Copies: copies.Describe(), Tokens: tokenInfos(h), Keyslots: []keyslotInfo{},
 		Required: append([]string{}, h.Config.Requirements...), Flags: append([]string{}, h.Config.Flags...),
 	}
+	info.Generation, _ = sector.Generation(h) // 0: a LUKS2 header that isn't ours
 	if info.Copies == "" {
 		info.Copies = "good"
 	}
@@ -152,19 +183,12 @@ func (a *app) printHeader(i headerInfo) {
 	p("UUID", "%s", i.UUID)
 	p("label", "%s", orNone(i.Label))
 	p("subsystem", "%s", orNone(i.Subsystem))
-	p("header copies", "%s, sequence id %d", i.Copies, i.SequenceID)
+	p("header copies", "%s, sequence id %d, generation %d", i.Copies, i.SequenceID, i.Generation)
 	for _, s := range i.Data {
 		p(fmt.Sprintf("data %d", s.ID), "%s at %d, %s, sectors of %d bytes", bytesText(s.Size), s.Offset, s.Cipher, s.SectorSize)
 	}
 	for _, t := range i.Tokens {
-		switch {
-		case t.Error != "":
-			p(fmt.Sprintf("token %d", t.ID), "%s, unreadable: %s", t.Type, t.Error)
-		case t.Key != nil:
-			p(fmt.Sprintf("token %d", t.ID), "%s: %s", t.Type, t.Key.text())
-		default:
-			p(fmt.Sprintf("token %d", t.ID), "%s", t.Type)
-		}
+		p(fmt.Sprintf("token %d", t.ID), "%s", t.text())
 	}
 	if len(i.Keyslots) == 0 {
 		p("keyslots", "none, so there is no recovery key")

@@ -69,7 +69,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			}
 
 			o := sector.FormatOptions{
-				UUID: uuid, Label: label, SectorSize: sectorSize,
+				UUID: uuid, Label: label, SectorSize: sectorSize, Pins: keys.pinDir(),
 				Seal: []sector.Sealer{keys.sealer(key, a.cliLog())},
 			}
 			if recovery != "" {
@@ -82,8 +82,11 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 				o.BeforeWrite = func() error { return wipeSignatures(device) }
 			}
 			h, err := sector.Format(c.Context(), d, o)
-			if err != nil {
+			if err != nil && h == nil {
 				return errors.Join(fmt.Errorf("%s: %w", device, err), removeUnused(recovery))
+			}
+			if err != nil {
+				a.warnf("%s: %v; the first host that opens the volume will trust what it finds", device, err)
 			}
 			return a.printFormatted(device, h, recovery)
 		},

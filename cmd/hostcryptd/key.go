@@ -3,6 +3,10 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -11,16 +15,41 @@ import (
 	"hostcryptd/sector"
 )
 
-// keyFlags are the flags that say how KEKs are reached.
+// keyFlags are the flags that say how KEKs are reached, and where this host
+// remembers its volumes.
 type keyFlags struct {
 	hostKey  string
 	identity string
+	pins     string
 }
 
 func (k *keyFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&k.hostKey, "host-key", keyunseal.DefaultHostKey, "`FILE` with the host key")
 	c.Flags().StringVar(&k.identity, "identity", "", "managed identity for the vault: managed, or managed:CLIENT-ID (default: what the token was sealed with, else managed)")
+	k.addPins(c)
 }
+
+// addPins adds the flag for a command that needs no KEK.
+func (k *keyFlags) addPins(c *cobra.Command) {
+	c.Flags().StringVar(&k.pins, "pins", "", "`DIRECTORY` where this host remembers the headers of its volumes (default: $HOSTCRYPTD_PINS, else "+string(sector.DefaultPins)+")")
+}
+
+// pinDir is where this host keeps its pins.
+func (k *keyFlags) pinDir() sector.PinDir {
+	for _, dir := range []string{k.pins, os.Getenv("HOSTCRYPTD_PINS")} {
+		if dir != "" {
+			return sector.PinDir(dir)
+		}
+	}
+	// An ordinary user can't write to the host's.
+	if home, err := os.UserHomeDir(); err == nil && os.Geteuid() != 0 {
+		return sector.PinDir(filepath.Join(home, ".local/state/hostcryptd/pins"))
+	}
+	return sector.DefaultPins
+}
+
+// open says how commands unlock a header.
+func (k *keyFlags) open() sector.OpenOptions { return sector.OpenOptions{Pins: k.pinDir()} }
 
 func (k *keyFlags) options(log *zap.Logger) keyunseal.Options {
 	return keyunseal.Options{HostKey: k.hostKey, Identity: k.identity, Log: log}
@@ -41,4 +70,136 @@ func (k *keyFlags) unsealer(log *zap.Logger) sector.Unsealer {
 	return func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
 		return child.Unseal(ctx, k.options(log), token, volume, key)
 	}
+}
+
+// withHeader opens the device that a command changes the header of, beside
+// whoever uses it.
+func withHeader(device string, readOnly bool, f func(d *sector.Device) error) error {
+	d, err := sector.OpenDevice(device, sector.DeviceOptions{ReadOnly: readOnly, Shared: true})
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := f(d); err != nil {
+		return fmt.Errorf("%s: %w", device, err)
+	}
+	return nil
+}
+
+func (a *app) keyCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "key",
+		Short: "manage the keys that open a volume",
+		Long: `A volume has one or more keys, in a vault or on this host, and any one of them
+opens it. Each has a token in the header.`,
+		Args: cobra.NoArgs,
+	}
+	c.AddCommand(a.keyListCommand(), a.keyAddCommand(), a.keyRemoveCommand())
+	return c
+}
+
+func (a *app) keyListCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "list DEVICE",
+		Short: "list the keys of a volume, in the order in which they are tried",
+		Args:  oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], true, func(d *sector.Device) error {
+				h, _, err := sector.ReadHeader(c.Context(), d)
+				if err != nil {
+					return err
+				}
+				byID := map[int]tokenInfo{}
+				for _, t := range tokenInfos(h) {
+					byID[t.ID] = t
+				}
+				list := []tokenInfo{}
+				for _, k := range sector.KeyTokens(h) {
+					list = append(list, byID[k.ID])
+				}
+				if a.json {
+					return a.printJSON(list)
+				}
+				for _, t := range list {
+					fmt.Fprintln(a.stdout, printable(fmt.Sprintf("%2d  %s", t.ID, t.text())))
+				}
+				return nil
+			})
+		},
+	}
+	return a.jsonFlag(c)
+}
+
+func (a *app) keyAddCommand() *cobra.Command {
+	var (
+		keys keyFlags
+		spec string
+	)
+	c := &cobra.Command{
+		Use:   "add DEVICE --key KEY",
+		Short: "let another key open a volume",
+		Long: `add unseals the volume with one of its keys, seals it with KEY too, unseals what
+that gave, and writes it to the header. The volume may be in use meanwhile.`,
+		Example: `  hostcryptd key add /dev/sdb --key https://VAULT.vault.azure.net/keys/NAME`,
+		Args:    oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			if spec == "" {
+				return usagef("--key KEY says which key: platform, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]")
+			}
+			return withHeader(args[0], false, func(d *sector.Device) error {
+				log := a.cliLog()
+				id, err := sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open())
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "token": id})
+				}
+				fmt.Fprintf(a.stdout, "token %d of %s now opens the volume with %s\n", id, args[0], spec)
+				return nil
+			})
+		},
+	}
+	c.Flags().StringVar(&spec, "key", "", "`KEY` to add: platform, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]")
+	keys.add(c)
+	return a.jsonFlag(c)
+}
+
+func (a *app) keyRemoveCommand() *cobra.Command {
+	var (
+		keys  keyFlags
+		force bool
+	)
+	c := &cobra.Command{
+		Use:   "remove DEVICE TOKEN",
+		Short: "take a key from a volume",
+		Long: `remove takes the token of that number, as 'key list' shows it, out of the header.
+Another token has to unseal now; a recovery key counts too as long as there are
+other tokens. --force does without what can't be shown now, and it also removes
+the last token of a volume with a recovery key: after that only cryptsetup opens
+it. The last way in of all is never removed; 'hostcryptd erase' is for that.
+
+Who has a backup of the header and the key that was removed can still open the
+volume.`,
+		Args: twoArgs("DEVICE", "TOKEN"),
+		RunE: func(c *cobra.Command, args []string) error {
+			id, err := strconv.Atoi(args[1])
+			if err != nil || id < 0 {
+				return usagef("TOKEN is the number of a token, not %q; 'hostcryptd key list' shows them", args[1])
+			}
+			return withHeader(args[0], false, func(d *sector.Device) error {
+				if err := sector.RemoveToken(c.Context(), d, keys.unsealer(a.cliLog()), id, force, keys.open()); err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "removed": id})
+				}
+				fmt.Fprintf(a.stdout, "token %d of %s is removed\n", id, args[0])
+				return nil
+			})
+		},
+	}
+	c.Flags().BoolVar(&force, "force", false, "remove it though no other key can be shown to work now")
+	keys.add(c)
+	return a.jsonFlag(c)
 }

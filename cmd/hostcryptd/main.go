@@ -95,7 +95,7 @@ func (a *app) root() *cobra.Command {
 	})
 	root.AddCommand(
 		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.detachCommand(), a.dumpCommand(),
-		a.recoveryCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(),
+		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(),
 	)
 	return root
 }

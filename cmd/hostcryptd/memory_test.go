@@ -29,6 +29,7 @@ import (
 // copy. The volume's keys are made known to the test by the host key file and
 // the recovery key.
 func TestKeysInMemory(t *testing.T) {
+	t.Setenv("HOSTCRYPTD_PINS", t.TempDir())
 	dir := t.TempDir()
 	bin := filepath.Join(dir, "hostcryptd")
 	self, err := os.Executable()

@@ -1,10 +1,15 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/sector"
 )
@@ -17,8 +22,35 @@ func (a *app) recoveryCommand() *cobra.Command {
 ordinary LUKS2 keyslot: cryptsetup open --key-file FILE DEVICE NAME`,
 		Args: cobra.NoArgs,
 	}
-	c.AddCommand(a.recoveryAddCommand())
+	c.AddCommand(a.recoveryAddCommand(), a.recoveryRotateCommand(), a.recoveryRemoveCommand(), a.recoveryTestCommand())
 	return c
+}
+
+// writeKeyslot generates a recovery key, writes it to file and gives it to
+// change, which makes a keyslot of it.
+func (a *app) writeKeyslot(device, file string, change func(d *sector.Device, key []byte) (int, error)) (int, error) {
+	if file == "" {
+		return -1, usagef("--recovery-key FILE says where the generated key goes")
+	}
+	d, err := sector.OpenDevice(device, sector.DeviceOptions{Shared: true})
+	if err != nil {
+		return -1, err
+	}
+	defer d.Close()
+	key, err := writeRecoveryKey(file)
+	if err != nil {
+		return -1, err
+	}
+	defer clear(key)
+	id, err := change(d, key)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", device, err)
+		if id >= 0 {
+			return id, fmt.Errorf("%w; the key in %s may open keyslot %d or not, 'hostcryptd recovery test' tells", err, file, id)
+		}
+		return id, errors.Join(err, removeUnused(file))
+	}
+	return id, nil
 }
 
 func (a *app) recoveryAddCommand() *cobra.Command {
@@ -33,26 +65,11 @@ func (a *app) recoveryAddCommand() *cobra.Command {
 to FILE and adds a keyslot that it opens. The volume may be in use meanwhile.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
-			if file == "" {
-				return usagef("--recovery-key FILE says where the generated key goes")
-			}
-			d, err := sector.OpenDevice(args[0], sector.DeviceOptions{Shared: true})
+			id, err := a.writeKeyslot(args[0], file, func(d *sector.Device, key []byte) (int, error) {
+				return sector.AddRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), key, keys.open())
+			})
 			if err != nil {
 				return err
-			}
-			defer d.Close()
-			key, err := writeRecoveryKey(file)
-			if err != nil {
-				return err
-			}
-			defer clear(key)
-			id, err := sector.AddRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), key)
-			if err != nil {
-				err = fmt.Errorf("%s: %w", args[0], err)
-				if id >= 0 {
-					return fmt.Errorf("%w; the key in %s may open keyslot %d or not, 'cryptsetup open --test-passphrase' tells", err, file, id)
-				}
-				return errors.Join(err, removeUnused(file))
 			}
 			if a.json {
 				return a.printJSON(map[string]any{"device": args[0], "keyslot": id, "recovery_key": file})
@@ -64,4 +81,180 @@ to FILE and adds a keyslot that it opens. The volume may be in use meanwhile.`,
 	keys.add(c)
 	c.Flags().StringVar(&file, "recovery-key", "", "write the generated key to this new `FILE`")
 	return a.jsonFlag(c)
+}
+
+func (a *app) recoveryRotateCommand() *cobra.Command {
+	var (
+		keys keyFlags
+		file string
+		slot int
+	)
+	c := &cobra.Command{
+		Use:   "rotate DEVICE --recovery-key FILE",
+		Short: "replace a recovery key by a new one",
+		Long: `rotate generates a recovery key, writes it to FILE, and puts its keyslot in the
+place of the old one in a single update of the header, so that at any moment one
+of the two keys opens the volume. The area of the old keyslot is overwritten. Who
+has a backup of the header and the old key can still open the volume.`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			old := slot
+			id, err := a.writeKeyslot(args[0], file, func(d *sector.Device, key []byte) (int, error) {
+				var err error
+				if old, err = chooseSlot(c.Context(), d, slot); err != nil {
+					return -1, err
+				}
+				return sector.RotateRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), old, key, keys.open())
+			})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(map[string]any{"device": args[0], "keyslot": id, "removed": old, "recovery_key": file})
+			}
+			fmt.Fprintf(a.stdout, "keyslot %d of %s now opens with the key in %s; keyslot %d is removed\n", id, args[0], file, old)
+			return nil
+		},
+	}
+	keys.add(c)
+	c.Flags().StringVar(&file, "recovery-key", "", "write the generated key to this new `FILE`")
+	c.Flags().IntVar(&slot, "keyslot", -1, "`NUMBER` of the keyslot to replace, where there are several")
+	return a.jsonFlag(c)
+}
+
+func (a *app) recoveryRemoveCommand() *cobra.Command {
+	var (
+		keys keyFlags
+		slot int
+	)
+	c := &cobra.Command{
+		Use:   "remove DEVICE",
+		Short: "remove a recovery keyslot",
+		Long: `remove takes a keyslot out of the header and overwrites its area. One of the
+volume's keys has to unseal it now: the last way in is never removed.`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], false, func(d *sector.Device) error {
+				id, err := chooseSlot(c.Context(), d, slot)
+				if err != nil {
+					return err
+				}
+				if err := sector.RemoveRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), id, keys.open()); err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "removed": id})
+				}
+				fmt.Fprintf(a.stdout, "keyslot %d of %s is removed\n", id, args[0])
+				return nil
+			})
+		},
+	}
+	keys.add(c)
+	c.Flags().IntVar(&slot, "keyslot", -1, "`NUMBER` of the keyslot, where there are several")
+	return a.jsonFlag(c)
+}
+
+// chooseSlot returns slot, or without one the only recovery keyslot there is.
+func chooseSlot(ctx context.Context, d *sector.Device, slot int) (int, error) {
+	if slot >= 0 {
+		return slot, nil
+	}
+	h, _, err := sector.ReadHeader(ctx, d)
+	if err != nil {
+		return -1, err
+	}
+	switch slots := sector.RecoverySlots(h); len(slots) {
+	case 0:
+		return -1, usagef("there is no recovery keyslot; 'hostcryptd recovery add' makes one")
+	case 1:
+		return slots[0], nil
+	default:
+		return -1, usagef("there are keyslots %v: choose with --keyslot NUMBER", slots)
+	}
+}
+
+func (a *app) recoveryTestCommand() *cobra.Command {
+	var file string
+	c := &cobra.Command{
+		Use:   "test DEVICE",
+		Short: "tell whether a recovery key opens a volume, and change nothing",
+		Long: `test reads a recovery key, from a file, from standard input, or typed, with or
+without dashes, and says which keyslot it opens. A group that is mistyped is named
+before anything is tried. The exit code is 2 if the key opens none.`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], true, func(d *sector.Device) error {
+				key, err := a.readRecoveryKey(file)
+				if err != nil {
+					return err
+				}
+				defer clear(key)
+				id, err := sector.FindRecoveryKey(c.Context(), d, key)
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "keyslot": id})
+				}
+				fmt.Fprintf(a.stdout, "the recovery key opens keyslot %d of %s\n", id, args[0])
+				return nil
+			})
+		},
+	}
+	c.Flags().StringVar(&file, "recovery-key", "", "`FILE` with the key, - for standard input (default: it is asked for)")
+	return a.jsonFlag(c)
+}
+
+// readRecoveryKey reads a recovery key and brings it into its proper form.
+func (a *app) readRecoveryKey(file string) ([]byte, error) {
+	in := a.stdin
+	switch {
+	case file == "" && !isTerminal(a.stdin):
+		return nil, usagef("--recovery-key FILE says where the key is, - means standard input")
+	case file == "":
+		fmt.Fprint(a.stderr, "Recovery key: ")
+		restore, err := hideInput(a.stdin)
+		if err != nil {
+			return nil, err
+		}
+		defer restore()
+		defer fmt.Fprintln(a.stderr)
+	case file != "-":
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, fmt.Errorf("recovery key: %w", err)
+		}
+		defer f.Close()
+		in = f
+	}
+	var text [1024]byte
+	defer clear(text[:])
+	n := 0
+	for n < len(text) {
+		m, err := in.Read(text[n:])
+		n += m
+		if errors.Is(err, io.EOF) || file == "" && bytes.ContainsRune(text[:n], '\n') {
+			break
+		}
+		if err != nil {
+			return nil, fmt.Errorf("recovery key: %w", err)
+		}
+	}
+	return sector.ParseRecoveryKey(text[:n])
+}
+
+// hideInput keeps a terminal from showing what is typed.
+func hideInput(f *os.File) (restore func(), err error) {
+	fd := int(f.Fd())
+	before, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return nil, err
+	}
+	hidden := *before
+	hidden.Lflag &^= unix.ECHO
+	if err := unix.IoctlSetTermios(fd, unix.TCSETS, &hidden); err != nil {
+		return nil, err
+	}
+	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, before) }, nil
 }

@@ -64,6 +64,7 @@ func params(dir string) testscript.Params {
 			// System tools live in sbin, and HOME must not be the user's.
 			env.Setenv("PATH", env.Getenv("PATH")+string(os.PathListSeparator)+"/usr/sbin:/sbin:/usr/bin:/bin")
 			env.Setenv("XDG_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
+			env.Setenv("HOSTCRYPTD_PINS", filepath.Join(env.WorkDir, "pins"))
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {

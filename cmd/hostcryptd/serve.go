@@ -298,7 +298,7 @@ func (d *daemon) unseal(ctx context.Context) error {
 		d.attempts++
 		d.mu.Unlock()
 		v, err := sector.Open(ctx, d.device, unsealer, sector.OpenOptions{
-			ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere,
+			ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinDir(),
 		})
 		if err != nil {
 			return hopeful(err)

@@ -159,7 +159,9 @@ func TestWriteKeepsUnknown(t *testing.T) {
 	}
 	clear(area)
 	copy(area, js)
+	copy(m.b[testCopy+binarySize:2*testCopy], area)
 	reseal(m.b[:testCopy])
+	reseal(m.b[testCopy : 2*testCopy])
 
 	h, _ := read(t, m)
 	h.Label = "changed"
@@ -347,6 +349,30 @@ func TestBothCopies(t *testing.T) {
 	m.b = m.b[:5000] // the device was cut off
 	if _, _, err := Read(m); !errors.Is(err, ErrChecksum) {
 		t.Errorf("Read(truncated) error %v, want ErrChecksum", err)
+	}
+}
+
+// TestConflict has two valid copies of one sequence id that differ: that's
+// damage, and which of them is right isn't decided here.
+func TestConflict(t *testing.T) {
+	for name, off := range map[string]int{"label": testCopy + offLabel, "JSON": testCopy + binarySize + bytes.Index(formatted(t).b[binarySize:], []byte(`"y"`)) + 1} {
+		m := formatted(t)
+		m.b[off] ^= 1
+		reseal(m.b[testCopy : 2*testCopy])
+		h, c := read(t, m)
+		if !c.Conflict || !c.Damaged() || !c.Foreign() || h.Label != "label" || c.Describe() == "" {
+			t.Errorf("%s: %+v, label %q", name, c, h.Label)
+		}
+		before := bytes.Clone(m.b)
+		if err := Write(m, h); err == nil || !bytes.Equal(before, m.b) {
+			t.Errorf("%s: Write() = %v", name, err)
+		}
+		if err := Repair(m, h, c); err != nil {
+			t.Fatal(err)
+		}
+		if _, c := read(t, m); c.Damaged() {
+			t.Errorf("%s: after Repair: %s", name, c.Describe())
+		}
 	}
 }
 

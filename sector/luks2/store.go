@@ -25,12 +25,18 @@ type Copies struct {
 	// Stale means that both copies are valid and one has a lower sequence id:
 	// power failed between the two halves of an update.
 	Stale bool
+	// Conflict means that both copies are valid, have the same sequence id and
+	// differ, which no interrupted update leaves behind: two programs wrote at
+	// once, or somebody edited one. The first is used.
+	Conflict bool
 
 	foreign bool // the damaged copy holds something else than a damaged copy
 }
 
 // Damaged tells whether [Repair] has something to do.
-func (c Copies) Damaged() bool { return c.Primary != nil || c.Secondary != nil || c.Stale }
+func (c Copies) Damaged() bool {
+	return c.Primary != nil || c.Secondary != nil || c.Stale || c.Conflict
+}
 
 // Foreign tells whether something else stands in the place of the bad copy: a
 // partition table, the start of a file system, the header of another volume or
@@ -49,6 +55,8 @@ func (c Copies) Describe() string {
 		return fmt.Sprintf("the second header copy is damaged (%v); the first is good", c.Secondary)
 	case c.Stale:
 		return "one header copy is an update behind the other"
+	case c.Conflict:
+		return "the header copies have the same sequence id and differ; the first is used"
 	}
 	return ""
 }
@@ -91,6 +99,10 @@ func Read(f io.ReaderAt) (*Header, Copies, error) {
 		}
 		first.salts[1], second.salts[0] = second.salts[1], first.salts[0]
 		c.Stale = first.SeqID != second.SeqID
+		if !c.Stale && !first.sameAs(second) {
+			// Which of them is right is for a person to say.
+			c.Conflict, c.foreign = true, true
+		}
 		if second.SeqID > first.SeqID {
 			return second, c, nil
 		}
@@ -109,6 +121,13 @@ func Read(f io.ReaderAt) (*Header, Copies, error) {
 		err = c.Secondary
 	}
 	return nil, c, err
+}
+
+// sameAs tells whether two copies of one header say the same.
+func (h *Header) sameAs(other *Header) bool {
+	a, err1 := h.encodeJSON()
+	b, err2 := other.encodeJSON()
+	return err1 == nil && err2 == nil && bytes.Equal(a, b) && h.Label == other.Label && h.Subsystem == other.Subsystem
 }
 
 // repairable tells whether what stands at offset, for which reading a copy gave

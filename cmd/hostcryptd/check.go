@@ -1,0 +1,236 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/keyunseal"
+	"hostcryptd/sector"
+)
+
+// A checkReport is the answer of check.
+type checkReport struct {
+	Device   string       `json:"device"`
+	UUID     string       `json:"uuid"`
+	Opens    bool         `json:"opens"` // it would open now
+	Copies   string       `json:"copies"`
+	Pin      string       `json:"pin"`
+	Recovery []int        `json:"recovery_keyslots"`
+	Tokens   []checkToken `json:"tokens"`
+	Findings []string     `json:"findings"` // what is wrong
+	Notices  []string     `json:"notices"`  // what is not, but should be known
+}
+
+type checkToken struct {
+	tokenInfo
+	OK      bool                 `json:"ok"`
+	Reason  string               `json:"reason,omitempty"`  // why it doesn't open the volume
+	Meaning string               `json:"meaning,omitempty"` // what that means at boot
+	Took    float64              `json:"took_seconds"`
+	Status  *keyunseal.KeyStatus `json:"status,omitempty"` // of the key in the vault
+}
+
+func (a *app) checkCommand() *cobra.Command {
+	var keys keyFlags
+	c := &cobra.Command{
+		Use:   "check DEVICE",
+		Short: "tell whether a volume would open if this host rebooted now",
+		Long: `check tries every token of the volume, as a boot would, and says what each failure
+would mean. It also looks at the copies of the header, at what this host remembers
+of it, at the recovery keyslots, at when the keys expire, and where the host key
+file is. It changes nothing, and ends with 19 if something is wrong, even if the
+volume would open by another key.`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], true, func(d *sector.Device) error {
+				report, err := a.check(c.Context(), &keys, args[0], d)
+				if err != nil {
+					return err
+				}
+				if a.json {
+					err = a.printJSON(report)
+				} else {
+					a.printCheck(report)
+				}
+				return errors.Join(err, foundErrors(len(report.Findings)))
+			})
+		},
+	}
+	keys.add(c)
+	return a.jsonFlag(c)
+}
+
+func (a *app) check(ctx context.Context, keys *keyFlags, device string, d *sector.Device) (*checkReport, error) {
+	log := a.cliLog()
+	r, err := sector.Verify(ctx, d, keys.unsealer(log), keys.open())
+	if err != nil {
+		return nil, err
+	}
+	infos := map[int]tokenInfo{}
+	for _, t := range tokenInfos(r.Header) {
+		infos[t.ID] = t
+	}
+	report := &checkReport{
+		Device: device, UUID: r.Header.UUID, Opens: r.Opens, Copies: r.Copies.Describe(), Pin: pinText(r),
+		Recovery: append([]int{}, r.Keyslots...), Findings: append([]string{}, r.Findings...), Notices: []string{},
+		Tokens: make([]checkToken, len(r.Tokens)),
+	}
+	if report.Copies == "" {
+		report.Copies = "good"
+	}
+	notice := func(format string, args ...any) {
+		report.Notices = append(report.Notices, fmt.Sprintf(format, args...))
+	}
+	if len(r.Keyslots) == 0 {
+		notice("there is no recovery key: if the keys are lost, so is the data; 'hostcryptd recovery add' makes one")
+	}
+	var wg sync.WaitGroup
+	for i, t := range r.Tokens {
+		ct := &report.Tokens[i]
+		*ct = checkToken{tokenInfo: infos[t.ID], OK: t.Err == nil, Took: t.Took.Seconds()}
+		if t.Err != nil {
+			ct.Reason, ct.Meaning = t.Err.Error(), meaning(t.Err)
+		}
+		if t.Type != keyunseal.TypeKeyVault {
+			continue
+		}
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, sector.DefaultTryTimeout)
+			defer cancel()
+			// The permission to ask is optional, so not to have it says nothing.
+			if s, err := (&keyunseal.Child{Log: log}).Inspect(ctx, keys.options(log), t.Text, r.Header.UUID); err == nil {
+				ct.Status = &s
+			}
+		})
+	}
+	wg.Wait()
+	now := time.Now()
+	for _, t := range report.Tokens {
+		if t.Type == keyunseal.TypeHostKey {
+			if where := hostKeyPlace(keys.hostKey, device, r.Header.UUID); where != "" {
+				notice("token %d: the host key file %s is %s", t.ID, keys.hostKey, where)
+			}
+		}
+		s := t.Status
+		switch {
+		case s == nil:
+		case !s.Expires.IsZero() && now.After(s.Expires):
+			notice("token %d: the key expired on %s; it still unwraps, but rewrap it with a new version", t.ID, s.Expires.Format(time.DateOnly))
+		case !s.Expires.IsZero() && s.Expires.Sub(now) < 30*24*time.Hour:
+			notice("token %d: the key expires on %s", t.ID, s.Expires.Format(time.DateOnly))
+		}
+		if s != nil && s.Stale() && t.Retired == nil {
+			notice("token %d: the vault has a newer version of the key; 'hostcryptd rewrap' uses it", t.ID)
+		}
+		if s != nil && s.Purgeable {
+			notice("token %d: the vault has no purge protection: who deletes the key can destroy it at once", t.ID)
+		}
+	}
+	return report, nil
+}
+
+func pinText(r *sector.Report) string {
+	switch {
+	case r.PinError != nil:
+		return r.PinError.Error()
+	case r.Pin == nil:
+		return "none: this host has not seen the volume, and would trust it"
+	}
+	return fmt.Sprintf("matches, generation %d", r.Pin.Generation)
+}
+
+// meaning says what the failure of a token would mean at boot.
+func meaning(err error) string {
+	e, ok := errors.AsType[*keyunseal.Error](err)
+	switch {
+	case errors.Is(err, sector.ErrAuth):
+		return "the volume is not served by this token before the header is restored"
+	case !ok:
+		return "the token would not be used"
+	case e.Transient():
+		return "at boot it's tried again until it works; the volume waits, unless another token opens it"
+	}
+	switch e.Class {
+	case keyunseal.ClassDenied, keyunseal.ClassIdentity:
+		return "the volume stays locked until this host's identity is let in again, unless another token opens it"
+	case keyunseal.ClassKeyUnusable, keyunseal.ClassWrongKey:
+		return "the volume stays locked until the key is back, unless another token opens it"
+	case keyunseal.ClassIntegrity:
+		return "the token was changed, or is another volume's; it can't open the volume any more"
+	}
+	return "the token would not be used"
+}
+
+// hostKeyPlace says what is wrong with where the host key file is, or "".
+func hostKeyPlace(hostKey, device, uuid string) string {
+	var key, dev unix.Stat_t
+	if unix.Stat(hostKey, &key) != nil || unix.Stat(device, &dev) != nil {
+		return ""
+	}
+	sys := func(n uint64) string {
+		p, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(n), unix.Minor(n)))
+		if err != nil {
+			return ""
+		}
+		return p
+	}
+	place := sys(key.Dev)
+	if b, err := os.ReadFile(filepath.Join(place, "backend")); err == nil && place != "" && strings.TrimSpace(string(b)) == "hostcryptd-"+uuid {
+		return "on the volume itself, which it can't open"
+	}
+	if dev.Mode&unix.S_IFMT != unix.S_IFBLK {
+		if key.Dev == dev.Dev {
+			return "on the same file system as the image: who gets hold of that disk has both"
+		}
+		return ""
+	}
+	// A partition stands below its disk.
+	disk := sys(dev.Rdev)
+	if _, err := os.Stat(filepath.Join(disk, "partition")); err == nil {
+		disk = filepath.Dir(disk)
+	}
+	if disk != "" && (place == disk || strings.HasPrefix(place, disk+"/")) {
+		return "on the same disk: who gets hold of it has both"
+	}
+	return ""
+}
+
+func (a *app) printCheck(r *checkReport) {
+	line := func(format string, args ...any) { fmt.Fprintln(a.stdout, printable(fmt.Sprintf(format, args...))) }
+	line("%-15s %s on %s", "volume:", r.UUID, r.Device)
+	line("%-15s %s", "header copies:", r.Copies)
+	line("%-15s %s", "pin:", r.Pin)
+	for _, t := range r.Tokens {
+		name := fmt.Sprintf("token %d:", t.ID)
+		if t.OK {
+			line("%-15s opens the volume, in %.1f s: %s", name, t.Took, t.text())
+			continue
+		}
+		line("%-15s FAILS: %s", name, t.text())
+		line("%-15s %s", "", t.Reason)
+		line("%-15s %s", "", t.Meaning)
+	}
+	if len(r.Recovery) > 0 {
+		line("%-15s keyslots %v", "recovery:", r.Recovery)
+	}
+	for _, f := range r.Findings {
+		line("%-15s %s", "error:", f)
+	}
+	for _, n := range r.Notices {
+		line("%-15s %s", "notice:", n)
+	}
+	if r.Opens {
+		line("The volume would open if this host rebooted now.")
+	} else {
+		line("The volume would NOT open if this host rebooted now.")
+	}
+}

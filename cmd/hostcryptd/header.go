@@ -1,0 +1,265 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"hostcryptd/sector"
+)
+
+func (a *app) headerCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "header",
+		Short: "back up, restore, repair and verify the header of a volume",
+		Long: `The header holds the only copies of the wrapped keys: without it the data is lost.
+The device has two copies of it; a backup is one more, elsewhere. Whoever has a
+backup and one of the keys that were in it can open the volume, also after that
+key was removed from the volume.`,
+		Args: cobra.NoArgs,
+	}
+	c.AddCommand(a.headerBackupCommand(), a.headerRestoreCommand(), a.headerRepairCommand(), a.headerVerifyCommand(), a.headerAcceptCommand())
+	return c
+}
+
+func twoArgs(first, second string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) != 2 {
+			return usagef("%s takes two arguments, %s and %s, not %d", c.CommandPath(), first, second, len(args))
+		}
+		return nil
+	}
+}
+
+func (a *app) headerBackupCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "backup DEVICE FILE",
+		Short: "write the header to a new file",
+		Long: `backup writes both copies of the header and the keyslots to FILE, which must not
+exist. It holds no key in the clear. Make a new one after each change of a key,
+and keep it on another disk. The volume may be in use.`,
+		Args: twoArgs("DEVICE", "FILE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], true, func(d *sector.Device) error {
+				name := args[1]
+				f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+				if errors.Is(err, os.ErrExist) {
+					return withCode(codeBusy, fmt.Errorf("%s exists; a backup is written to a new file", name))
+				}
+				if err != nil {
+					return err
+				}
+				info, err := sector.Backup(c.Context(), d, f)
+				err = errors.Join(err, f.Sync(), f.Close())
+				if err == nil {
+					err = syncDir(filepath.Dir(name))
+				}
+				if err != nil {
+					return errors.Join(err, os.Remove(name))
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "file": name, "backup": info})
+				}
+				fmt.Fprintf(a.stdout, "%s holds the header of volume %s, generation %s; keep it on another disk\n", name, info.UUID, info.Generation)
+				return nil
+			})
+		},
+	}
+	return a.jsonFlag(c)
+}
+
+func (a *app) headerRestoreCommand() *cobra.Command {
+	var (
+		keys  keyFlags
+		o     sector.RestoreOptions
+		force bool
+	)
+	c := &cobra.Command{
+		Use:   "restore DEVICE FILE",
+		Short: "write a backup of the header to its device",
+		Long: `restore writes what 'header backup' wrote, and reads it back. The volume must not
+be in use. It refuses a damaged backup, one of another volume, and one that is of
+an older generation than the device or this host has seen: recovery keys and
+tokens that were removed since would come back. Where the device has no readable
+header any more, --uuid confirms which volume it was.`,
+		Args: twoArgs("DEVICE", "FILE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			d, err := sector.OpenDevice(args[0], sector.DeviceOptions{})
+			if err != nil {
+				return err
+			}
+			defer d.Close()
+			f, err := os.Open(args[1])
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			if _, _, err := sector.ReadHeader(c.Context(), d); err != nil && !force {
+				// No header, so what is there may be somebody else's.
+				found, serr := signatures(args[0])
+				if serr != nil {
+					return serr
+				}
+				if found != "" && found != damagedSignature && found != "a hostcryptd volume" {
+					return withCode(codeBusy, fmt.Errorf("%s carries %s; if that can go, use --force", args[0], found))
+				}
+			}
+			o.Pins = keys.pinDir()
+			info, err := sector.Restore(c.Context(), d, f, o)
+			if err != nil {
+				return fmt.Errorf("%s: %w", args[0], err)
+			}
+			if a.json {
+				return a.printJSON(map[string]any{"device": args[0], "backup": info})
+			}
+			fmt.Fprintf(a.stdout, "%s has the header of volume %s, generation %s, of %s\nNext: hostcryptd check %s\n", args[0], info.UUID, info.Generation, info.Created.Format("2006-01-02 15:04:05 MST"), args[0])
+			return nil
+		},
+	}
+	c.Flags().StringVar(&o.UUID, "uuid", "", "`UUID` of the volume, where the device has no header that tells")
+	c.Flags().BoolVar(&o.OlderGeneration, "older-generation", false, "restore a backup that is older than the header was last seen")
+	c.Flags().BoolVar(&force, "force", false, "overwrite a device that carries another known signature")
+	keys.addPins(c)
+	return a.jsonFlag(c)
+}
+
+// damagedSignature is what blkid finds of a LUKS header of ours that is damaged.
+const damagedSignature = "a signature of type crypto_LUKS"
+
+func (a *app) headerRepairCommand() *cobra.Command {
+	var (
+		keys              keyFlags
+		unverified, force bool
+	)
+	c := &cobra.Command{
+		Use:   "repair DEVICE",
+		Short: "rewrite a damaged copy of the header from the good one",
+		Long: `repair unseals the volume, to know that the good copy is authentic, and writes it
+over the other one. serve does so by itself; this is for what serve leaves alone.`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], false, func(d *sector.Device) error {
+				unseal := keys.unsealer(a.cliLog())
+				if unverified {
+					unseal = nil
+				}
+				what, err := sector.RepairHeader(c.Context(), d, unseal, force, keys.open())
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "repaired": what})
+				}
+				if what == "" {
+					fmt.Fprintln(a.stdout, "both copies of the header are good")
+				} else {
+					fmt.Fprintln(a.stdout, printable(what+"; it was repaired"))
+				}
+				return nil
+			})
+		},
+	}
+	c.Flags().BoolVar(&unverified, "unverified", false, "repair though no key can be had to tell whether the good copy is authentic")
+	c.Flags().BoolVar(&force, "force", false, "overwrite what is no damaged copy but something else")
+	keys.add(c)
+	return a.jsonFlag(c)
+}
+
+func (a *app) headerVerifyCommand() *cobra.Command {
+	var (
+		keys  keyFlags
+		noKey bool
+	)
+	c := &cobra.Command{
+		Use:   "verify DEVICE",
+		Short: "check everything in the header that can be checked",
+		Long: `verify checks both copies of the header and the keyslots, tries every token, checks
+the header's MAC and its data key with what each gives, and compares it with what
+this host has seen before. It changes nothing, and ends with 19 if it found
+something.`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], true, func(d *sector.Device) error {
+				unseal := keys.unsealer(a.cliLog())
+				if noKey {
+					unseal = nil
+				}
+				r, err := sector.Verify(c.Context(), d, unseal, keys.open())
+				if err != nil {
+					return err
+				}
+				if a.json {
+					err = a.printJSON(map[string]any{"device": args[0], "uuid": r.Header.UUID, "findings": append([]string{}, r.Findings...)})
+				} else {
+					for _, f := range r.Findings {
+						fmt.Fprintln(a.stdout, printable(f))
+					}
+					if len(r.Findings) == 0 {
+						fmt.Fprintf(a.stdout, "the header of volume %s is good\n", r.Header.UUID)
+					}
+				}
+				return errors.Join(err, foundErrors(len(r.Findings)))
+			})
+		},
+	}
+	c.Flags().BoolVar(&noKey, "no-key", false, "check only what can be checked without a key")
+	keys.add(c)
+	return a.jsonFlag(c)
+}
+
+// foundErrors is the error of a check with findings.
+func foundErrors(n int) error {
+	switch n {
+	case 0:
+		return nil
+	case 1:
+		return withCode(codeCheck, errors.New("the check found an error"))
+	}
+	return withCode(codeCheck, fmt.Errorf("the check found %d errors", n))
+}
+
+func (a *app) headerAcceptCommand() *cobra.Command {
+	var (
+		keys keyFlags
+		yes  string
+	)
+	c := &cobra.Command{
+		Use:   "accept DEVICE",
+		Short: "trust a header that this host has refused",
+		Long: `This host remembers which volume key a volume has, and the highest generation of
+its header that it has seen. A header with another key, or of an older generation,
+is refused with exit code 16. accept unseals the header as it is, and replaces what
+the host remembers. Do so only if you know why it is another: who can write to the
+disk could have forged it, or put back an old one with a key that you removed.`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			return withHeader(args[0], true, func(d *sector.Device) error {
+				h, _, err := sector.ReadHeader(c.Context(), d)
+				if err != nil {
+					return err
+				}
+				if err := a.confirmUUID("This makes the header on "+args[0]+" the one that this host trusts.", "--yes", yes, h.UUID); err != nil {
+					return err
+				}
+				before, now, err := sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open())
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "uuid": h.UUID, "generation": now.Generation, "fingerprint": now.Fingerprint, "before": before})
+				}
+				fmt.Fprintf(a.stdout, "volume %s: this host now trusts generation %d, key %.16s\n", h.UUID, now.Generation, now.Fingerprint)
+				if before != nil {
+					fmt.Fprintf(a.stdout, "before it was generation %d, key %.16s\n", before.Generation, before.Fingerprint)
+				}
+				return nil
+			})
+		},
+	}
+	c.Flags().StringVar(&yes, "yes", "", "confirm with the `UUID` of the volume")
+	keys.add(c)
+	return a.jsonFlag(c)
+}

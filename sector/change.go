@@ -1,0 +1,404 @@
+package sector
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"hostcryptd/sector/luks2"
+	"hostcryptd/xts"
+)
+
+// All changes of a header go the same way: unlock it, which may take long and
+// holds no lock; get ready what is to be written; then, under the lock, read the
+// header again, authenticate it with the keys at hand, edit it, raise its
+// generation, and write both copies, one after the other, each read back before
+// the next is touched. So wherever the power fails, one copy is whole, and it is
+// the old header or the new one. The volume may be in use meanwhile.
+
+// unlocked is a header that was opened in order to be changed.
+type unlocked struct {
+	b    Backing
+	o    OpenOptions
+	h    *luks2.Header // as it was read
+	keys *keys
+	opened
+}
+
+func unlockHeader(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, skip ...int) (*unlocked, error) {
+	h, _, err := ReadHeader(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	u := &unlocked{b: b, o: o, h: h}
+	if u.keys, err = newKeys(xts.Size); err != nil {
+		return nil, err
+	}
+	if u.opened, err = unlock(ctx, h, u.keys, unseal, o, skip...); err == nil {
+		err = o.checkPin(h.UUID, u.opened)
+	}
+	if err != nil {
+		u.keys.free()
+		return nil, err
+	}
+	return u, nil
+}
+
+// update lets edit change the header, and writes it. touched tells whether the
+// device may hold the change when there is an error.
+func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header) error) (touched bool, err error) {
+	release, err := u.b.LockHeader(ctx, true)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	h, copies, err := readHeader(u.b)
+	if err != nil {
+		return false, err
+	}
+	if copies.Foreign() {
+		return false, fmt.Errorf("%w: %s; see 'hostcryptd header repair'", ErrDamaged, copies.Describe())
+	}
+	if h.UUID != u.h.UUID {
+		return false, fmt.Errorf("%w: the device now holds volume %s", ErrAuth, h.UUID)
+	}
+	if err := openDEK(h, u.keys.volumeKey, u.keys.dek); err != nil {
+		return false, err
+	}
+	_, v, err := findVolumeToken(h)
+	if err != nil {
+		return false, err
+	}
+	u.generation = v.generation()
+	if err := u.o.checkPin(h.UUID, u.opened); err != nil {
+		return false, err
+	}
+	if err := edit(h); err != nil {
+		return false, err
+	}
+	v.setGeneration(u.generation + 1)
+	if err := setVolumeToken(h, u.keys.volumeKey, v); err != nil {
+		return false, err
+	}
+	if err := luks2.Write(u.b, h); err != nil {
+		return true, err
+	}
+	// Not what the code meant to write, but what an Open will find.
+	if h, copies, err = readHeader(u.b); err != nil {
+		return true, fmt.Errorf("sector: reading back the header: %w", err)
+	}
+	if copies.Damaged() {
+		return true, fmt.Errorf("%w: reading back the header: %s", ErrDamaged, copies.Describe())
+	}
+	if err := openDEK(h, u.keys.volumeKey, u.keys.dek); err != nil {
+		return true, fmt.Errorf("sector: reading back the header: %w", err)
+	}
+	u.h = h
+	u.generation++
+	if u.o.Pins != nil {
+		if err := u.o.Pins.Raise(h.UUID, Pin{u.fingerprint, u.generation}); err != nil {
+			return true, fmt.Errorf("sector: the header was changed, but this host could not note its generation: %w", err)
+		}
+	}
+	return true, nil
+}
+
+// verified checks that a token gives the volume key at hand.
+func (u *unlocked) verified(ctx context.Context, unseal Unsealer, text json.RawMessage) (*luks2.Token, error) {
+	t, err := ownToken(text)
+	if err != nil {
+		return nil, err
+	}
+	check, err := newKeys(0)
+	if err != nil {
+		return nil, err
+	}
+	defer check.free()
+	if err := unseal(ctx, u.h.UUID, text, check.volumeKey); err != nil {
+		return nil, fmt.Errorf("the new token (%s) does not unseal, so nothing was changed: %w", t.Type, err)
+	}
+	if !bytes.Equal(check.volumeKey[:], u.keys.volumeKey[:]) {
+		return nil, fmt.Errorf("%w: the new token (%s) unseals to another key than was sealed; nothing was changed", ErrAuth, t.Type)
+	}
+	return t, nil
+}
+
+// AddToken wraps the volume key with another KEK and returns the number of the
+// token. The token has been unsealed before it's written. After an error the
+// token may be there or not, and does no harm.
+func AddToken(ctx context.Context, b Backing, unseal Unsealer, seal Sealer, o OpenOptions) (id int, err error) {
+	u, err := unlockHeader(ctx, b, unseal, o)
+	if err != nil {
+		return 0, err
+	}
+	defer u.keys.free()
+	text, err := seal(ctx, u.h.UUID, u.keys.volumeKey)
+	if err != nil {
+		return 0, err
+	}
+	t, err := u.verified(ctx, unseal, text)
+	if err != nil {
+		return 0, err
+	}
+	_, err = u.update(ctx, func(h *luks2.Header) error {
+		dropExpired(h, time.Now(), u.token)
+		if id, err = luks2.Free(h.Tokens, luks2.MaxTokens); err == nil {
+			h.Tokens[id] = t
+		}
+		return err
+	})
+	return id, err
+}
+
+// A Rewrapper makes a new token in place of one, for the same volume key and a
+// newer KEK.
+type Rewrapper func(ctx context.Context, volume string, token json.RawMessage, key *[VolumeKeySize]byte) (json.RawMessage, error)
+
+// ReplaceToken adds the token that rewrap makes of token id, and retires that:
+// it stays a way in for the time keep, since the vault may yet have to go back
+// to the old version, and goes with the first change after. With keep 0 it goes
+// at once. The new token has been unsealed before anything is written. At any
+// moment of a crash one of the two opens the volume.
+func ReplaceToken(ctx context.Context, b Backing, unseal Unsealer, id int, rewrap Rewrapper, keep time.Duration, o OpenOptions) (newID int, err error) {
+	u, err := unlockHeader(ctx, b, unseal, o)
+	if err != nil {
+		return 0, err
+	}
+	defer u.keys.free()
+	old, ok := u.h.Tokens[id]
+	if !ok || !isKeyToken(old) {
+		return 0, noToken(id)
+	}
+	was, err := old.MarshalJSON()
+	if err != nil {
+		return 0, err
+	}
+	text, err := rewrap(ctx, u.h.UUID, was, u.keys.volumeKey)
+	if err != nil {
+		return 0, fmt.Errorf("token %d (%s): %w", id, old.Type, err)
+	}
+	t, err := u.verified(ctx, unseal, text)
+	if err != nil {
+		return 0, err
+	}
+	now := time.Now()
+	_, err = u.update(ctx, func(h *luks2.Header) error {
+		is, ok := h.Tokens[id]
+		if !ok {
+			return noToken(id)
+		}
+		if text, err := is.MarshalJSON(); err != nil || !bytes.Equal(text, was) {
+			return fmt.Errorf("token %d: %w", id, luks2.ErrChanged)
+		}
+		dropExpired(h, now, u.token)
+		// A number of its own, also where the old token goes at once.
+		if newID, err = luks2.Free(h.Tokens, luks2.MaxTokens); err != nil {
+			return err
+		}
+		if keep <= 0 {
+			delete(h.Tokens, id)
+		} else if h.Tokens[id], err = retired(is, now, keep); err != nil {
+			return err
+		}
+		h.Tokens[newID] = t
+		return nil
+	})
+	return newID, err
+}
+
+func noToken(id int) error {
+	return fmt.Errorf("%w: there is no token %d that holds the volume key; 'hostcryptd key list' shows those there are", ErrUnsupported, id)
+}
+
+// retired returns t with the time until which it's kept. A token that was
+// retired before keeps its time.
+func retired(t *luks2.Token, now time.Time, keep time.Duration) (*luks2.Token, error) {
+	text, err := t.MarshalJSON()
+	if err != nil {
+		return nil, err
+	}
+	var members map[string]json.RawMessage
+	if err := json.Unmarshal(text, &members); err != nil {
+		return nil, err
+	}
+	if _, ok := members["retired"]; ok {
+		return t, nil
+	}
+	now = now.UTC().Truncate(time.Second)
+	for name, at := range map[string]time.Time{"retired": now, "keep_until": now.Add(keep)} {
+		if members[name], err = at.MarshalJSON(); err != nil {
+			return nil, err
+		}
+	}
+	if text, err = json.Marshal(members); err != nil {
+		return nil, err
+	}
+	return luks2.NewToken(text)
+}
+
+// dropExpired removes retired tokens whose time is over, if the token that has
+// just opened the volume isn't one of those.
+func dropExpired(h *luks2.Header, now time.Time, openedBy int) (dropped []int) {
+	list := keyTokens(h)
+	for _, t := range list {
+		if t.ID == openedBy && !t.Retired.IsZero() {
+			return nil // the tokens that are meant to be used don't work
+		}
+	}
+	for _, t := range list {
+		if !t.Retired.IsZero() && now.After(t.KeepUntil) {
+			delete(h.Tokens, t.ID)
+			dropped = append(dropped, t.ID)
+		}
+	}
+	return dropped
+}
+
+// DropRetired removes the retired tokens whose time is over at now, and returns
+// their numbers. It does nothing if only a retired token opens the volume.
+func DropRetired(ctx context.Context, b Backing, unseal Unsealer, now time.Time, o OpenOptions) (dropped []int, err error) {
+	h, _, err := ReadHeader(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	if !slices.ContainsFunc(keyTokens(h), func(t KeyToken) bool { return !t.Retired.IsZero() && now.After(t.KeepUntil) }) {
+		return nil, nil
+	}
+	u, err := unlockHeader(ctx, b, unseal, o)
+	if err != nil {
+		return nil, err
+	}
+	defer u.keys.free()
+	_, err = u.update(ctx, func(h *luks2.Header) error {
+		if dropped = dropExpired(h, now, u.token); dropped == nil {
+			return errNothing
+		}
+		return nil
+	})
+	if errors.Is(err, errNothing) {
+		err = nil
+	}
+	return dropped, err
+}
+
+var errNothing = errors.New("nothing to change")
+
+// RemoveToken removes a token. Another way in has to be left: another token that
+// was just shown to unseal or, if other tokens are there that don't unseal now,
+// a recovery keyslot. With force the other tokens or the keyslot are enough by
+// themselves. The error is [ErrLastWay] if that's not so; when there is neither
+// another token nor a keyslot, force changes nothing.
+//
+// A volume whose last token is gone can be opened with its recovery key and
+// cryptsetup only: nobody has its volume key any more.
+func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force bool, o OpenOptions) error {
+	h, _, err := ReadHeader(ctx, b)
+	if err != nil {
+		return err
+	}
+	t, ok := h.Tokens[id]
+	if !ok || !isKeyToken(t) {
+		return noToken(id)
+	}
+	others, recovery := len(keyTokens(h)) > 1, len(recoverySlots(h)) > 0
+	if !others && !recovery {
+		return fmt.Errorf("token %d: %w: there is no other token and no recovery keyslot; add one first ('hostcryptd key add', 'hostcryptd recovery add')", id, ErrLastWay)
+	}
+	u, err := unlockHeader(ctx, b, unseal, o, id)
+	if err != nil {
+		switch {
+		case errors.Is(err, ErrAuth):
+			return err
+		case !others && !force:
+			return fmt.Errorf("token %d: %w for hostcryptd: after it only the recovery key and cryptsetup open the volume; --force removes it", id, ErrLastWay)
+		case !recovery && !force:
+			return fmt.Errorf("token %d: %w that is known to work: the others do not unseal now; --force removes it all the same: %w", id, ErrLastWay, err)
+		}
+		// The token itself has to give the key that the change is made with.
+		other := err
+		if u, err = unlockHeader(ctx, b, unseal, o); err != nil {
+			return errors.Join(other, err)
+		}
+	}
+	defer u.keys.free()
+	_, err = u.update(ctx, func(h *luks2.Header) error {
+		if _, ok := h.Tokens[id]; !ok {
+			return noToken(id)
+		}
+		delete(h.Tokens, id)
+		if len(keyTokens(h)) == 0 && len(recoverySlots(h)) == 0 {
+			return fmt.Errorf("token %d: %w: %w", id, ErrLastWay, luks2.ErrChanged)
+		}
+		return nil
+	})
+	return err
+}
+
+// recoverySlots lists the keyslots that hold the DEK of the data.
+func recoverySlots(h *luks2.Header) []int {
+	d := h.SegmentDigest(0)
+	if d == nil {
+		return nil
+	}
+	return slices.DeleteFunc(keyslotIDs(h), func(id int) bool { return !slices.Contains(d.Keyslots, id) })
+}
+
+// Accept makes the header as it is the one that this host trusts, whatever it
+// has seen before, and returns the pin it had, or nil, and the one it has now.
+// The header must open and be authentic in itself.
+func Accept(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (before *Pin, now Pin, err error) {
+	pins := o.Pins
+	if pins == nil {
+		return nil, now, errors.New("sector: internal error: nowhere to keep a pin")
+	}
+	o.Pins = nil
+	u, err := unlockHeader(ctx, b, unseal, o)
+	if err != nil {
+		return nil, now, err
+	}
+	defer u.keys.free()
+	before, _ = pins.Load(u.h.UUID) // a damaged one is replaced
+	now = Pin{u.fingerprint, u.generation}
+	return before, now, pins.Set(u.h.UUID, now)
+}
+
+// RepairHeader rewrites the copy of the header that is damaged or behind from
+// the good one, and says what it did, or "" if there was nothing to do. The good
+// copy is authenticated first, unless unseal is nil. With force it also
+// overwrites what isn't a damaged copy, such as a partition table, and a second
+// copy that contradicts the first.
+func RepairHeader(ctx context.Context, b Backing, unseal Unsealer, force bool, o OpenOptions) (string, error) {
+	if unseal != nil {
+		u, err := unlockHeader(ctx, b, unseal, o)
+		if err != nil {
+			return "", err
+		}
+		defer u.keys.free()
+	}
+	release, err := b.LockHeader(ctx, true)
+	if err != nil {
+		return "", err
+	}
+	defer release()
+	h, copies, err := readHeader(b)
+	if err != nil {
+		return "", err
+	}
+	if !copies.Damaged() {
+		return "", nil
+	}
+	if copies.Foreign() && !force {
+		return "", fmt.Errorf("%w: %s; something else stands there, which --force overwrites", ErrDamaged, copies.Describe())
+	}
+	if err := luks2.Repair(b, h, copies); err != nil {
+		return "", err
+	}
+	if _, after, err := readHeader(b); err != nil || after.Damaged() {
+		return "", errors.Join(fmt.Errorf("%w: reading back the header: %s", ErrDamaged, after.Describe()), err)
+	}
+	return copies.Describe(), nil
+}

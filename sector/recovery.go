@@ -1,0 +1,244 @@
+package sector
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"unicode"
+	"unicode/utf8"
+
+	"hostcryptd/sector/luks2"
+)
+
+// NewRecoveryKey returns a random recovery key of 128 bits: eight groups of six
+// digits with dashes between. Each group is a 16-bit number times 11, so the
+// alternating sum of its digits is divisible by 11, which catches a mistyped
+// digit and two that were swapped. cryptsetup takes the text as it is, dashes
+// included, as a passphrase.
+func NewRecoveryKey() []byte {
+	var r [16]byte
+	rand.Read(r[:])
+	defer clear(r[:])
+	var key bytes.Buffer
+	for i := range 8 {
+		if i > 0 {
+			key.WriteByte('-')
+		}
+		fmt.Fprintf(&key, "%06d", (int(r[2*i])<<8|int(r[2*i+1]))*11)
+	}
+	return key.Bytes()
+}
+
+const (
+	recoveryGroups = 8
+	recoveryDigits = 6 // of a group
+)
+
+// ErrMistyped is in the errors of [ParseRecoveryKey].
+var ErrMistyped = fmt.Errorf("%w: it can't be a recovery key", ErrWrongKey)
+
+// ParseRecoveryKey returns a recovery key in the form of [NewRecoveryKey]. It
+// takes the digits with or without dashes, with white space anywhere. An error
+// names the group that is wrong, and never shows a digit.
+func ParseRecoveryKey(text []byte) ([]byte, error) {
+	digits := make([]byte, 0, recoveryGroups*recoveryDigits)
+	defer func() { clear(digits[:cap(digits)]) }()
+	group := func() int { return len(digits)/recoveryDigits + 1 }
+	for rest := text; len(rest) > 0; {
+		r, n := utf8.DecodeRune(rest)
+		rest = rest[n:]
+		switch {
+		case unicode.IsSpace(r), unicode.Is(unicode.Pd, r), r == '_', r == '\ufeff', r == '\u200b', r == '\u2212':
+			// Where a separator splits a group, a digit before it was left out
+			// or doubled; to go on would blame another group.
+			if n := len(digits) % recoveryDigits; n != 0 && unicode.Is(unicode.Pd, r) {
+				return nil, fmt.Errorf("%w: group %d has %d digits instead of %d", ErrMistyped, group(), n, recoveryDigits)
+			}
+		case r < '0' || r > '9':
+			return nil, fmt.Errorf("%w: group %d has something else than a digit", ErrMistyped, group())
+		case len(digits) == cap(digits):
+			return nil, fmt.Errorf("%w: it has more than %d groups of %d digits", ErrMistyped, recoveryGroups, recoveryDigits)
+		default:
+			if digits = append(digits, byte(r)); len(digits)%recoveryDigits != 0 {
+				continue
+			}
+			value := 0
+			for _, d := range digits[len(digits)-recoveryDigits:] {
+				value = 10*value + int(d-'0')
+			}
+			if value%11 != 0 || value/11 > 65535 {
+				return nil, fmt.Errorf("%w: group %d is mistyped", ErrMistyped, group()-1)
+			}
+		}
+	}
+	if len(digits) != cap(digits) {
+		return nil, fmt.Errorf("%w: it has %d digits instead of %d groups of %d", ErrMistyped, len(digits), recoveryGroups, recoveryDigits)
+	}
+	key := make([]byte, 0, recoveryGroups*(recoveryDigits+1)-1)
+	for i := range recoveryGroups {
+		if i > 0 {
+			key = append(key, '-')
+		}
+		key = append(key, digits[i*recoveryDigits:(i+1)*recoveryDigits]...)
+	}
+	return key, nil
+}
+
+// FindRecoveryKey tells which keyslot a recovery key opens. It changes nothing.
+// The error is [ErrWrongKey] if there is none.
+func FindRecoveryKey(ctx context.Context, b Backing, recoveryKey []byte) (slot int, err error) {
+	release, err := b.LockHeader(ctx, false)
+	if err != nil {
+		return 0, err
+	}
+	defer release()
+	h, _, err := readHeader(b)
+	if err != nil {
+		return 0, err
+	}
+	if _, err := supported(h); err != nil {
+		return 0, err
+	}
+	check, err := newKeys(0)
+	if err != nil {
+		return 0, err
+	}
+	defer check.free()
+	slots := recoverySlots(h)
+	if len(slots) == 0 {
+		return 0, fmt.Errorf("%w: the volume has no recovery keyslot; 'hostcryptd recovery add' makes one", ErrWrongKey)
+	}
+	var failed []error
+	for _, id := range slots {
+		err := openKeyslot(b, h, id, recoveryKey, check.dek)
+		if err == nil {
+			return id, nil
+		}
+		failed = append(failed, err)
+	}
+	return 0, errors.Join(failed...)
+}
+
+// AddRecoveryKey adds a keyslot that opens the volume with a recovery key, and
+// returns its number. The volume may be in use meanwhile. With an error the
+// number is -1 if nothing was added for certain; otherwise the key may open
+// the volume or not.
+func AddRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, recoveryKey []byte, o OpenOptions) (int, error) {
+	return changeRecovery(ctx, b, unseal, recoveryKey, nil, o)
+}
+
+// RotateRecoveryKey adds a keyslot for a new recovery key and removes slot in
+// the same update of the header, so that at any moment one of the two opens the
+// volume. What it returns is as with [AddRecoveryKey].
+func RotateRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int, recoveryKey []byte, o OpenOptions) (int, error) {
+	return changeRecovery(ctx, b, unseal, recoveryKey, []int{slot}, o)
+}
+
+// RemoveRecoveryKey removes a recovery keyslot and overwrites its area. A token
+// has to unseal, which shows that it isn't the last way in; if none does, the
+// error has [ErrLastWay] in its chain.
+func RemoveRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int, o OpenOptions) error {
+	_, err := changeRecovery(ctx, b, unseal, nil, []int{slot}, o)
+	return err
+}
+
+// RecoverySlots lists the keyslots that a recovery key may open.
+func RecoverySlots(h *luks2.Header) []int { return recoverySlots(h) }
+
+// changeRecovery adds a keyslot, removes others, or both.
+func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte, remove []int, o OpenOptions) (int, error) {
+	u, err := unlockHeader(ctx, b, unseal, o)
+	if err != nil {
+		if remove != nil && add == nil && !errors.Is(err, ErrAuth) && !errors.Is(err, ErrNotVolume) {
+			err = fmt.Errorf("keyslot %d: %w that is known to work: no token unseals: %w", remove[0], ErrLastWay, err)
+		}
+		return -1, err
+	}
+	defer u.keys.free()
+	id := -1
+	var gone []luks2.Area
+	touched, err := u.update(ctx, func(h *luks2.Header) error {
+		d := h.SegmentDigest(0)
+		if add != nil {
+			if id, err = luks2.Free(h.Keyslots, luks2.MaxKeyslots); err != nil {
+				return err
+			}
+			// The area first, then the header that makes it count.
+			offset, err := h.FreeArea(keyslotAreaSize)
+			if err != nil {
+				return err
+			}
+			slot := newKeyslot(offset)
+			area := alignedBytes(keyslotAreaSize)
+			if err := sealKeyslot(slot, add, u.keys.dek, area); err != nil {
+				return err
+			}
+			if _, err := b.WriteAt(area, int64(offset)); err != nil {
+				return fmt.Errorf("sector: writing keyslot %d: %w", id, err)
+			}
+			if err := b.Sync(); err != nil {
+				return fmt.Errorf("sector: writing keyslot %d: %w", id, err)
+			}
+			h.Keyslots[id] = slot
+			d.Keyslots = append(d.Keyslots, id)
+			if err := openKeyslot(b, h, id, add, u.keys.dek); err != nil {
+				return fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
+			}
+		}
+		for _, old := range remove {
+			if !slices.Contains(recoverySlots(h), old) {
+				return fmt.Errorf("%w: there is no recovery keyslot %d; there are %v", ErrUnsupported, old, recoverySlots(h))
+			}
+			gone = append(gone, h.Keyslots[old].Area)
+			delete(h.Keyslots, old)
+			for _, d := range h.Digests {
+				d.Keyslots = slices.DeleteFunc(d.Keyslots, func(n int) bool { return n == old })
+			}
+			for _, t := range h.Tokens {
+				t.Keyslots = slices.DeleteFunc(t.Keyslots, func(n int) bool { return n == old })
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		if !touched {
+			id = -1
+		}
+		return id, err
+	}
+	// What nothing leads to any more is not left for somebody with an old header.
+	for _, a := range gone {
+		if err := wipeArea(ctx, b, a); err != nil {
+			return id, fmt.Errorf("sector: the keyslot is gone, but its area could not be overwritten: %w", err)
+		}
+	}
+	return id, nil
+}
+
+// wipeArea overwrites the area of a keyslot that is gone, unless another has
+// taken the place meanwhile.
+func wipeArea(ctx context.Context, b Backing, a luks2.Area) error {
+	release, err := b.LockHeader(ctx, true)
+	if err != nil {
+		return err
+	}
+	defer release()
+	h, _, err := readHeader(b)
+	if err != nil {
+		return err
+	}
+	for _, k := range h.Keyslots {
+		if k.Area.Offset < a.Offset+a.Size && a.Offset < k.Area.Offset+k.Area.Size {
+			return nil
+		}
+	}
+	noise := alignedBytes(int(a.Size))
+	rand.Read(noise)
+	if _, err := b.WriteAt(noise, int64(a.Offset)); err != nil {
+		return err
+	}
+	return b.Sync()
+}

@@ -1,0 +1,110 @@
+package sector
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"hostcryptd/sector/luks2"
+)
+
+func newNoise(seed [32]byte) *rand.ChaCha8 { return rand.NewChaCha8(seed) }
+
+// A Report is what [Verify] found. Findings are what is wrong, for people.
+type Report struct {
+	Header   *luks2.Header
+	Copies   luks2.Copies
+	Tokens   []TokenReport // in the order in which Open tries them
+	Keyslots []int         // that a recovery key may open
+	Pin      *Pin          // nil if this host has none
+	PinError error         // why the header isn't the one that is pinned
+	Opens    bool          // a token opens the volume, and the pin permits it
+	Findings []string
+}
+
+// A TokenReport is what became of one token.
+type TokenReport struct {
+	KeyToken
+	Err  error         // nil if it gives the volume key of an authentic header
+	Took time.Duration // to find out
+}
+
+// Verify checks a header as it would be opened, and more thoroughly: every
+// token is tried, all at once. Without unseal it checks what can be checked
+// without a key. It writes nothing, not even a pin. The error is that there is
+// no header that could be checked.
+func Verify(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Report, error) {
+	h, copies, err := ReadHeader(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	r := &Report{Header: h, Copies: copies, Keyslots: recoverySlots(h)}
+	find := func(format string, args ...any) { r.Findings = append(r.Findings, fmt.Sprintf(format, args...)) }
+	if copies.Damaged() {
+		find("%s; 'hostcryptd header repair' repairs it", copies.Describe())
+	}
+	v, err := supported(h)
+	if err != nil {
+		return r, err
+	}
+	s := h.Segments[0]
+	if room := b.Size() - int64(s.Offset); room < v.size() || !s.Dynamic && room < int64(s.Size) {
+		find("the device has room for %d bytes of data; when it was formatted it had %d", max(0, room), v.size())
+	}
+	for _, id := range keyslotIDs(h) {
+		area := alignedBytes(int(min(h.Keyslots[id].Area.Size, 1<<20)))
+		if _, err := b.ReadAt(area, int64(h.Keyslots[id].Area.Offset)); err != nil {
+			find("keyslot %d can't be read: %v", id, err)
+		}
+	}
+	if v.Version < formatVersion {
+		find("the header is of version %d: its tokens are not under its MAC, and an old one can't be told from it; the next change of a key makes it version %d", v.Version, formatVersion)
+	}
+	tokens := keyTokens(h)
+	if len(tokens) == 0 {
+		find("no token holds the volume key; only the recovery key and cryptsetup open it")
+	}
+	if o.Pins != nil {
+		if r.Pin, r.PinError = o.Pins.Load(h.UUID); r.PinError != nil {
+			find("%v", r.PinError)
+		}
+	}
+	if unseal == nil {
+		for _, t := range tokens {
+			r.Tokens = append(r.Tokens, TokenReport{KeyToken: t})
+		}
+		if r.Pin != nil && r.Pin.Generation > v.generation() {
+			find("the header says that it is of generation %d, and this host has seen generation %d", v.generation(), r.Pin.Generation)
+		}
+		return r, nil
+	}
+
+	r.Tokens = make([]TokenReport, len(tokens))
+	prints := make([]string, len(tokens))
+	var wg sync.WaitGroup
+	for i, t := range tokens {
+		wg.Go(func() {
+			begun := time.Now()
+			a := try(ctx, h, i, t, unseal, o)
+			r.Tokens[i] = TokenReport{KeyToken: t, Err: a.err, Took: time.Since(begun)}
+			prints[i] = a.fingerprint
+			a.keys.free()
+		})
+	}
+	wg.Wait()
+	for i, t := range r.Tokens {
+		if t.Err != nil {
+			find("%v", t.Err)
+			continue
+		}
+		if r.PinError == nil {
+			if r.PinError = o.checkPin(h.UUID, opened{t.ID, prints[i], v.generation()}); r.PinError != nil {
+				find("%v", r.PinError)
+			}
+		}
+		r.Opens = r.PinError == nil
+	}
+	return r, nil
+}
