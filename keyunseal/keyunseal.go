@@ -198,6 +198,7 @@ type Description struct {
 	KeyID      string `json:"key_id"`                // host key id, or the vault key's URL without its version
 	KeyVersion string `json:"key_version,omitempty"` // of the vault key
 	Algorithm  string `json:"algorithm"`
+	Bits       int    `json:"bits,omitempty"` // of the vault key, if it's an RSA key
 	Identity   string `json:"identity,omitempty"`
 	Tenant     string `json:"tenant,omitempty"`
 }
@@ -218,11 +219,15 @@ func Describe(token json.RawMessage) (Description, error) {
 	case *vaultToken:
 		base := t.id
 		base.version = ""
-		return Description{
+		d := Description{
 			Type: t.Type, Version: t.Version,
 			KeyID: base.String(), KeyVersion: t.id.version, Algorithm: t.Algorithm,
 			Identity: t.Identity, Tenant: t.Tenant,
-		}, nil
+		}
+		if t.Algorithm == algorithmRSA {
+			d.Bits = 8 * len(t.Wrapped)
+		}
+		return d, nil
 	}
 	panic("keyunseal: token type without a description")
 }

@@ -40,7 +40,7 @@ func TestVaultRoundTrip(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := Description{
-			Type: TypeKeyVault, Version: 1, Algorithm: "RSA-OAEP-256",
+			Type: TypeKeyVault, Version: 1, Algorithm: "RSA-OAEP-256", Bits: bits,
 			KeyID: "https://unit.vault.azure.net/keys/Round-Trip", KeyVersion: kid[len(kid)-32:],
 			Identity: opts.Identity, Tenant: vaulttest.DefaultTenant,
 		}

@@ -163,6 +163,7 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 		return nil // somebody else was faster
 	}
 	v.keys, v.cipher = again.keys, again.cipher
+	v.token.Store(again.token.Load())
 	again.keys, again.cipher = nil, nil
 	if !v.gate.set(gateOpen) {
 		return errors.Join(ErrClosed, v.wipe())

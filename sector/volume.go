@@ -20,7 +20,7 @@ type Volume struct {
 	b        Backing
 	uuid     string
 	label    string
-	token    int
+	token    atomic.Int64 // that opened it last
 	warnings []string
 
 	secretMemory string // kind of
@@ -67,13 +67,14 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 		return nil, fmt.Errorf("%w: the data starts at %d, inside of a logical block", ErrDevice, s.Offset)
 	}
 	v := &Volume{
-		b: b, uuid: h.UUID, label: h.Label, token: token,
+		b: b, uuid: h.UUID, label: h.Label,
 		offset: int64(s.Offset), sector: sectorSize, tweak: s.IVTweak,
 		size:     size / sectorSize * sectorSize,
 		align:    int64(b.Alignment()),
 		readOnly: o.ReadOnly, discard: o.Discard,
 		keys: k, cipher: c, secretMemory: k.mem.kind,
 	}
+	v.token.Store(int64(token))
 	if !s.Dynamic {
 		v.size = int64(s.Size)
 	} else if size%sectorSize != 0 {
@@ -91,7 +92,7 @@ func (v *Volume) UUID() string { return v.uuid }
 func (v *Volume) Label() string { return v.label }
 
 // Token is the number of the token whose key opened the volume.
-func (v *Volume) Token() int { return v.token }
+func (v *Volume) Token() int { return int(v.token.Load()) }
 
 // SectorSize is 512 or 4096 bytes.
 func (v *Volume) SectorSize() int { return int(v.sector) }

@@ -1,13 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
+	"hostcryptd/keyunseal"
 	"hostcryptd/keyunseal/audit"
+	"hostcryptd/sector"
 )
 
 func (a *app) auditCommand() *cobra.Command {
@@ -76,4 +82,89 @@ daemon logs it with every record ("audit_head").`,
 	}
 	c.Flags().StringVar(&head, "head", "", "the chain must contain this record, as `NUMBER:HASH`")
 	return a.jsonFlag(c)
+}
+
+// auditFile is where this host keeps its log of key use; "none" is none.
+func (k *keyFlags) auditFile() string {
+	for _, file := range []string{k.auditLog, os.Getenv("HOSTCRYPTD_AUDIT_LOG")} {
+		if file != "" {
+			return file
+		}
+	}
+	// An ordinary user can't write to the host's.
+	if home, err := os.UserHomeDir(); err == nil && os.Geteuid() != 0 {
+		return filepath.Join(home, ".local/state/hostcryptd/audit.log")
+	}
+	return audit.DefaultFile
+}
+
+// startAudit makes the records of a daemon go through a queue: a disk that
+// hangs must not hang the life of the key.
+func (k *keyFlags) startAudit(log *zap.Logger) (stop func()) {
+	file := k.auditFile()
+	if file == "none" {
+		return func() {}
+	}
+	q := audit.NewQueue(file, func(r audit.Record, h audit.Head, err error) {
+		if err != nil {
+			log.Error("log of key use can't be written; records wait in memory", zap.Error(err))
+			return
+		}
+		log.Info("key use", zap.String("event", r.Event), zap.String("outcome", r.Outcome), zap.Stringer("audit_head", h))
+	})
+	k.queue = q
+	return q.Close
+}
+
+// record writes to the log of key use. That it can't is told once, and nothing
+// else depends on it.
+func (k *keyFlags) record(r audit.Record) {
+	if k.queue != nil {
+		k.queue.Append(r)
+		return
+	}
+	file := k.auditFile()
+	if file == "none" {
+		return
+	}
+	if _, err := audit.Append(file, r); err != nil {
+		k.auditFailed.Do(func() {
+			fmt.Fprintf(os.Stderr, "hostcryptd: warning: %v; --audit-log puts it elsewhere\n", err)
+		})
+	}
+}
+
+// recordChange records what a command did to a volume.
+func (k *keyFlags) recordChange(event, volume, detail string, err error) {
+	r := audit.Record{Event: event, Volume: volume, Outcome: audit.OK, Detail: detail}
+	if err != nil {
+		r.Outcome = audit.Failed
+		r.Detail = strings.TrimPrefix(r.Detail+": "+err.Error(), ": ")
+	}
+	k.record(r)
+}
+
+// changed records what a command did to the volume on a device, unless it was
+// only asked for something that can't be meant.
+func (k *keyFlags) changed(ctx context.Context, d *sector.Device, event, detail string, err error) {
+	volume := ""
+	if h, _, err := sector.ReadHeader(ctx, d); err == nil {
+		volume = h.UUID
+	}
+	k.recordChange(event, volume, detail+" on "+d.Name(), err)
+}
+
+// observe records each use of a KEK.
+func (k *keyFlags) observe(volume string) func(keyunseal.Exchange) {
+	return func(x keyunseal.Exchange) {
+		r := audit.Record{
+			Event: x.Op, Volume: volume, Key: x.KeyID, Version: x.KeyVersion, Outcome: audit.OK,
+			Class: x.Class, Code: x.Code, Status: x.Status, Duration: x.Duration.Milliseconds(),
+			ClientRequestID: x.ClientRequestID, RequestID: x.RequestID,
+		}
+		if !x.OK() {
+			r.Outcome = audit.Failed
+		}
+		k.record(r)
+	}
 }

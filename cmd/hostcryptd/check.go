@@ -107,7 +107,7 @@ func (a *app) check(ctx context.Context, keys *keyFlags, device string, d *secto
 			ctx, cancel := context.WithTimeout(ctx, sector.DefaultTryTimeout)
 			defer cancel()
 			// The permission to ask is optional, so not to have it says nothing.
-			if s, err := (&keyunseal.Child{Log: log}).Inspect(ctx, keys.options(log), t.Text, r.Header.UUID); err == nil {
+			if s, err := (&keyunseal.Child{Log: log}).Inspect(ctx, keys.options(r.Header.UUID, log), t.Text, r.Header.UUID); err == nil {
 				ct.Status = &s
 			}
 		})

@@ -21,6 +21,8 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/keyunseal/audit"
+	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/nbd"
 	"hostcryptd/sector"
 )
@@ -29,6 +31,8 @@ import (
 // the user that the daemon runs as:
 //
 //	GET  /v1/status   the daemon's state, a [status]
+//	POST /v1/lock     wipe the keys now; 204 when they are gone
+//	POST /v1/unlock   undo that, or try to unseal now; 204 at once
 //	POST /v1/detach   stop, and answer when the volume is closed: 204 if all is
 //	                  well, 500 with the reason if something was lost, 409 if
 //	                  the kernel device is in use and nothing was done
@@ -54,11 +58,11 @@ type status struct {
 	TCP      string `json:"tcp,omitempty"`
 	Attached string `json:"attached,omitempty"`
 
-	Unseal struct {
-		Attempts int        `json:"attempts"`
-		Token    *int       `json:"token,omitempty"` // the one that opened the volume
-		NextTry  *time.Time `json:"next_try,omitempty"`
-	} `json:"unseal"`
+	Key struct {
+		lifecycle.Snapshot
+		Token   *int      `json:"token,omitempty"`  // the one that opened the volume
+		Expires time.Time `json:"expires,omitzero"` // the vault's key
+	} `json:"key"`
 
 	Volume *volumeStatus `json:"volume,omitempty"` // once it is unsealed
 	Server *serverStatus `json:"server,omitempty"`
@@ -128,6 +132,30 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+	for path, command := range map[string]struct {
+		event string
+		run   func(*lifecycle.Runner, context.Context) error
+	}{
+		"/v1/lock":   {audit.Lock, (*lifecycle.Runner).Lock},
+		"/v1/unlock": {audit.Unlock, (*lifecycle.Runner).Unlock},
+	} {
+		mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
+			d.mu.Lock()
+			life := d.life
+			d.mu.Unlock()
+			if life == nil {
+				http.Error(w, "the daemon is starting", http.StatusConflict)
+				return
+			}
+			err := command.run(life, r.Context())
+			d.record(audit.Record{Event: command.event, Outcome: audit.OK})
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusInternalServerError)
+				return
+			}
+			w.WriteHeader(http.StatusNoContent)
+		})
+	}
 	server := &http.Server{
 		Handler: mux, ReadTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10,
 		ErrorLog: zap.NewStdLog(d.log),
@@ -220,14 +248,16 @@ func (d *daemon) status() *status {
 		Control: d.opts.control, Listen: d.opts.listen, TCP: d.tcp, Attached: d.attached,
 		Memory: memoryNow(),
 	}
-	s.Unseal.Attempts = d.attempts
-	if !d.nextTry.IsZero() {
-		s.Unseal.NextTry = &d.nextTry
+	if d.life != nil {
+		s.Key.Snapshot = d.life.Snapshot()
+		d.lifeHost.mu.Lock()
+		s.Key.Expires = d.lifeHost.expires
+		d.lifeHost.mu.Unlock()
 	}
 	if v := d.volume; v != nil {
 		token, size, requests := v.Token(), int64(0), v.Stats()
 		size, _ = v.Size()
-		s.Unseal.Token = &token
+		s.Key.Token = &token
 		s.Volume = &volumeStatus{
 			Size: size, SectorSize: v.SectorSize(), ReadOnly: v.ReadOnly(), Discard: v.Discards(), Failed: v.Failed(),
 			Cipher: sector.Cipher, Runs: v.Implementation(), KeyMemory: v.SecretMemory(), Warnings: v.Warnings(), Requests: &requests,
@@ -426,9 +456,7 @@ func (s *status) print(w io.Writer) {
 	if s.Reason != "" {
 		p("waiting", "%s", s.Reason)
 	}
-	if s.Unseal.NextTry != nil {
-		p("next try", "in %v, after %d tries", max(0, time.Until(*s.Unseal.NextTry)).Round(time.Second), s.Unseal.Attempts)
-	}
+	s.printKey(p)
 	if s.Attached != "" {
 		p("kernel", "%s", s.Attached)
 	}
@@ -448,7 +476,7 @@ func (s *status) print(w io.Writer) {
 		}
 		p("size", "%s, sectors of %d bytes, %s", bytesText(uint64(v.Size)), v.SectorSize, mode)
 		p("cipher", "%s, %s, keys in %s", v.Cipher, v.Runs, v.KeyMemory)
-		p("opened by", "token %d", *s.Unseal.Token)
+		p("opened by", "token %d", *s.Key.Token)
 		for _, warning := range v.Warnings {
 			p("warning", "%s", warning)
 		}
@@ -460,6 +488,76 @@ func (s *status) print(w io.Writer) {
 		p("buffers", "%s of %s, peak %s", bytesText(uint64(n.ArenaUsed)), bytesText(uint64(n.ArenaSize)), bytesText(uint64(n.ArenaPeak)))
 	}
 	p("memory", "%s, peak %s", bytesText(s.Memory.Resident), bytesText(s.Memory.Peak))
+}
+
+// printKey prints what is known of the volume's key.
+func (s *status) printKey(p func(name, format string, args ...any)) {
+	k := &s.Key
+	text := k.State.String()
+	switch {
+	case k.Locked:
+		text += " by an operator; 'hostcryptd unlock' opens it again"
+	case k.State == lifecycle.Revoked && k.Wiped:
+		text += ": the volume has stopped and its keys are wiped"
+	case k.State == lifecycle.Revoked:
+		text += ": the volume is read-only"
+	case !k.StopsAt.IsZero() && k.State == lifecycle.Grace:
+		text += fmt.Sprintf(": the volume stops in %v", max(0, time.Until(k.StopsAt)).Round(time.Second))
+	}
+	p("key", "%s", text)
+	if k.Reason != "" {
+		p("waiting", "%s", k.Reason)
+	}
+	if !k.LastGood.IsZero() {
+		p("last good", "%v ago", time.Since(k.LastGood).Round(time.Second))
+	}
+	if !k.NextTry.IsZero() {
+		p("next try", "in %v, after %d tries", max(0, time.Until(k.NextTry)).Round(time.Second), k.Attempts)
+	}
+	if !k.Expires.IsZero() {
+		p("expires", "%s", k.Expires.Format(time.DateOnly))
+	}
+}
+
+// lockCommand and unlockCommand are an operator's hand on the key.
+func (a *app) lockCommand() *cobra.Command {
+	return a.postCommand("lock", "stop a volume now and wipe its keys", `lock refuses requests from now on, flushes what was written, and wipes the keys,
+without a grace period. The daemon goes on running, and the volume stays locked
+until 'hostcryptd unlock' or a restart of the daemon. Whoever uses the volume sees
+I/O errors.`, "is locked: its keys are wiped")
+}
+
+func (a *app) unlockCommand() *cobra.Command {
+	return a.postCommand("unlock", "undo a lock, or try to unseal now", `unlock lets the daemon unseal a volume that was locked. Where it is waiting for
+its next try, it tries now.`, "is being unsealed")
+}
+
+func (a *app) postCommand(name, short, long, done string) *cobra.Command {
+	c := &cobra.Command{
+		Use:   name + " VOLUME",
+		Short: short,
+		Long:  long + "\n\n" + whichHelp,
+		Args:  oneArg("VOLUME"),
+		RunE: func(c *cobra.Command, args []string) error {
+			list, err := running(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if len(list) > 1 {
+				return usagef("%d volumes are called %q; name one by its UUID", len(list), args[0])
+			}
+			s := list[0]
+			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/"+name, nil); err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(map[string]string{"uuid": s.UUID, "device": s.Device})
+			}
+			fmt.Fprintf(a.stdout, "%s %s\n", s.Device, done)
+			return nil
+		},
+	}
+	return a.jsonFlag(c)
 }
 
 func (a *app) detachCommand() *cobra.Command {

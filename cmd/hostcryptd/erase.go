@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"hostcryptd/keyunseal/audit"
 	"hostcryptd/sector"
 )
 
@@ -47,6 +48,7 @@ the key in the vault too.`,
 				return fmt.Errorf("%s: %w; to overwrite the place of the header all the same, use --force and --yes-erase UUID", args[0], err)
 			}
 			done, err := sector.Erase(c.Context(), d, uuid, force)
+			keys.recordChange(audit.Erase, uuid, args[0], err)
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}

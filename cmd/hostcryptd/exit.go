@@ -155,29 +155,6 @@ func walk(err error, visit func(error) bool) bool {
 	return true
 }
 
-// hopeful returns err such that [keyunseal.Retry] finds a transient error in
-// it, if there is one: as long as one token may yet open the volume, it is
-// worth trying again, whatever the others say.
-func hopeful(err error) error {
-	var transient *keyunseal.Error
-	walk(err, func(e error) bool {
-		if k, ok := e.(*keyunseal.Error); ok && k.Transient() {
-			transient = k
-		}
-		return transient == nil
-	})
-	if transient == nil {
-		return err
-	}
-	return &firstError{transient, err}
-}
-
-// A firstError is all, but the first error that is found in it is first.
-type firstError struct{ first, all error }
-
-func (e *firstError) Error() string   { return e.all.Error() }
-func (e *firstError) Unwrap() []error { return []error{e.first, e.all} }
-
 // usagef is an error of the command line.
 func usagef(format string, args ...any) error {
 	return withCode(codeUsage, fmt.Errorf(format, args...))

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"hostcryptd/keyunseal"
+	"hostcryptd/keyunseal/audit"
 	"hostcryptd/sector"
 	"hostcryptd/sector/luks2"
 )
@@ -82,6 +83,11 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 				o.BeforeWrite = func() error { return wipeSignatures(device) }
 			}
 			h, err := sector.Format(c.Context(), d, o)
+			if h != nil {
+				keys.recordChange(audit.Format, h.UUID, device, err)
+			} else {
+				keys.recordChange(audit.Format, uuid, device, err)
+			}
 			if err != nil && h == nil {
 				return errors.Join(fmt.Errorf("%s: %w", device, err), removeUnused(recovery))
 			}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"hostcryptd/keyunseal/audit"
 	"hostcryptd/sector"
 )
 
@@ -109,6 +110,7 @@ header any more, --uuid confirms which volume it was.`,
 			}
 			o.Pins = keys.pinDir()
 			info, err := sector.Restore(c.Context(), d, f, o)
+			keys.changed(c.Context(), d, audit.Header, "restore", err)
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
@@ -147,6 +149,7 @@ over the other one. serve does so by itself; this is for what serve leaves alone
 					unseal = nil
 				}
 				what, err := sector.RepairHeader(c.Context(), d, unseal, force, keys.open())
+				keys.changed(c.Context(), d, audit.Header, "repair", err)
 				if err != nil {
 					return err
 				}
@@ -245,6 +248,7 @@ disk could have forged it, or put back an old one with a key that you removed.`,
 					return err
 				}
 				before, now, err := sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open())
+				keys.changed(c.Context(), d, audit.Header, "accept", err)
 				if err != nil {
 					return err
 				}

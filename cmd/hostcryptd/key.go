@@ -7,11 +7,13 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 
 	"hostcryptd/keyunseal"
+	"hostcryptd/keyunseal/audit"
 	"hostcryptd/sector"
 )
 
@@ -21,6 +23,11 @@ type keyFlags struct {
 	hostKey  string
 	identity string
 	pins     string
+	auditLog string
+
+	// How to write it, see audit.go.
+	queue       *audit.Queue
+	auditFailed *sync.Once
 }
 
 func (k *keyFlags) add(c *cobra.Command) {
@@ -29,8 +36,15 @@ func (k *keyFlags) add(c *cobra.Command) {
 	k.addPins(c)
 }
 
+// addAudit adds the flag of a command whose doings are recorded.
+func (k *keyFlags) addAudit(c *cobra.Command) {
+	k.auditFailed = new(sync.Once)
+	c.Flags().StringVar(&k.auditLog, "audit-log", "", "`FILE` with the log of key use, or none (default: $HOSTCRYPTD_AUDIT_LOG, else "+audit.DefaultFile+")")
+}
+
 // addPins adds the flag for a command that needs no KEK.
 func (k *keyFlags) addPins(c *cobra.Command) {
+	k.addAudit(c)
 	c.Flags().StringVar(&k.pins, "pins", "", "`DIRECTORY` where this host remembers the headers of its volumes (default: $HOSTCRYPTD_PINS, else "+string(sector.DefaultPins)+")")
 }
 
@@ -51,8 +65,9 @@ func (k *keyFlags) pinDir() sector.PinDir {
 // open says how commands unlock a header.
 func (k *keyFlags) open() sector.OpenOptions { return sector.OpenOptions{Pins: k.pinDir()} }
 
-func (k *keyFlags) options(log *zap.Logger) keyunseal.Options {
-	return keyunseal.Options{HostKey: k.hostKey, Identity: k.identity, Log: log}
+// options are those for a volume: each use of a KEK is recorded.
+func (k *keyFlags) options(volume string, log *zap.Logger) keyunseal.Options {
+	return keyunseal.Options{HostKey: k.hostKey, Identity: k.identity, Log: log, Observe: k.observe(volume)}
 }
 
 // sealer wraps volume keys with the KEK that spec names, in a process of its
@@ -60,7 +75,7 @@ func (k *keyFlags) options(log *zap.Logger) keyunseal.Options {
 func (k *keyFlags) sealer(spec string, log *zap.Logger) sector.Sealer {
 	child := &keyunseal.Child{Log: log}
 	return func(ctx context.Context, volume string, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
-		return child.Seal(ctx, k.options(log), spec, volume, key)
+		return child.Seal(ctx, k.options(volume, log), spec, volume, key)
 	}
 }
 
@@ -68,8 +83,18 @@ func (k *keyFlags) sealer(spec string, log *zap.Logger) sector.Sealer {
 func (k *keyFlags) unsealer(log *zap.Logger) sector.Unsealer {
 	child := &keyunseal.Child{Log: log}
 	return func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
-		return child.Unseal(ctx, k.options(log), token, volume, key)
+		return child.Unseal(ctx, k.options(volume, log), token, volume, key)
 	}
+}
+
+// probe looks whether a token's KEK may still be used, inspect for a newer
+// version of it; each in a process of its own.
+func (k *keyFlags) probe(ctx context.Context, volume string, token json.RawMessage, log *zap.Logger) error {
+	return (&keyunseal.Child{Log: log}).Probe(ctx, k.options(volume, log), token, volume)
+}
+
+func (k *keyFlags) inspect(ctx context.Context, volume string, token json.RawMessage, log *zap.Logger) (keyunseal.KeyStatus, error) {
+	return (&keyunseal.Child{Log: log}).Inspect(ctx, k.options(volume, log), token, volume)
 }
 
 // withHeader opens the device that a command changes the header of, beside
@@ -149,6 +174,7 @@ that gave, and writes it to the header. The volume may be in use meanwhile.`,
 			return withHeader(args[0], false, func(d *sector.Device) error {
 				log := a.cliLog()
 				id, err := sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open())
+				keys.changed(c.Context(), d, audit.KeyAdd, fmt.Sprintf("token %d", id), err)
 				if err != nil {
 					return err
 				}
@@ -188,7 +214,9 @@ volume.`,
 				return usagef("TOKEN is the number of a token, not %q; 'hostcryptd key list' shows them", args[1])
 			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
-				if err := sector.RemoveToken(c.Context(), d, keys.unsealer(a.cliLog()), id, force, keys.open()); err != nil {
+				err := sector.RemoveToken(c.Context(), d, keys.unsealer(a.cliLog()), id, force, keys.open())
+				keys.changed(c.Context(), d, audit.KeyRemove, fmt.Sprintf("token %d", id), err)
+				if err != nil {
 					return err
 				}
 				if a.json {

@@ -14,7 +14,8 @@ var layers = map[string][]string{
 	"cmd/hostcryptd": {"keyunseal", "keyunseal/audit", "keyunseal/lifecycle", "nbd", "nbd/nbdnl", "sector", "sector/luks2", "systemd", "xts"},
 
 	"keyunseal":    {},
-	"nbd":          {},
+	"nbd":          {"nbd/uring"},
+	"nbd/uring":    {},
 	"nbd/nbdnl":    {},
 	"sector":       {"sector/luks2", "xts"},
 	"sector/luks2": {},

@@ -30,6 +30,7 @@ import (
 // the recovery key.
 func TestKeysInMemory(t *testing.T) {
 	t.Setenv("HOSTCRYPTD_PINS", t.TempDir())
+	t.Setenv("HOSTCRYPTD_AUDIT_LOG", "none")
 	dir := t.TempDir()
 	bin := filepath.Join(dir, "hostcryptd")
 	self, err := os.Executable()

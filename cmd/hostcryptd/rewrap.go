@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"hostcryptd/keyunseal"
+	"hostcryptd/keyunseal/audit"
 	"hostcryptd/sector"
 )
 
@@ -53,7 +54,7 @@ is not encrypted anew, and the volume may be in use meanwhile.`,
 				log := a.cliLog()
 				child := &keyunseal.Child{Log: log}
 				rewrap := func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
-					return child.Rewrap(ctx, keys.options(log), token, volume, key)
+					return child.Rewrap(ctx, keys.options(volume, log), token, volume, key)
 				}
 				var (
 					done   = []rewrapped{}
@@ -61,6 +62,9 @@ is not encrypted anew, and the volume may be in use meanwhile.`,
 				)
 				for _, id := range ids {
 					n, err := sector.ReplaceToken(c.Context(), d, keys.unsealer(log), id, rewrap, time.Duration(keep)*24*time.Hour, keys.open())
+					if !errors.Is(err, keyunseal.ErrCurrent) {
+						keys.changed(c.Context(), d, audit.Rewrap, fmt.Sprintf("token %d becomes token %d", id, n), err)
+					}
 					switch {
 					case errors.Is(err, keyunseal.ErrCurrent):
 						done = append(done, rewrapped{Token: id, Current: true})
@@ -74,6 +78,9 @@ is not encrypted anew, and the volume may be in use meanwhile.`,
 				if failed == nil {
 					gone, err := sector.DropRetired(c.Context(), d, keys.unsealer(log), time.Now(), keys.open())
 					dropped, failed = append(dropped, gone...), append(failed, err)
+					for _, id := range gone {
+						keys.changed(c.Context(), d, audit.KeyRemove, fmt.Sprintf("token %d, retired", id), nil)
+					}
 				}
 				if a.json {
 					failed = append(failed, a.printJSON(map[string]any{"device": args[0], "tokens": done, "dropped": dropped}))

@@ -20,7 +20,8 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
-	"hostcryptd/keyunseal"
+	"hostcryptd/keyunseal/audit"
+	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/nbd"
 	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/sector"
@@ -34,6 +35,7 @@ var _ nbd.Device = (*sector.Volume)(nil)
 type serveOptions struct {
 	device, name  string
 	keys          keyFlags
+	life          lifeFlags
 	listen        string
 	tcp           string
 	certificates  string
@@ -136,6 +138,7 @@ since to go would be to lose what was not yet written.`,
 	}
 	f := c.Flags()
 	o.keys.add(c)
+	o.life.add(c)
 	f.StringVar(&o.listen, "listen", "", "offer the volume on this Unix `SOCKET`; chown it to let another user connect")
 	f.StringVar(&o.tcp, "tcp", "", "offer the volume on this TCP `ADDRESS:PORT`; needs --tls-certificates unless it is a loopback address")
 	f.StringVar(&o.certificates, "tls-certificates", "", tlsHelp)
@@ -167,8 +170,8 @@ type daemon struct {
 	mu       sync.Mutex
 	state    string // see the state constants
 	stateErr string // what the state is waiting for
-	attempts int    // to unseal
-	nextTry  time.Time
+	life     *lifecycle.Runner
+	lifeHost *keyHost
 	device   *sector.Device
 	uuid     string
 	label    string
@@ -210,6 +213,11 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	d.log = d.log.With(zap.String("volume", d.uuid))
 
 	// From here on people can ask how far we are, also while a vault is down.
+	life, err := d.opts.life.config(d.uuid, sector.KeyTokens(h))
+	if err != nil {
+		return err
+	}
+	defer d.opts.keys.startAudit(d.log)()
 	d.setState(stateUnsealing, "")
 	stopControl, err := d.serveControl()
 	if err != nil {
@@ -228,14 +236,19 @@ func (d *daemon) run(ctx context.Context) (err error) {
 			return fmt.Errorf("--listen: %w", err)
 		}
 	}
-	if err := d.unseal(ctx); err != nil {
+	stopLife, err := d.startLife(ctx, life)
+	if err != nil {
 		if ctx.Err() != nil {
 			d.log.Info("stopped before the volume was unsealed", zap.Error(err))
 			return nil // as asked
 		}
 		return err
 	}
-	defer func() { err = errors.Join(err, d.volume.Close()) }() // wipes the keys
+	defer func() {
+		stopLife()
+		err = errors.Join(err, d.volume.Close()) // wipes the keys
+		d.record(audit.Record{Event: audit.Closed, Outcome: audit.OK})
+	}()
 	for _, w := range d.volume.Warnings() {
 		d.log.Warn(w)
 	}
@@ -278,45 +291,6 @@ func (d *daemon) exportName() string {
 	return d.uuid
 }
 
-// unseal opens the volume, trying again as long as that may help.
-func (d *daemon) unseal(ctx context.Context) error {
-	if t := d.opts.unsealTimeout; t > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, t, errUnsealTimeout)
-		defer cancel()
-	}
-	unsealer := d.opts.keys.unsealer(d.log)
-	err := keyunseal.Retry(ctx, func(err error, wait time.Duration) {
-		next := time.Now().Add(wait)
-		d.mu.Lock()
-		d.stateErr, d.nextTry = err.Error(), next
-		d.mu.Unlock()
-		d.log.Warn("volume can't be unsealed yet", zap.Error(err), zap.Duration("next_try_in", wait.Round(time.Millisecond)))
-		d.notify(systemd.Status("waiting to be unsealed: %v", err))
-	}, func(ctx context.Context) error {
-		d.mu.Lock()
-		d.attempts++
-		d.mu.Unlock()
-		v, err := sector.Open(ctx, d.device, unsealer, sector.OpenOptions{
-			ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinDir(),
-		})
-		if err != nil {
-			return hopeful(err)
-		}
-		d.mu.Lock()
-		d.volume = v
-		d.mu.Unlock()
-		return nil
-	})
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(context.Cause(ctx), errUnsealTimeout):
-		return fmt.Errorf("%s: not unsealed in %v: %w", d.opts.device, d.opts.unsealTimeout, err)
-	}
-	return fmt.Errorf("%s: %w", d.opts.device, err)
-}
-
 // tabDeviceWait is how long serve waits for a device of hostcrypttab, as
 // systemd does by default for those of crypttab: early in boot it may not have
 // been found yet.
@@ -342,8 +316,6 @@ func (d *daemon) waitDevice(ctx context.Context, limit time.Duration) error {
 	return nil
 }
 
-var errUnsealTimeout = errors.New("timeout of --unseal-timeout")
-
 // serve offers the volume until it is told to stop.
 func (d *daemon) serve(ctx context.Context) (err error) {
 	// The server's own context: it goes on while a signal waits for the kernel
@@ -363,13 +335,20 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		// moment must reach the disk.
 		d.setState(stateStopping, "")
 		d.notify(systemd.Stopping, systemd.Status("stopping"))
+		if d.volume.Suspended() {
+			// Nothing waits for a key any more that nobody is going to ask for.
+			_ = d.volume.Suspend(sector.SuspendRefuse)
+		}
 		if k != nil {
 			err = errors.Join(err, k.detach(claimed))
 		}
 		stopServing(errStopping)
 		serving.Wait()
 		if !d.volume.ReadOnly() {
-			err = errors.Join(err, d.volume.Sync())
+			// A volume that was suspended was flushed then.
+			if serr := d.volume.Sync(); !errors.Is(serr, sector.ErrSuspended) {
+				err = errors.Join(err, serr)
+			}
 		}
 		s := d.volume.Stats()
 		d.log.Info("volume closed", zap.Uint64("bytes_read", s.BytesRead), zap.Uint64("bytes_written", s.BytesWritten), zap.Error(err))
@@ -633,7 +612,7 @@ func listenUnix(name string) (*net.UnixListener, error) {
 func (d *daemon) setState(state, why string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.state, d.stateErr, d.nextTry = state, why, time.Time{}
+	d.state, d.stateErr = state, why
 }
 
 // notify tells systemd; that it can't be told is no reason to stop serving.

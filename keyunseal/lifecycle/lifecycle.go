@@ -33,6 +33,7 @@ package lifecycle
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -73,6 +74,19 @@ func (s State) String() string {
 // MarshalText makes states names in JSON.
 func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
+// UnmarshalText reads what MarshalText wrote.
+func (s *State) UnmarshalText(b []byte) error { return unmarshal(s, stateNames[:], b) }
+
+// unmarshal finds a name in a list.
+func unmarshal[T ~int](v *T, names []string, b []byte) error {
+	i := slices.Index(names, string(b))
+	if i < 0 {
+		return fmt.Errorf("lifecycle: unknown name %.30q", b)
+	}
+	*v = T(i)
+	return nil
+}
+
 // Serving tells whether requests are served as ever in this state.
 func (s State) Serving() bool { return s == Unlocked || s == Degraded || s == Grace }
 
@@ -101,6 +115,9 @@ func (p Policy) String() string {
 
 // MarshalText makes policies names in JSON.
 func (p Policy) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (p *Policy) UnmarshalText(b []byte) error { return unmarshal(p, policyNames[:], b) }
 
 // ParsePolicy returns the policy of a name.
 func ParsePolicy(name string) (Policy, error) {
@@ -143,6 +160,9 @@ func (k Kind) String() string {
 
 // MarshalText makes kinds names in JSON.
 func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (k *Kind) UnmarshalText(b []byte) error { return unmarshal(k, kindNames[:], b) }
 
 // An Outcome is the result of one attempt.
 type Outcome struct {

@@ -58,8 +58,9 @@ const (
 	MaxGrace         = 24 * time.Hour
 	DefaultSplay     = 2 * time.Second
 
+	DefaultConfirmSpan = 3 * time.Minute
+
 	defaultConfirmations = 3
-	defaultConfirmSpan   = 3 * time.Minute
 )
 
 // Check fills in defaults and returns an error if the configuration can't be
@@ -69,7 +70,7 @@ func (c *Config) Check() error {
 		c.Confirmations = defaultConfirmations
 	}
 	if c.ConfirmSpan == 0 {
-		c.ConfirmSpan = defaultConfirmSpan
+		c.ConfirmSpan = DefaultConfirmSpan
 	}
 	if c.Random == nil {
 		c.Random = rand.Float64
@@ -465,6 +466,9 @@ func (m *Machine) Unlock(now time.Time) {
 		return
 	}
 	m.locked = false
+	if !m.wiped && m.state != Unlocked && !m.nextTry.IsZero() {
+		m.nextTry = now // the operator knows that the key is back
+	}
 	if m.wiped && !m.halting {
 		m.failures = 0
 		m.nextTry = now

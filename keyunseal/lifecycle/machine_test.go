@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -265,6 +266,12 @@ func TestTransitions(t *testing.T) {
 			{0, "unseal denied", "acquiring: unseal at 3m0s"},
 			{1 * minute, "unlock", "acquiring: unseal at 1m0s"},
 		}},
+		{"unlock hurries a look", func(c *Config) { c.Rotation = 0 }, []step{
+			{0, "unseal success", "unlocked: probe at 5s"},
+			{1 * minute, "unlock", "unlocked: probe at 5s"},
+			{1 * minute, "probe denied", "degraded: probe at 2m0s"},
+			{65 * s, "unlock", "degraded: probe at 1m5s"},
+		}},
 		{"erased", nil, []step{
 			{0, "unseal success", "unlocked: probe at 5s"},
 			{1 * minute, "erase", "unlocked: halt"},
@@ -498,5 +505,21 @@ func TestConfigCheck(t *testing.T) {
 	}
 	if _, err := ParsePolicy("panic"); err == nil {
 		t.Error("a policy called panic")
+	}
+}
+
+// TestSnapshotJSON: what status sends is what its reader gets.
+func TestSnapshotJSON(t *testing.T) {
+	want := Snapshot{State: Grace, Policy: Freeze, Kind: Denied, Since: epoch, StopsAt: epoch, Wiped: true, Reason: "x"}
+	b, err := json.Marshal(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got Snapshot
+	if err := json.Unmarshal(b, &got); err != nil || got != want {
+		t.Errorf("%s became %+v, %v", b, got, err)
+	}
+	if json.Unmarshal([]byte(`{"state":"happy"}`), &got) == nil {
+		t.Error("an unknown state was accepted")
 	}
 }

@@ -151,8 +151,8 @@ func TestRevocation(t *testing.T) {
 				t.Fatalf("after 90 min: %+v", s)
 			}
 			const heartbeat, confirmation = DefaultHeartbeat * 6 / 5, 5 * time.Minute
-			if limit := heartbeat + confirmation + grace; took > limit || took < defaultConfirmSpan {
-				t.Errorf("grace %v: wiped after %v, want %v to %v", grace, took, defaultConfirmSpan, limit)
+			if limit := heartbeat + confirmation + grace; took > limit || took < DefaultConfirmSpan {
+				t.Errorf("grace %v: wiped after %v, want %v to %v", grace, took, DefaultConfirmSpan, limit)
 			}
 			if s.AccessLost.Before(begin) || s.AccessLost.After(begin.Add(heartbeat)) {
 				t.Errorf("access lost at %v", s.AccessLost.Sub(begin))

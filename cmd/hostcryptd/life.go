@@ -1,0 +1,461 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"hostcryptd/keyunseal"
+	"hostcryptd/keyunseal/audit"
+	"hostcryptd/keyunseal/lifecycle"
+	"hostcryptd/sector"
+	"hostcryptd/systemd"
+)
+
+// The life of the volume's key in the daemon: package lifecycle decides what is
+// to be done and when, a keyHost does it.
+
+// lifeFlags are the flags of serve that say how a volume reacts to what becomes
+// of its KEK.
+type lifeFlags struct {
+	heartbeat  time.Duration
+	grace      time.Duration
+	maxOffline time.Duration
+	policy     string
+	expired    string
+	confirm    time.Duration
+	rotation   time.Duration
+}
+
+// autoHeartbeat stands for a heartbeat that depends on the key.
+const autoHeartbeat = -1
+
+func (l *lifeFlags) add(c *cobra.Command) {
+	f := c.Flags()
+	f.DurationVar(&l.heartbeat, "heartbeat", autoHeartbeat, "`TIME` between two looks whether the vault's key may still be used; 0 for never (default: 10m to 30m, by the key's size)")
+	f.DurationVar(&l.grace, "grace", lifecycle.DefaultGrace, "`TIME` for which the volume goes on after access to its key was lost, 0 to 24h")
+	f.StringVar(&l.policy, "on-revocation", lifecycle.Stop.String(), "what the volume does then: stop, read-only, freeze (I/O waits) or warn")
+	f.DurationVar(&l.maxOffline, "max-offline", 0, "stop too after this `TIME` without any answer of the vault (default: an outage never stops a volume)")
+	f.StringVar(&l.expired, "expired-key", "warn", "a key that has expired still unwraps: warn, or deny, which takes that for lost access")
+	f.DurationVar(&l.confirm, "confirm", lifecycle.DefaultConfirmSpan, "believe the vault's denials when there were three in this `TIME`; new grants take minutes to arrive")
+	f.DurationVar(&l.rotation, "rotate-check", lifecycle.DefaultRotation, "`TIME` between two looks for a newer version of the vault's key, to rewrap with; 0 for never")
+	c.Flags().Lookup("heartbeat").DefValue = ""
+}
+
+// config makes a machine's configuration of the flags and the tokens.
+func (l *lifeFlags) config(volume string, tokens []sector.KeyToken) (lifecycle.Config, error) {
+	c := lifecycle.Config{
+		Heartbeat: l.heartbeat, Grace: l.grace, MaxOffline: l.maxOffline,
+		ConfirmSpan: l.confirm, DenyExpired: l.expired == "deny", Phase: phaseOf(volume),
+	}
+	var err error
+	if c.Policy, err = lifecycle.ParsePolicy(l.policy); err != nil {
+		return c, usagef("--on-revocation: %w", err)
+	}
+	if l.expired != "warn" && l.expired != "deny" {
+		return c, usagef("--expired-key is warn or deny, not %q", l.expired)
+	}
+	bits, remote := keySize(tokens)
+	switch {
+	case !remote:
+		// A key of this host can't be taken away by anybody else.
+		c.Heartbeat, c.MaxOffline = 0, 0
+	case l.heartbeat < 0:
+		c.Heartbeat = heartbeatFor(bits)
+	}
+	if remote {
+		c.Splay = lifecycle.DefaultSplay
+		c.Rotation = l.rotation
+	}
+	if l.confirm < time.Second {
+		return c, usagef("--confirm is at least 1s, not %v", l.confirm)
+	}
+	if err := c.Check(); err != nil {
+		return c, withCode(codeUsage, err)
+	}
+	return c, nil
+}
+
+// heartbeatFor is longer for keys of which a vault unwraps fewer in a second
+// (service limits of Key Vault): 10,000 hosts then take a third of an HSM vault's
+// 250 unwraps in 10 s with RSA-4096 keys, and less with others.
+func heartbeatFor(bits int) time.Duration {
+	switch {
+	case bits > 3072:
+		return 3 * lifecycle.DefaultHeartbeat
+	case bits > 2048:
+		return 3 * lifecycle.DefaultHeartbeat / 2
+	}
+	return lifecycle.DefaultHeartbeat
+}
+
+// keySize is the largest RSA key among the tokens, and whether any is in a vault.
+func keySize(tokens []sector.KeyToken) (bits int, remote bool) {
+	for _, t := range tokens {
+		if d, err := keyunseal.Describe(t.Text); err == nil && d.Type == keyunseal.TypeKeyVault {
+			bits, remote = max(bits, d.Bits), true
+		}
+	}
+	return bits, remote
+}
+
+// phaseOf spreads hosts, and the volumes of one host, over an interval.
+func phaseOf(volume string) float64 {
+	machine, _ := os.ReadFile("/etc/machine-id")
+	sum := sha256.Sum256(append(machine, volume...))
+	return float64(binary.BigEndian.Uint32(sum[:])) / (1 << 32)
+}
+
+// A keyHost carries out what a lifecycle.Runner wants, on the daemon's volume.
+type keyHost struct {
+	d *daemon
+
+	// opened is closed when the volume serves for the first time.
+	opened chan struct{}
+
+	mu      sync.Mutex
+	lastErr error     // of the last try to unseal
+	expires time.Time // of the key, as the last look has shown; zero for never
+	lost    error     // what was lost when the volume was stopped
+}
+
+// unsealer is the daemon's unsealer, which tells when it has a volume key.
+func (h *keyHost) unsealer(obtained func()) sector.Unsealer {
+	unseal := h.d.opts.keys.unsealer(h.d.log)
+	return func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
+		err := unseal(ctx, volume, token, key)
+		if err == nil {
+			obtained()
+		}
+		return err
+	}
+}
+
+func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome {
+	d := h.d
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
+	o := sector.OpenOptions{
+		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinDir(),
+	}
+	begun := time.Now()
+	var err error
+	if v == nil {
+		if v, err = sector.Open(ctx, d.device, h.unsealer(obtained), o); err == nil {
+			d.mu.Lock()
+			d.volume = v
+			d.mu.Unlock()
+			defer close(h.opened)
+		}
+	} else {
+		err = v.Resume(ctx, h.unsealer(obtained), o)
+	}
+	h.mu.Lock()
+	h.lastErr = err
+	if err == nil {
+		h.lost = nil
+	}
+	h.mu.Unlock()
+	outcome := outcomeOf(err)
+	r := audit.Record{Event: audit.Unsealed, Outcome: audit.OK, Duration: time.Since(begun).Milliseconds()}
+	switch {
+	case err == nil:
+		token := v.Token()
+		r.Token = &token
+	case outcome.Kind == lifecycle.Transient:
+		return outcome // each use of the KEK was recorded already
+	default:
+		r.Event, r.Outcome, r.Class, r.Code, r.Detail = audit.Refused, audit.Failed, outcome.Class, outcome.Code, outcome.Text
+	}
+	d.record(r)
+	return outcome
+}
+
+// Probe looks at every KEK that could open the volume: access is lost when all
+// of them deny it.
+func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
+	header, _, err := sector.ReadHeader(ctx, h.d.device)
+	if err != nil {
+		return lifecycle.Outcome{Kind: lifecycle.Transient, Class: "header", Text: err.Error()}
+	}
+	var errs []error
+	for _, t := range sector.KeyTokens(header) {
+		if !t.Retired.IsZero() {
+			continue
+		}
+		err := h.d.opts.keys.probe(ctx, header.UUID, t.Text, h.d.log)
+		if err == nil {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			return lifecycle.Outcome{Kind: lifecycle.Success, Expired: !h.expires.IsZero() && time.Now().After(h.expires)}
+		}
+		errs = append(errs, fmt.Errorf("token %d: %w", t.ID, err))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	o := outcomeOf(errors.Join(errs...))
+	if len(errs) == 0 {
+		o = lifecycle.Outcome{Kind: lifecycle.Integrity, Text: "the header has no token left"}
+	}
+	return o
+}
+
+// Rotate looks for a newer version of the vault's key, and for its expiry, and
+// rewraps in a process of its own: this one never has the volume key's copies.
+func (h *keyHost) Rotate(ctx context.Context) {
+	d := h.d
+	header, _, err := sector.ReadHeader(ctx, d.device)
+	if err != nil {
+		d.log.Warn("header can't be read to look for a newer key version", zap.Error(err))
+		return
+	}
+	for _, t := range sector.KeyTokens(header) {
+		if t.Type != keyunseal.TypeKeyVault || !t.Retired.IsZero() {
+			continue
+		}
+		status, err := d.opts.keys.inspect(ctx, header.UUID, t.Text, d.log)
+		if err != nil {
+			// The permission is optional, and an outage is the heartbeat's matter.
+			d.log.Info("no look at the vault key's versions", zap.Int("token", t.ID), zap.Error(err))
+			continue
+		}
+		h.mu.Lock()
+		h.expires = status.Expires
+		h.mu.Unlock()
+		if left := time.Until(status.Expires); !status.Expires.IsZero() && left < 30*24*time.Hour {
+			d.log.Warn("the vault key expires; it still unseals then, but it can't be sealed with", zap.Int("token", t.ID), zap.Time("expires", status.Expires))
+		}
+		if status.Stale() && !d.opts.readOnly {
+			h.rewrap(ctx, t.ID, status)
+		}
+	}
+}
+
+func (h *keyHost) rewrap(ctx context.Context, token int, status keyunseal.KeyStatus) {
+	k := &h.d.opts.keys
+	args := []string{"rewrap", h.d.opts.device, fmt.Sprintf("--token=%d", token), "--host-key=" + k.hostKey, "--identity=" + k.identity, "--pins=" + string(k.pinDir()), "--audit-log=" + k.auditFile()}
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
+	cmd.Args[0] = os.Args[0]
+	begun := time.Now()
+	out, err := cmd.CombinedOutput()
+	fields := []zap.Field{zap.Int("token", token), zap.String("old_version", status.Version), zap.String("new_version", status.Newest),
+		zap.Duration("took", time.Since(begun)), zap.String("output", strings.TrimSpace(string(out)))}
+	if err != nil {
+		h.d.log.Error("volume key was not rewrapped with the newer version; the old one still opens the volume and must stay enabled", append(fields, zap.Error(err))...)
+		return
+	}
+	h.d.log.Info("volume key was rewrapped with the newer version of its key", fields...)
+}
+
+func (h *keyHost) Halt(policy lifecycle.Policy) {
+	d := h.d
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
+	if v == nil {
+		return
+	}
+	var err error
+	switch policy {
+	case lifecycle.Stop:
+		err = v.Suspend(sector.SuspendRefuse)
+	case lifecycle.Freeze:
+		err = v.Suspend(sector.SuspendWait)
+	case lifecycle.ReadOnly:
+		v.Restrict(true)
+		err = v.Sync()
+	}
+	if err != nil {
+		h.mu.Lock()
+		h.lost = err
+		h.mu.Unlock()
+		d.log.Error("volume was stopped, and what was written before may not be on the disk", zap.Error(err))
+	}
+}
+
+func (h *keyHost) Lift() { h.d.volume.Restrict(false) }
+
+// Changed writes what happened to the log, the audit and the service manager.
+func (h *keyHost) Changed(from lifecycle.State, s lifecycle.Snapshot) {
+	d := h.d
+	fields := []zap.Field{zap.Stringer("from", from), zap.Stringer("state", s.State), zap.Int("attempts", s.Attempts)}
+	if s.Failures > 0 {
+		fields = append(fields, zap.Stringer("kind", s.Kind), zap.String("class", s.Class), zap.String("code", s.Code), zap.String("request_id", s.RequestID), zap.String("reason", s.Reason))
+	}
+	if !s.NextTry.IsZero() {
+		fields = append(fields, zap.Duration("next_try_in", max(0, time.Until(s.NextTry)).Round(time.Millisecond)))
+	}
+	for name, t := range map[string]time.Time{"access_lost": s.AccessLost, "stops_at": s.StopsAt, "stopped": s.Stopped} {
+		if !t.IsZero() {
+			fields = append(fields, zap.Time(name, t))
+		}
+	}
+	h.mu.Lock()
+	lost := h.lost
+	h.mu.Unlock()
+
+	switch s.State {
+	case lifecycle.Unlocked:
+		if from == lifecycle.Unlocked {
+			return
+		}
+		d.log.Info("key state changed", fields...)
+		if from == lifecycle.Revoked {
+			d.record(audit.Record{Event: audit.Resumed, Outcome: audit.OK})
+		}
+	case lifecycle.Verifying:
+	case lifecycle.Grace:
+		d.log.Error("access to the volume's key was lost; the volume will stop", fields...)
+		if from != lifecycle.Grace {
+			d.record(audit.Record{Event: audit.AccessLost, Outcome: audit.Failed, Class: s.Class, Code: s.Code, RequestID: s.RequestID,
+				Detail: fmt.Sprintf("lost at %s, policy %v, stops at %s", s.AccessLost.UTC().Format(time.RFC3339), s.Policy, s.StopsAt.UTC().Format(time.RFC3339))})
+		}
+	case lifecycle.Revoked, lifecycle.Erased:
+		d.log.Error("volume has stopped", append(fields, zap.Bool("keys_wiped", s.Wiped))...)
+		if from != s.State {
+			d.recordStop(s, lost)
+		}
+	case lifecycle.Locked:
+		d.log.Warn("volume is locked", append(fields, zap.Bool("keys_wiped", s.Wiped))...)
+		if from.Serving() || from == lifecycle.Revoked {
+			d.recordStop(s, lost)
+		}
+	default:
+		msg := "key state changed"
+		if s.State == lifecycle.Acquiring {
+			msg = "volume can't be unsealed yet"
+		}
+		d.log.Warn(msg, fields...)
+	}
+	status := fmt.Sprintf("key %v", s.State)
+	if s.Reason != "" {
+		status += ": " + s.Reason
+	}
+	d.notify(systemd.Status("%s", status))
+}
+
+// recordStop records that the volume has stopped, when access was lost and when
+// the keys were wiped.
+func (d *daemon) recordStop(s lifecycle.Snapshot, lost error) {
+	r := audit.Record{Event: audit.Wiped, Outcome: audit.OK, Class: s.Class, Code: s.Code, RequestID: s.RequestID}
+	what := "keys wiped"
+	if !s.Wiped {
+		what = "writes refused"
+	}
+	r.Detail = fmt.Sprintf("%s at %s", what, s.Stopped.UTC().Format(time.RFC3339Nano))
+	if !s.AccessLost.IsZero() {
+		r.Detail += ", access lost at " + s.AccessLost.UTC().Format(time.RFC3339Nano)
+	}
+	if s.Locked {
+		r.Detail += ", by an operator"
+	}
+	if lost != nil {
+		r.Outcome = audit.Failed
+		r.Detail += "; the last flush failed: " + lost.Error()
+	}
+	d.record(r)
+}
+
+// outcomeOf says what an error of unsealing means for the life of the key. Of
+// several tokens' errors the most hopeful counts: as long as one of them may yet
+// open the volume, it's worth trying again, whatever the others say.
+func outcomeOf(err error) lifecycle.Outcome {
+	if err == nil {
+		return lifecycle.Outcome{Kind: lifecycle.Success}
+	}
+	// What nobody has thought of must not end a boot, unless it's about what is
+	// on the disk: that is the same at the next try.
+	o := lifecycle.Outcome{Kind: lifecycle.Misconfigured, Text: err.Error()}
+	rank := -1
+	walk(err, func(e error) bool {
+		k, ok := e.(*keyunseal.Error)
+		if !ok {
+			return true
+		}
+		kind, r := lifecycle.Misconfigured, 0
+		switch {
+		case k.Transient():
+			kind, r = lifecycle.Transient, 3
+		case k.Denied():
+			kind, r = lifecycle.Denied, 2
+		case k.Class == keyunseal.ClassIntegrity && k.Op != "token" && k.Op != "unseal":
+			kind, r = lifecycle.Integrity, 1
+		}
+		if r > rank {
+			rank = r
+			o.Kind, o.Class, o.Code, o.RequestID = kind, k.Class.String(), k.Code, k.RequestID
+			o.Answered, o.RetryAfter = k.Status != 0, k.RetryAfter
+			if k.Class == keyunseal.ClassIdentity {
+				o.RetryAfter = max(o.RetryAfter, time.Second)
+			}
+		}
+		return true
+	})
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		if rank < 3 {
+			o.Kind, o.Class = lifecycle.Transient, "no answer"
+		}
+	}
+	return o
+}
+
+// startLife begins the life of the key, and returns when the volume serves. stop
+// ends it; the volume then stays as it is.
+func (d *daemon) startLife(ctx context.Context, c lifecycle.Config) (stop func(), err error) {
+	h := &keyHost{d: d, opened: make(chan struct{})}
+	runner := lifecycle.NewRunner(c, h)
+	d.mu.Lock()
+	d.life, d.lifeHost = runner, h
+	d.mu.Unlock()
+	runCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	ended := make(chan error, 1)
+	go func() { ended <- runner.Run(runCtx) }()
+	stop = func() { cancel(); <-ended }
+
+	var timeout <-chan time.Time
+	if t := d.opts.unsealTimeout; t > 0 {
+		timer := time.NewTimer(t)
+		defer timer.Stop()
+		timeout = timer.C
+	}
+	reason := func() error {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.lastErr == nil {
+			return errors.New("no try has ended yet")
+		}
+		return h.lastErr
+	}
+	select {
+	case <-h.opened:
+		return stop, nil
+	case <-ctx.Done():
+		stop()
+		return nil, errors.Join(ctx.Err(), reason())
+	case <-timeout:
+		stop()
+		return nil, fmt.Errorf("%s: not unsealed in %v: %w", d.opts.device, d.opts.unsealTimeout, reason())
+	case <-ended:
+		cancel()
+		return nil, fmt.Errorf("%s: %w", d.opts.device, reason())
+	}
+}
+
+// record writes to the log of key use.
+func (d *daemon) record(r audit.Record) {
+	r.Volume = d.uuid
+	d.opts.keys.record(r)
+}
