@@ -30,8 +30,8 @@ import (
 // the recovery key.
 func TestKeysInMemory(t *testing.T) {
 	t.Setenv("HOSTCRYPTD_PINS", t.TempDir())
-	t.Setenv("HOSTCRYPTD_AUDIT_LOG", "none")
 	dir := t.TempDir()
+	t.Setenv("HOSTCRYPTD_AUDIT_LOG", filepath.Join(dir, "audit.log"))
 	bin := filepath.Join(dir, "hostcryptd")
 	self, err := os.Executable()
 	if err != nil {
@@ -41,11 +41,14 @@ func TestKeysInMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
+	var written []byte // by the commands and the daemon
 	run := func(name string, args ...string) {
 		t.Helper()
-		if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		out, err := exec.Command(name, args...).CombinedOutput()
+		if err != nil {
 			t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 		}
+		written = append(written, out...)
 	}
 	disk, err := os.Create(in("disk.img"))
 	if err != nil {
@@ -59,6 +62,8 @@ func TestKeysInMemory(t *testing.T) {
 
 	serve := exec.Command(bin, "serve", in("disk.img"), "--host-key", in("host.key"), "--listen", in("s.sock"), "--control", in("c.sock"))
 	serve.Dir = dir
+	var stderr bytes.Buffer
+	serve.Stderr = &stderr
 	if err := serve.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -79,6 +84,21 @@ func TestKeysInMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(tool("nbdcopy"), "--flush", in("data"), "nbd+unix:///?socket="+in("s.sock"))
+
+	// More that is written, and the whole life of a key.
+	run(bin, "status", in("c.sock"), "--json")
+	run(bin, "lock", in("c.sock"))
+	run(bin, "unlock", in("c.sock"))
+	for range 100 {
+		if out, _ := exec.Command(bin, "status", in("c.sock")).Output(); bytes.Contains(out, []byte("unlocked")) {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	run(tool("nbdcopy"), "nbd+unix:///?socket="+in("s.sock"), in("back"))
+	run(bin, "dump", in("disk.img"), "--json")
+	run(bin, "check", in("disk.img"), "--host-key", in("host.key"))
+	run(bin, "key", "list", in("disk.img"), "--json")
 
 	// What must not be found, by name, in every form in which it could be there.
 	volumeKey, dek, uuid := keysOf(t, in("disk.img"), in("host.key"), in("recovery.key"))
@@ -120,6 +140,25 @@ func TestKeysInMemory(t *testing.T) {
 			t.Errorf("%s is in memory: %s", name, strings.Join(places, ", "))
 		}
 	}
+	// Nor may any of them be in what was written for people and programs.
+	auditLog, err := os.ReadFile(in("audit.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pin, err := os.ReadFile(filepath.Join(os.Getenv("HOSTCRYPTD_PINS"), uuid+".json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for where, text := range map[string][]byte{"output": written, "audit log": auditLog, "pin": pin} {
+		if !bytes.Contains(text, []byte(uuid)) {
+			t.Errorf("the %s doesn't hold the volume's UUID: there is nothing to search", where)
+		}
+		for name, secret := range secrets {
+			if name != "control" && bytes.Contains(text, secret) {
+				t.Errorf("%s is in the %s", name, where)
+			}
+		}
+	}
 	if found["control"] == nil {
 		t.Error("the volume's UUID wasn't found in memory: the search does not work")
 	}
@@ -130,6 +169,12 @@ func TestKeysInMemory(t *testing.T) {
 	}
 	serve.Wait()
 	ended = true
+	for name, secret := range secrets {
+		// The stack that Go prints at SIGABRT is in it too.
+		if name != "control" && bytes.Contains(stderr.Bytes(), secret) {
+			t.Errorf("%s is in the log", name)
+		}
+	}
 	if st := serve.ProcessState.Sys().(syscall.WaitStatus); st.CoreDump() {
 		t.Error("the process dumped core")
 	}
