@@ -26,8 +26,9 @@
 // # Errors
 //
 // Every error is an [*Error]. Its [Class] says what a caller would do about it;
-// [Error.Transient] says whether trying again can help, and [Retry] does so.
-// The Azure SDK itself never retries: one loop owns the timing.
+// [Error.Transient] says whether trying again can help, [Error.Denied] whether it
+// was an authoritative no. Nothing here tries again, nor does the Azure SDK: one
+// loop owns the timing, package lifecycle.
 //
 // All functions may be called from several goroutines at once.
 package keyunseal

@@ -194,15 +194,17 @@ func inspectVault(ctx context.Context, opts Options, t *vaultToken, volume strin
 	if err != nil {
 		return KeyStatus{}, err
 	}
-	used, err := v.get(ctx, t.id)
-	if err != nil {
-		return KeyStatus{}, err
-	}
 	base := t.id
 	base.version = ""
 	newest, err := v.get(ctx, base)
 	if err != nil {
 		return KeyStatus{}, err
+	}
+	used := newest
+	if newest.id.version != t.id.version {
+		if used, err = v.get(ctx, t.id); err != nil {
+			return KeyStatus{}, err
+		}
 	}
 	return KeyStatus{
 		Version: t.id.version, Enabled: used.enabled, NotBefore: used.notBefore, Expires: used.expires,
@@ -229,7 +231,7 @@ func newVault(opts Options, id keyURL, identity, tenant, volume string) (*vault,
 	x := &exchange{resource: id.resource(), tenant: tenant}
 	options := &azkeys.ClientOptions{ClientOptions: azcore.ClientOptions{
 		Transport: client,
-		Retry:     policy.RetryOptions{MaxRetries: -1}, // none: Retry owns the timing
+		Retry:     policy.RetryOptions{MaxRetries: -1}, // none: the caller owns the timing
 		// The vault's log shows the user agent: it tells which volume called where
 		// many hosts share an identity. The limit is 24 characters.
 		Telemetry:        policy.TelemetryOptions{ApplicationID: "hostcryptd-" + volume[:8]},

@@ -1,7 +1,6 @@
 package keyunseal
 
 import (
-	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -522,29 +521,6 @@ func TestVaultIdentity(t *testing.T) {
 	wantOpens(t, other, token, key)
 	if last() != second {
 		t.Errorf("unwrapped by %s, the options say %s", last(), second)
-	}
-}
-
-func TestVaultRetry(t *testing.T) {
-	s, url := newDouble(t, vaulttest.Options{})
-	opts, _ := withIdentity(t, s, allPermissions...)
-	key := randomKey(t)
-	token := mustSeal(t, opts, url, key)
-	s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.Throttled()})
-	s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.Reset})
-	var reasons []string
-	var dst [KeySize]byte
-	err := Retry(t.Context(), func(err error, _ time.Duration) {
-		e, _ := errors.AsType[*Error](err)
-		reasons = append(reasons, e.Class.String())
-	}, func(ctx context.Context) error {
-		return Unseal(ctx, opts, token, testVolume, &dst)
-	})
-	if err != nil || dst != *key {
-		t.Errorf("Retry: %v", err)
-	}
-	if got := strings.Join(reasons, ", "); got != "throttled, vault unreachable" {
-		t.Errorf("reasons %q", got)
 	}
 }
 

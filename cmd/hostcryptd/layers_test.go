@@ -22,11 +22,12 @@ var layers = map[string][]string{
 	"systemd":      {},
 	"xts":          {},
 
-	"keyunseal/vaulttest": {},
-	"keyunseal/audit":     {},
-	"keyunseal/lifecycle": {},
-	"nbd/nbdtest":         {"nbd"},
-	"sector/sectortest":   {},
+	"keyunseal/internal/fleet": {"keyunseal/lifecycle"},
+	"keyunseal/vaulttest":      {},
+	"keyunseal/audit":          {},
+	"keyunseal/lifecycle":      {},
+	"nbd/nbdtest":              {"nbd"},
+	"sector/sectortest":        {},
 
 	"xts/internal/ceiling": {},
 	"xts/internal/bench":   {"xts", "xts/internal/ceiling"},

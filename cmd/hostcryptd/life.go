@@ -72,7 +72,7 @@ func (l *lifeFlags) config(volume string, tokens []sector.KeyToken) (lifecycle.C
 		// A key of this host can't be taken away by anybody else.
 		c.Heartbeat, c.MaxOffline = 0, 0
 	case l.heartbeat < 0:
-		c.Heartbeat = heartbeatFor(bits)
+		c.Heartbeat = lifecycle.HeartbeatFor(bits)
 	}
 	if remote {
 		c.Splay = lifecycle.DefaultSplay
@@ -85,19 +85,6 @@ func (l *lifeFlags) config(volume string, tokens []sector.KeyToken) (lifecycle.C
 		return c, withCode(codeUsage, err)
 	}
 	return c, nil
-}
-
-// heartbeatFor is longer for keys of which a vault unwraps fewer in a second
-// (service limits of Key Vault): 10,000 hosts then take a third of an HSM vault's
-// 250 unwraps in 10 s with RSA-4096 keys, and less with others.
-func heartbeatFor(bits int) time.Duration {
-	switch {
-	case bits > 3072:
-		return 3 * lifecycle.DefaultHeartbeat
-	case bits > 2048:
-		return 3 * lifecycle.DefaultHeartbeat / 2
-	}
-	return lifecycle.DefaultHeartbeat
 }
 
 // keySize is the largest RSA key among the tokens, and whether any is in a vault.

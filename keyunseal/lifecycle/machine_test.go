@@ -118,14 +118,14 @@ func TestTransitions(t *testing.T) {
 			{4 * s, "unseal unreachable", "acquiring: unseal at 8s"},
 			{8 * s, "unseal unreachable", "acquiring: unseal at 15.5s"},
 			{h, "unseal unreachable", "acquiring: unseal at 1h0m7.5s"},
-			{2 * h, "unseal throttled", "acquiring: unseal at 2h0m30s"},
-			{3 * h, "unseal later", "acquiring: unseal at 3h2m10s"},
+			{2 * h, "unseal throttled", "acquiring: unseal at 2h0m0.5s"},
+			{3 * h, "unseal later", "acquiring: unseal at 3h1m41s"},
 			{4 * h, "unseal success", "unlocked: probe at 4h0m5s"},
 		}},
 		{"denied at boot: slow, for ever", nil, []step{
 			{0, "unseal denied", "acquiring: unseal at 3m0s"},
 			{3 * minute, "unseal denied", "acquiring: unseal at 6m0s"},
-			{6 * minute, "unseal later", "acquiring: unseal at 7m42s"},
+			{6 * minute, "unseal later", "acquiring: unseal at 7m40.5s"},
 			{9 * minute, "unseal success", "unlocked: probe at 9m5s"},
 		}},
 		{"integrity at boot: stays locked, alarms, tries seldom", nil, []step{
@@ -468,15 +468,17 @@ func TestBackoff(t *testing.T) {
 			t.Errorf("failure %d: at least %v, want 0", n, got)
 		}
 	}
-	if got := Backoff(Outcome{Answered: true}, 100, 0.5); got != 30*s {
-		t.Errorf("answered: %v, want 30s", got)
+	for n, want := range map[int]time.Duration{0: s, 4: 16 * s, 10: 16 * s, 11: 32 * s, 14: 32 * s, 15: 60 * s, 100: 60 * s} {
+		if got := Backoff(Outcome{Answered: true}, n, 0.5); got != want/2 {
+			t.Errorf("answered, failure %d: %v, want %v", n, got, want/2)
+		}
 	}
 	if got := Backoff(Outcome{Answered: true, RetryAfter: 90 * s}, 0, 0.5); got != 90*s+s/2 {
 		t.Errorf("Retry-After of 90 s: %v", got)
 	}
 	var waits []time.Duration
 	for range 1000 {
-		waits = append(waits, Backoff(Outcome{Answered: true}, 9, rand.Float64()))
+		waits = append(waits, Backoff(Outcome{Answered: true}, 20, rand.Float64()))
 	}
 	slices.Sort(waits)
 	if waits[100] > 12*s || waits[500] < 20*s || waits[500] > 40*s || waits[900] < 48*s {
