@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 var tools = map[string]string{
 	"nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "qemu-io": "qemu-utils", "qemu-img": "qemu-utils",
 	"cryptsetup": "cryptsetup-bin", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "sfdisk": "fdisk", "blkid": "util-linux", "losetup": "mount",
-	"ip": "iproute2", "unshare": "util-linux", "man": "man-db",
+	"fio": "fio", "ip": "iproute2", "unshare": "util-linux", "man": "man-db",
 }
 
 func TestScripts(t *testing.T) {
