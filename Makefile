@@ -13,7 +13,7 @@ RUN         ?=
 # among them: Debian 12 has an older one than go.mod asks for.
 DEPS := gcc libc6-dev git ca-certificates \
 	qemu-system-x86 qemu-utils libnbd-bin nbdfuse nbdkit cryptsetup-bin dmsetup fio \
-	e2fsprogs util-linux fdisk mount kmod xz-utils cpio \
+	e2fsprogs xfsprogs util-linux fdisk mount kmod xz-utils cpio \
 	iproute2 man-db systemd openssl qemu-user-static
 
 export CGO_ENABLED ?= 0
@@ -56,6 +56,9 @@ test-unit: ## unit tests with the race detector, and interop with other people's
 test-vm: build ## boot QEMU with a real kernel and run the scenarios; RUN=Boot for one
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 20m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
 
+soak: build ## the long runs: 50 power cuts
+	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/PowerCut$$' ./test/vm
+
 fuzz: ## run each fuzz target for FUZZTIME
 	@for p in $$($(GO) list ./...); do \
 		for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
@@ -96,4 +99,4 @@ install: build man ## install binary, manual, completions and units under DESTDI
 clean: ## remove what was built
 	rm -rf bin dist
 
-.PHONY: help build deps demo test check test-unit test-vm fuzz bench bench-go bench-xts generate check-generate man install clean
+.PHONY: help build deps demo test check test-unit test-vm soak fuzz bench bench-go bench-xts generate check-generate man install clean

@@ -177,7 +177,22 @@ func TestVM(t *testing.T) {
 		r := l.boot(t, "inuse", nil, d.disks()...)
 		l.row("InUse", time.Since(begun), r)
 	})
+	t.Run("Revoke", func(t *testing.T) { testRevoke(t, l) })
 	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
+	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
+	t.Run("DiskErrors", func(t *testing.T) { testDiskErrors(t, l) })
+}
+
+// testRevoke takes the key away from a volume that is being written to. It has
+// disks of its own.
+func testRevoke(t *testing.T, l *lab) {
+	begun := time.Now()
+	volume, state := filepath.Join(l.Dir, "revoke.img"), filepath.Join(l.Dir, "revoke-state.img")
+	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
+		t.Fatal(err)
+	}
+	r := l.boot(t, "revoke", nil, vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state})
+	l.row("Revoke", time.Since(begun), r)
 }
 
 // A disk is the volume that Boot makes and the other scenarios use.

@@ -81,7 +81,6 @@ type host struct {
 	at       time.Time
 	action   lifecycle.Action
 	attempts int
-	unlocked time.Time
 	rewrap   time.Time // when it had the new version
 }
 

@@ -153,6 +153,9 @@ func runFromCommandLine(w *report.Writer) (err error) {
 	if m.state != "" {
 		err = errors.Join(err, unix.Unmount(m.state, 0))
 	}
+	if m.brokenDisk {
+		return err
+	}
 	return errors.Join(err, kernelComplaints())
 }
 

@@ -33,6 +33,8 @@ type machine struct {
 	state   string // a folder that outlives the boot
 	mnt     string // where the file system is mounted
 	shared  bool   // this is a host, whose files must stay as they are
+	// The scenario breaks its disk, so the kernel is expected to complain.
+	brokenDisk bool
 
 	vault    *exec.Cmd
 	hangUp   io.Closer // its standard input, whose end ends it

@@ -25,11 +25,17 @@ var scenarios = map[string]func(*machine) error{
 	"inuse":         inUse,
 	"stolen":        stolen,
 	"leave":         leave,
+	"revoke":        revoke,
 	"export-write":  exportWrite,
 	"export-verify": exportVerify,
 	"demo-1":        demoFirstBoot,
 	"demo-2":        demoSecondBoot,
 	"demo-on-host":  demoOnHost,
+
+	"powercut-prepare": powerCutPrepare,
+	"powercut-write":   powerCutWrite,
+	"powercut-check":   powerCutCheck,
+	"disk-errors":      diskErrors,
 }
 
 func (m *machine) runScenario(name string) error {

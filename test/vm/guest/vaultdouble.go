@@ -1,10 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -60,8 +60,27 @@ func runVault(args []string) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
-		io.Copy(io.Discard, os.Stdin) // ends with the process that started this one
-		cancel()
+		defer cancel()
+		for in := bufio.NewScanner(os.Stdin); in.Scan(); { // ends with the process that started this one
+			if err := tellDouble(double, in.Text()); err != nil {
+				fmt.Fprintln(os.Stderr, "vault double:", err)
+				return
+			}
+		}
 	}()
 	return double.Serve(ctx, tls, imds)
+}
+
+// tellDouble does to the key what an administrator of the vault would.
+func tellDouble(double *vaulttest.Server, command string) error {
+	switch command {
+	case "disable":
+		return double.SetEnabled(keyURL, false)
+	case "enable":
+		return double.SetEnabled(keyURL, true)
+	case "rotate":
+		_, err := double.AddKey(keyURL, 2048)
+		return err
+	}
+	return fmt.Errorf("unknown command %q", command)
 }

@@ -15,12 +15,12 @@ import (
 // modules that a guest loads, in this order, each after what it needs. A
 // kernel that has one built in does without.
 var modules = []string{
-	"virtio_pci", "virtio_blk", "virtio_console", "nbd", "ext4",
-	"dm-crypt", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
+	"virtio_pci", "virtio_blk", "virtio_console", "nbd", "ext4", "xfs",
+	"dm-crypt", "dm-flakey", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
 }
 
 // guestTools that a guest runs, copied from the host.
-var guestTools = []string{"mkfs.ext4", "e2fsck", "cryptsetup", "dmsetup", "blkid"}
+var guestTools = []string{"mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair", "cryptsetup", "dmsetup", "blkid"}
 
 // A Lab is what several boots share: a folder, a kernel and an initramfs
 // with hostcryptd and the guest program. Its fields may be read by several

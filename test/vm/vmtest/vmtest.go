@@ -38,8 +38,11 @@ var tools = map[string]string{
 	"go":                 "golang-go",
 	"ldd":                "libc-bin",
 	"mkfs.ext4":          "e2fsprogs",
+	"mkfs.xfs":           "xfsprogs",
 	"modprobe":           "kmod",
+	"nbdkit":             "nbdkit",
 	"qemu-system-x86_64": "qemu-system-x86",
+	"xfs_repair":         "xfsprogs",
 	"xz":                 "xz-utils",
 	"zstd":               "zstd",
 }

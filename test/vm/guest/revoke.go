@@ -1,0 +1,226 @@
+package main
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The times of the scenario: short, so that the whole of it is.
+const (
+	revokeHeartbeat = 5 * time.Second
+	revokeConfirm   = 6 * time.Second
+	revokeGrace     = 10 * time.Second
+)
+
+// keyStatus is what status says of a volume's key.
+type keyStatus struct {
+	State      string    `json:"state"`
+	Wiped      bool      `json:"wiped"`
+	LastGood   time.Time `json:"last_good"`
+	AccessLost time.Time `json:"access_lost"`
+	Stopped    time.Time `json:"stopped"`
+	Reason     string    `json:"reason"`
+}
+
+func (m *machine) keyStatus() (keyStatus, error) {
+	out, err := command("hostcryptd", "status", m.disk, "--json").Output()
+	if err != nil {
+		return keyStatus{}, err
+	}
+	var s struct {
+		Key keyStatus `json:"key"`
+	}
+	err = json.Unmarshal(out, &s)
+	return s.Key, err
+}
+
+// waitKey waits until the key is in a state.
+func (m *machine) waitKey(state string, limit time.Duration) (keyStatus, error) {
+	var s keyStatus
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		var err error
+		if s, err = m.keyStatus(); err != nil {
+			return s, err
+		}
+		if s.State == state {
+			return s, nil
+		}
+	}
+	return s, fmt.Errorf("after %v the key is %s, want %s: %s", limit, s.State, state, s.Reason)
+}
+
+// A pageWriter writes pages of a device at random places, each stable when it
+// has been answered, until one fails.
+type pageWriter struct {
+	f       *os.File
+	pages   []uint32 // what was answered, by page; 0 for nothing
+	pending int      // page of the write that failed, which may be there or not
+	writes  int
+	err     error
+	failed  time.Time
+	done    chan struct{}
+}
+
+const pageSize = 4096
+
+// alignedPage returns a page as O_DIRECT wants it.
+func alignedPage() []byte {
+	b := make([]byte, 2*pageSize)
+	skip := -int(uintptr(unsafe.Pointer(&b[0]))) & (pageSize - 1)
+	return b[skip : skip+pageSize : skip+pageSize]
+}
+
+func fillPage(p []byte, page int, value uint32) {
+	for i := 0; i < len(p); i += 8 {
+		binary.LittleEndian.PutUint32(p[i:], uint32(page))
+		binary.LittleEndian.PutUint32(p[i+4:], value)
+	}
+}
+
+func startPageWriter(dev string, size int64) (*pageWriter, error) {
+	f, err := os.OpenFile(dev, os.O_RDWR|unix.O_DIRECT|unix.O_DSYNC, 0)
+	if err != nil {
+		return nil, err
+	}
+	w := &pageWriter{f: f, pages: make([]uint32, size/pageSize), pending: -1, done: make(chan struct{})}
+	go func() {
+		defer close(w.done)
+		p := alignedPage()
+		r := rand.New(rand.NewPCG(1, 2))
+		for n := uint32(1); ; n++ {
+			page := r.IntN(len(w.pages))
+			fillPage(p, page, n)
+			if _, w.err = f.WriteAt(p, int64(page)*pageSize); w.err != nil {
+				w.pending, w.failed = page, time.Now()
+				return
+			}
+			w.pages[page] = n
+			w.writes++
+		}
+	}()
+	return w, nil
+}
+
+// verify reads back what was answered.
+func (w *pageWriter) verify() (checked int, err error) {
+	p, want := alignedPage(), alignedPage()
+	for page, value := range w.pages {
+		if value == 0 || page == w.pending {
+			continue
+		}
+		if _, err := w.f.ReadAt(p, int64(page)*pageSize); err != nil {
+			return checked, err
+		}
+		fillPage(want, page, value)
+		if string(p) != string(want) {
+			return checked, fmt.Errorf("page %d was answered, and reads as something else now", page)
+		}
+		checked++
+	}
+	return checked, nil
+}
+
+// tellVault gives the double a command.
+func (m *machine) tellVault(what string) error {
+	m.say("the vault's administrator: %s the key", what)
+	_, err := io.WriteString(m.hangUp.(io.Writer), what+"\n")
+	return err
+}
+
+// revoke disables the vault's key under a volume that is being written to: the
+// volume stops in time and its keys are wiped, nothing that was answered is
+// lost, and it goes on when the key is back.
+func revoke(m *machine) error {
+	m.brokenDisk = true // the kernel reports the errors that it's given
+	if err := m.format(); err != nil {
+		return err
+	}
+	s, err := m.serve("--unseal-timeout", "60s", "--heartbeat", revokeHeartbeat.String(), "--confirm", revokeConfirm.String(), "--grace", revokeGrace.String())
+	if err != nil {
+		return err
+	}
+	if !s.running() {
+		return fmt.Errorf("hostcryptd serve ended with exit code %d", s.code)
+	}
+	size, err := deviceSize(s.dev)
+	if err != nil {
+		return err
+	}
+	w, err := startPageWriter(s.dev, min(size, 32<<20))
+	if err != nil {
+		return err
+	}
+	defer w.f.Close()
+	if _, err := m.waitKey("unlocked", 30*time.Second); err != nil {
+		return err
+	}
+	time.Sleep(3 * time.Second)
+	select {
+	case <-w.done:
+		return fmt.Errorf("writing failed while all was well: %w", w.err)
+	default:
+	}
+
+	begun := time.Now()
+	if err := m.tellVault("disable"); err != nil {
+		return err
+	}
+	// Three looks and one more, each some seconds of an emulated machine.
+	limit := revokeHeartbeat*6/5 + 2*revokeConfirm + revokeGrace + 30*time.Second
+	key, err := m.waitKey("revoked", limit)
+	if err != nil {
+		return err
+	}
+	if !key.Wiped || key.AccessLost.IsZero() || key.Stopped.IsZero() {
+		return fmt.Errorf("revoked, but %+v", key)
+	}
+	select {
+	case <-w.done:
+	case <-time.After(10 * time.Second):
+		return errors.New("writes go on after the volume was revoked")
+	}
+	if !errors.Is(w.err, unix.EIO) && !errors.Is(w.err, unix.ESHUTDOWN) {
+		return fmt.Errorf("the write after the revocation failed with %w, want EIO", w.err)
+	}
+	if w.failed.Sub(key.LastGood) < revokeGrace {
+		return fmt.Errorf("the volume stopped %v after the last success, want %v at least", w.failed.Sub(key.LastGood), revokeGrace)
+	}
+	m.figure("key disabled until access was known to be lost", key.AccessLost.Sub(begun).Seconds(), "s")
+	m.figure("key disabled until keys wiped", key.Stopped.Sub(begun).Seconds(), "s")
+	m.figure("keys wiped after the last write was refused", key.Stopped.Sub(w.failed).Seconds(), "s")
+	m.figure("writes answered", float64(w.writes), "")
+	if w.writes == 0 {
+		return errors.New("nothing was written")
+	}
+
+	begun = time.Now()
+	if err := m.tellVault("enable"); err != nil {
+		return err
+	}
+	if _, err := m.run("hostcryptd", "unlock", m.disk); err != nil {
+		return err
+	}
+	if _, err := m.waitKey("unlocked", 60*time.Second); err != nil {
+		return err
+	}
+	m.figure("key enabled until unlocked", time.Since(begun).Seconds(), "s")
+	checked, err := w.verify()
+	if err != nil {
+		return err
+	}
+	m.figure("pages verified", float64(checked), "")
+	w.f.Close()
+	if _, err := m.run("hostcryptd", "audit", "verify"); err != nil {
+		return err
+	}
+	return s.detach()
+}

@@ -1,0 +1,219 @@
+//go:build vm
+
+package vm
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"hostcryptd/test/vm/report"
+	"hostcryptd/test/vm/vmtest"
+)
+
+const (
+	// cutVolumeSize is sparse. mkfs.xfs makes no file system below 300 MiB.
+	cutVolumeSize = 384 << 20
+	cutCycles     = 5 // power cuts, if $HOSTCRYPTD_VM_CYCLES doesn't say
+)
+
+// A powerCut is two volumes, one with ext4 and one with xfs, on disks that
+// lose what was not flushed when the power is cut.
+type powerCut struct {
+	*lab
+	seed    uint64
+	rand    *rand.Rand // when to cut
+	hostKey string
+	acked   map[string]int // by file system: the last record acknowledged
+}
+
+// testPowerCut cuts the power at random moments while records are written
+// and fsynced, and finds every acknowledged one after the next boot. The
+// control is one cut of a disk that ignores flushes, which must lose some.
+func testPowerCut(t *testing.T, l *lab) {
+	begun := time.Now()
+	cycles := cutCycles
+	if s := os.Getenv("HOSTCRYPTD_VM_CYCLES"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 {
+			t.Fatalf("HOSTCRYPTD_VM_CYCLES is %q, want a number of power cuts", s)
+		}
+		cycles = n
+	}
+	seed := rand.Uint64()
+	if s := os.Getenv("HOSTCRYPTD_VM_SEED"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatalf("HOSTCRYPTD_VM_SEED is %q, want a number", s)
+		}
+		seed = n
+	}
+	t.Logf("seed %d: HOSTCRYPTD_VM_SEED=%d has the same records and the same delays", seed, seed)
+	p := &powerCut{
+		lab: l, seed: seed, rand: rand.New(rand.NewPCG(seed, 0)),
+		hostKey: filepath.Join(l.Dir, "powercut.key"),
+		acked:   map[string]int{},
+	}
+	p.prepare(t)
+
+	// The control begins with a copy, so that all it can lose was written
+	// after its disk began to ignore flushes.
+	if err := vmtest.CopySparse(p.image("control"), p.image("ext4")); err != nil {
+		t.Fatal(err)
+	}
+	for i := range cycles {
+		fstype := []string{"ext4", "xfs"}[i%2]
+		n := p.cycle(t, fmt.Sprintf("powercut-%d-%s", i+1, fstype), fstype, p.image(fstype), false)
+		t.Logf("power cut %d of %d: %s, record %d is the last acknowledged", i+1, cycles, fstype, n)
+		p.acked[fstype] = n
+		p.verifyHeader(t, p.image(fstype))
+	}
+	last, err := p.boot(t.Context(), "powercut-check", "powercut-check", p.params("ext4,xfs"), nil,
+		vmtest.Disk{Serial: "ext4", Path: p.image("ext4")}, vmtest.Disk{Serial: "xfs", Path: p.image("xfs")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fstype := range []string{"ext4", "xfs"} {
+		checked, lost := last.Figures[fstype+" records checked"], last.Figures[fstype+" records lost"]
+		if int(checked.Value) != p.acked[fstype] || lost.Name == "" || lost.Value != 0 {
+			t.Errorf("%s: %v of %v records lost, want 0 of %d", fstype, lost.Value, checked.Value, p.acked[fstype])
+		}
+	}
+	wall, total := time.Since(begun), maps.Clone(p.acked)
+	acked, lost := p.control(t)
+	p.rows = append(p.rows, fmt.Sprintf("PowerCut\t%.1f s\t%d cuts; ext4 %d records acknowledged, 0 lost; xfs %d, 0 lost; control without flushes %d, %d lost in %.1f s\n",
+		wall.Seconds(), cycles, total["ext4"], total["xfs"], acked, lost, (time.Since(begun)-wall).Seconds()))
+}
+
+func (p *powerCut) image(name string) string {
+	return filepath.Join(p.Dir, "powercut-"+name+".img")
+}
+
+// prepare makes the volumes and their file systems, and ends in order.
+func (p *powerCut) prepare(t *testing.T) {
+	t.Helper()
+	for _, fstype := range []string{"ext4", "xfs"} {
+		if err := vmtest.Sparse(p.image(fstype), cutVolumeSize); err != nil {
+			t.Fatal(err)
+		}
+		p.command(t, p.Hostcryptd, "format", p.image(fstype), "--host-key", p.hostKey,
+			"--recovery-key", p.image(fstype)+".recovery", "--yes", "--audit-log", "none", "--pins", p.pins())
+	}
+	_, err := p.boot(t.Context(), "powercut-prepare", "powercut-prepare", p.params(""), nil,
+		vmtest.Disk{Serial: "ext4", Path: p.image("ext4")}, vmtest.Disk{Serial: "xfs", Path: p.image("xfs")})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (p *powerCut) pins() string { return filepath.Join(p.Dir, "powercut-pins") }
+
+// verifyHeader checks both copies of the header of an image that nobody uses.
+func (p *powerCut) verifyHeader(t *testing.T, image string) {
+	t.Helper()
+	p.command(t, p.Hostcryptd, "header", "verify", image, "--host-key", p.hostKey, "--audit-log", "none", "--pins", p.pins())
+}
+
+// params are the parameters of the guest program.
+func (p *powerCut) params(fs string) map[string]string {
+	key, _ := os.ReadFile(p.hostKey) // without it no volume opens, which says so
+	return map[string]string{
+		"fs": fs, "seed": strconv.FormatUint(p.seed, 10), "hostkey": hex.EncodeToString(key),
+		"acked.ext4": strconv.Itoa(p.acked["ext4"]), "acked.xfs": strconv.Itoa(p.acked["xfs"]),
+	}
+}
+
+// boot is [lab.boot] with a name for the logs, and a function that is called
+// when the guest acknowledges its first record. It returns the error of the boot.
+func (p *powerCut) boot(ctx context.Context, name, scenario string, params map[string]string, writing func(*vmtest.VM), disks ...vmtest.Disk) (*vmtest.Result, error) {
+	words := []string{"hostcryptd.scenario=" + scenario}
+	for _, key := range slices.Sorted(maps.Keys(params)) {
+		words = append(words, "hostcryptd."+key+"="+params[key])
+	}
+	var v *vmtest.VM
+	v, err := vmtest.Start(ctx, vmtest.Config{
+		Name: name, Dir: p.Dir, Kernel: p.Kernel, Initrd: p.Initrd, Append: words, Disks: disks, Timeout: 4 * time.Minute,
+		OnEvent: func(e report.Event) {
+			if e.Kind == report.Figure && e.Name == "acked" && writing != nil {
+				writing(v)
+				writing = nil
+			}
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return v.Wait()
+}
+
+// cycle boots, has the guest check what the last cycle left and write
+// records, and cuts the power. It returns the last record acknowledged.
+func (p *powerCut) cycle(t *testing.T, name, fstype, image string, ignoreFlush bool) int {
+	t.Helper()
+	disk, err := vmtest.StartVolatileDisk(t.Context(), image, filepath.Join(p.Dir, name+".sock"), ignoreFlush)
+	if err != nil {
+		t.Fatal(err)
+	}
+	delay := time.Duration(200+p.rand.IntN(3800)) * time.Millisecond
+	cut := make(chan error, 1)
+	r, err := p.boot(t.Context(), name, "powercut-write", p.params(fstype), func(v *vmtest.VM) {
+		time.AfterFunc(delay, func() {
+			err := disk.Cut()
+			v.Kill()
+			cut <- err
+		})
+	}, vmtest.Disk{Serial: fstype, Socket: filepath.Join(p.Dir, name+".sock")})
+	select {
+	case cutErr := <-cut:
+		if cutErr != nil {
+			t.Fatal(cutErr)
+		}
+	default:
+		t.Fatal(errors.Join(err, errors.New("the guest ended before the power was cut"), disk.Cut()))
+	}
+	if !errors.Is(err, context.Canceled) {
+		t.Fatalf("the boot ended with %v, want the power cut", err)
+	}
+	acked := int(r.Figures["acked"].Value)
+	if acked <= p.acked[fstype] {
+		t.Fatalf("no record was acknowledged in %s (logs: %s)", delay, filepath.Join(p.Dir, name+".*"))
+	}
+	return acked
+}
+
+// control cuts the power of a disk that ignores flushes and expects that
+// acknowledged records are lost: otherwise the disk isn't volatile, and the
+// cycles before have proved nothing.
+func (p *powerCut) control(t *testing.T) (acked, lost int) {
+	t.Helper()
+	p.acked = map[string]int{"ext4": 0, "xfs": 0}
+	acked = p.cycle(t, "powercut-control", "ext4", p.image("control"), true)
+	p.acked["ext4"] = acked
+	r, err := p.boot(t.Context(), "powercut-control-check", "powercut-check", p.params("ext4"), nil,
+		vmtest.Disk{Serial: "ext4", Path: p.image("control")})
+	if err == nil {
+		t.Errorf("control: a disk that ignores flushes lost none of %d acknowledged records", acked)
+		return acked, 0
+	}
+	if r == nil || !strings.Contains(err.Error(), "acknowledged records are lost") {
+		t.Errorf("control: the boot failed, but not for lost records: %v", err)
+		return acked, 0
+	}
+	lost = int(r.Figures["ext4 records lost"].Value)
+	why, _, _ := strings.Cut(err.Error(), "\n")
+	t.Logf("control: %s", why)
+	if lost == 0 {
+		t.Errorf("control: a disk that ignores flushes lost none of %d acknowledged records", acked)
+	}
+	return acked, lost
+}
