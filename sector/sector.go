@@ -148,5 +148,5 @@ func readHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
 	case errors.Is(err, luks2.ErrChecksum), errors.Is(err, luks2.ErrInvalid):
 		return nil, copies, fmt.Errorf("%w: %s; restore it from a backup with 'hostcryptd header restore'", ErrDamaged, copies.Describe())
 	}
-	return nil, copies, err
+	return nil, copies, fmt.Errorf("%w: neither copy of the header can be read: %w; if the disk is failing, copy it and restore the header there with 'hostcryptd header restore'", ErrDevice, err)
 }
