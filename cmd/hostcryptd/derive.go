@@ -82,6 +82,9 @@ func deriveElsewhere(ctx context.Context, header []byte, volumeKey *[sector.Volu
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", deriveArg)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = []string{}
+	if race := os.Getenv("GORACE"); race != "" { // of tests, see keyunseal.Child
+		cmd.Env = append(cmd.Env, "GORACE="+race)
+	}
 	cmd.Stdin = bytes.NewReader(header)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr

@@ -64,6 +64,7 @@ func params(dir string) testscript.Params {
 			// System tools live in sbin, and HOME must not be the user's.
 			env.Setenv("PATH", env.Getenv("PATH")+string(os.PathListSeparator)+"/usr/sbin:/sbin:/usr/bin:/bin")
 			env.Setenv("XDG_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
+			env.Setenv("GORACE", os.Getenv("GORACE"))
 			env.Setenv("HOSTCRYPTD_PINS", filepath.Join(env.WorkDir, "pins"))
 			env.Setenv("HOSTCRYPTD_AUDIT_LOG", filepath.Join(env.WorkDir, "audit.log"))
 			return nil
