@@ -51,7 +51,7 @@ type arena struct {
 	mem   []byte
 	pages int
 
-	mu       sync.Mutex // guards what follows; nothing is called with it held
+	mu       sync.Mutex // guards what follows; nothing that waits is called with it held
 	taken    []uint64   // one bit for each page
 	resident []uint64   // the pages used since they were last given back
 	low      int        // no page below is free
@@ -74,6 +74,7 @@ type waiter struct {
 	size    int
 	buf     []byte        // set before granted is sent
 	granted chan struct{} // capacity 1
+	notify  func()        // if not nil, is called after that, with the lock held
 	next    *waiter
 }
 
@@ -203,6 +204,9 @@ func (a *arena) grant() {
 			a.tail = nil
 		}
 		w.granted <- struct{}{}
+		if w.notify != nil {
+			w.notify()
+		}
 	}
 }
 

@@ -90,6 +90,7 @@ var errDisconnect = errors.New("disconnect")
 // connection and are reused.
 type request struct {
 	header
+	index uint32 // in conn.slots
 	errno uint32
 	buf   []byte // payload of a write, or room for that of a read; from the arena
 	reply [maxReplySize]byte
@@ -100,6 +101,10 @@ type request struct {
 	pending int      // of a parent: pieces not yet done, and those not received count as one
 	dropped bool     // of a parent: the rest won't come
 	sync    bool     // of a parent with FUA: all pieces are written, but may be volatile
+
+	// With io_uring, see ringLoop.
+	io     ringIO
+	ticket uint64 // of AsyncDevice.BeginWrite
 }
 
 // slow reports whether the command alone says that it may take long.
@@ -165,6 +170,9 @@ type conn struct {
 	size uint64
 	ses  session
 
+	slots []request // all that there are
+	ring  *ringLoop // nil with the portable engine
+
 	ctx   context.Context // done when no more requests should be taken
 	abort context.CancelCauseFunc
 
@@ -173,6 +181,8 @@ type conn struct {
 		in       input
 		window   int         // how much to read at once
 		slots    list        // requests to use
+		short    bool        // of io_uring: there was no room for the next request
+		queued   bool        // of io_uring: waiter is in the queue of the arena
 		skip     int         // bytes still to come of the payload of refused
 		refused  *request    // is answered when its payload has passed
 		long     *request    // a write in pieces whose payload is coming
@@ -258,9 +268,16 @@ func newConn(ctx context.Context, s *Server, ses session, in *input) (*conn, err
 	rd.starved.Stop()
 	// As many again as there are workers, so that they can go on while replies
 	// wait to be sent.
-	slots := make([]request, 2*s.cfg.InFlight)
-	for i := range slots {
-		rd.slots.push(&slots[i])
+	c.slots = make([]request, 2*s.cfg.InFlight)
+	for i := range c.slots {
+		c.slots[i].index = uint32(i)
+		rd.slots.push(&c.slots[i])
+	}
+	if dev, raw := s.ringable(&ses, in.nc); dev != nil {
+		if c.ring, err = newRingLoop(c, dev, raw); err != nil {
+			c.abort(nil)
+			return nil, fmt.Errorf("nbd: preparing the connection: %w", err)
+		}
 	}
 	if _, ok := in.nc.(*tls.Conn); ok {
 		c.sender.gather = make([]byte, 0, gatherBuffer)
@@ -292,6 +309,11 @@ func enlarge(fd int) {
 // every request taken has been answered unless the connection failed.
 func (c *conn) run(ctx context.Context) error {
 	defer c.abort(nil)
+	if c.ring != nil {
+		if err, ok := c.runRing(ctx); ok {
+			return err
+		}
+	}
 
 	// The workers exist from the start: none has to be made when the kernel
 	// waits for a request in order to get memory.
@@ -326,6 +348,12 @@ func (c *conn) run(ctx context.Context) error {
 	for c.rescues > 0 {
 		c.rescued.Wait()
 	}
+	return c.result(ctx)
+}
+
+// result is what run returns, after it has refused what came too late. Callers
+// hold mu; nothing else of the connection runs.
+func (c *conn) result(ctx context.Context) error {
 	if c.failed != nil {
 		return c.failed
 	}
@@ -508,7 +536,7 @@ func (c *conn) accept(err error) {
 	for r := rd.answered.pop(); r != nil; r = rd.answered.pop() {
 		c.finish(r, r.errno)
 	}
-	if c.ready.n > 0 {
+	if c.ready.n > 0 && c.ring == nil {
 		c.guard()
 	}
 	if err == nil {
@@ -532,7 +560,7 @@ func (c *conn) accept(err error) {
 	if rd.refused != nil {
 		c.drop(rd.refused)
 	}
-	for c.wakeOne() {
+	for c.ring == nil && c.wakeOne() {
 	}
 }
 
@@ -602,6 +630,9 @@ func (c *conn) breakOff(err error) {
 		c.failed = err
 		c.abort(err)
 		_ = c.nc.SetDeadline(longAgo)
+		if c.ring != nil {
+			c.ring.kick()
+		}
 	}
 }
 
@@ -705,6 +736,7 @@ func (c *conn) readv(fd uintptr) bool {
 func (c *conn) parse() error {
 	rd := &c.reader
 	head := c.ses.mode.requestSize()
+	rd.short = false
 	for {
 		if rd.refused != nil {
 			n := min(rd.skip, len(rd.in.buffered()))
@@ -759,7 +791,7 @@ func (c *conn) parse() error {
 				errno = errShutdown
 			}
 		}
-		*r = request{header: h, errno: errno, buf: buf}
+		*r = request{index: r.index, header: h, errno: errno, buf: buf}
 		rd.in.r += head
 		rd.accepted++
 		switch {
@@ -803,6 +835,7 @@ func (c *conn) parsePayload() (bool, error) {
 			return false, context.Cause(c.ctx)
 		}
 		*r = request{
+			index:  r.index,
 			header: header{cmd: cmdWrite, off: rd.long.off + rd.longDone, length: size},
 			buf:    buf,
 			parent: rd.long,
@@ -831,8 +864,11 @@ func (c *conn) parsePayload() (bool, error) {
 }
 
 // nothingElse reports whether the reader may wait for room: it has found
-// nothing in this round that has to be done first.
-func (c *conn) nothingElse() bool { return c.reader.taken.n == 0 && c.reader.answered.n == 0 }
+// nothing in this round that has to be done first. The loop of io_uring never
+// waits for room alone.
+func (c *conn) nothingElse() bool {
+	return c.ring == nil && c.reader.taken.n == 0 && c.reader.answered.n == 0
+}
 
 // slot returns a request to use, or nil if something else has to be done first.
 func (c *conn) slot() *request {
@@ -843,6 +879,7 @@ func (c *conn) slot() *request {
 		c.starving = rd.slots.n == 0 && c.nothingElse()
 		starving := c.starving
 		c.mu.Unlock()
+		rd.short = rd.slots.n == 0
 		if starving {
 			<-c.freed
 		} else if rd.slots.n == 0 {
@@ -856,6 +893,9 @@ func (c *conn) slot() *request {
 // returns nil and true if something else has to be done first, nil and false if
 // no more requests are to be taken.
 func (c *conn) memory(size int) (buf []byte, wait bool) {
+	if c.ring != nil {
+		return c.ring.memory(size)
+	}
 	need := int64(size+pageSize-1) &^ (pageSize - 1)
 	for c.held.Load()+need > c.s.share {
 		if !c.nothingElse() {

@@ -36,6 +36,7 @@ func newHarness(t testing.TB, cfg nbd.Config, exports ...nbd.Export) *harness {
 	if cfg.Grace == 0 {
 		cfg.Grace = 100 * time.Millisecond
 	}
+	async(t, exports)
 	s, err := nbd.New(cfg, exports...)
 	if err != nil {
 		t.Fatal(err)

@@ -36,6 +36,14 @@
 // [Device.WriteAtFUA], or, if it is long, WriteAt and Sync. Hence every export
 // advertises CAN_MULTI_CONN.
 //
+// # Engines
+//
+// A device that is an [AsyncDevice] is served by io_uring where the kernel has
+// it: one thread per connection has many requests on the device at once. All
+// else, and TLS, has the portable engine, which needs a thread for each. The
+// environment variable HOSTCRYPTD_ENGINE=portable forces that one, for
+// diagnosis; "io_uring" makes it an error if there is none.
+//
 // # Memory
 //
 // Payloads live in one arena outside the Go heap, whose size is fixed when the

@@ -7,12 +7,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"sync"
 	"syscall"
 	"time"
 
 	"go.uber.org/zap"
+
+	"hostcryptd/nbd/uring"
 )
 
 // Config holds the limits of a server. The zero value is fit for use.
@@ -37,6 +40,11 @@ type Config struct {
 	// MaxPerPeer is how many connections one user may have on Unix sockets, and
 	// one host by TCP. An IPv6 host is its /64 network. Zero is MaxConnections.
 	MaxPerPeer int
+
+	// Engine chooses how requests are run. Empty is [EngineURing] where the
+	// kernel has it, unless the environment variable HOSTCRYPTD_ENGINE is
+	// "portable" or "io_uring".
+	Engine Engine
 
 	// InFlight is how many requests of one connection run on the device at the
 	// same time. As many again may wait for their replies to be taken. Zero is
@@ -64,6 +72,53 @@ type Config struct {
 	Grace time.Duration
 }
 
+// An Engine is a way to run requests. They give the same results.
+type Engine string
+
+const (
+	// EnginePortable has a thread for each request that is on the device. It
+	// is what connections with TLS and devices that aren't an [AsyncDevice]
+	// get in any case.
+	EnginePortable Engine = "portable"
+
+	// EngineURing has the kernel do many reads and writes at once, by
+	// io_uring(7), for devices that are an AsyncDevice.
+	EngineURing Engine = "io_uring"
+)
+
+// chooseEngine returns what Config.Engine asks for. Who asks for io_uring by
+// name gets it or an error.
+func chooseEngine(e Engine) (Engine, error) {
+	if e == "" {
+		e = Engine(os.Getenv("HOSTCRYPTD_ENGINE"))
+	}
+	switch e {
+	case EnginePortable:
+		return e, nil
+	case "", EngineURing:
+	default:
+		return "", fmt.Errorf("nbd: there is no engine %.20q; there are %q and %q", e, EngineURing, EnginePortable)
+	}
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread() // as package uring wants it
+		defer runtime.UnlockOSThread()
+		r, err := uring.New(8)
+		if err == nil {
+			err = r.Close()
+		}
+		result <- err
+	}()
+	err := <-result
+	switch {
+	case err == nil:
+		return EngineURing, nil
+	case e == EngineURing:
+		return "", fmt.Errorf("nbd: this kernel doesn't give io_uring to this process: %w", err)
+	}
+	return EnginePortable, nil
+}
+
 // A Server serves exports. It is safe for concurrent use.
 type Server struct {
 	cfg     Config
@@ -71,6 +126,7 @@ type Server struct {
 	arena   *arena
 	share   int64 // the most that a connection may hold of the arena, in bytes
 	procs   int
+	engine  Engine
 	epoch   time.Time
 
 	mu       sync.Mutex // guards what follows
@@ -120,6 +176,10 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 		}
 		names[e.Name] = true
 	}
+	engine, err := chooseEngine(cfg.Engine)
+	if err != nil {
+		return nil, err
+	}
 	a, err := newArena(cfg.Arena)
 	if err != nil {
 		return nil, err
@@ -129,6 +189,7 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 		exports: append([]Export(nil), exports...),
 		arena:   a,
 		share:   max(cfg.Arena/2, MaxPayload),
+		engine:  engine,
 		procs:   runtime.GOMAXPROCS(0),
 		epoch:   time.Now(),
 		peers:   make(map[peerKey]int),
@@ -168,6 +229,15 @@ func (s *Server) export(name string) *Export {
 		return &s.exports[0]
 	}
 	return nil
+}
+
+// Engine returns the engine that serves the first export, on connections
+// without TLS.
+func (s *Server) Engine() Engine {
+	if dev, ok := s.exports[0].Device.(AsyncDevice); ok && dev.Async() {
+		return s.engine
+	}
+	return EnginePortable
 }
 
 // TransmissionFlags returns the flags of an export as the kernel wants them,

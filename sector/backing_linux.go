@@ -19,13 +19,15 @@ import (
 // A block device is opened with O_EXCL, so that neither a mount nor
 // device-mapper can take it, and with O_DIRECT, so that what has been answered
 // is with the disk. An image file is locked against other users by a lock that
-// QEMU knows too, and goes through the page cache.
+// QEMU knows too, and goes through the page cache unless it is opened with
+// [DeviceOptions].Direct.
 type Device struct {
 	f        *os.File
 	size     int64
 	align    int
 	physical int
 	block    bool
+	direct   bool
 }
 
 // DeviceOptions say how a device is opened.
@@ -34,6 +36,9 @@ type DeviceOptions struct {
 	// Shared opens the device beside those who use it: to look at a header or
 	// to change it. The data must not be touched.
 	Shared bool
+	// Direct opens an image file with O_DIRECT, too. Its sectors must be
+	// multiples of what its file system wants.
+	Direct bool
 }
 
 // OpenDevice opens a block device or an image file. Its errors are
@@ -66,11 +71,12 @@ func openDevice(name string, o DeviceOptions) (_ *Device, err error) {
 	if o.ReadOnly {
 		flags = os.O_RDONLY
 	}
-	if d.block {
+	d.direct = d.block || o.Direct
+	if d.direct {
 		flags |= unix.O_DIRECT
-		if !o.Shared {
-			flags |= unix.O_EXCL
-		}
+	}
+	if d.block && !o.Shared {
+		flags |= unix.O_EXCL
 	}
 	d.f, err = os.OpenFile(name, flags, 0)
 	switch {
@@ -130,6 +136,16 @@ func (d *Device) probeBlock(o DeviceOptions) error {
 // takes on images (block/file-posix.c): a second server and a QEMU that opens
 // the image itself are both kept out, but not cryptsetup's flock on the header.
 func (d *Device) probeFile(o DeviceOptions) error {
+	if d.direct {
+		// Where the file system doesn't say, before Linux 6.1, a page is enough
+		// for all that there are.
+		d.align = 4096
+		var st unix.Statx_t
+		if err := unix.Statx(int(d.f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err == nil &&
+			st.Mask&unix.STATX_DIOALIGN != 0 && st.Dio_offset_align > 0 {
+			d.align = int(max(st.Dio_offset_align, st.Dio_mem_align))
+		}
+	}
 	if o.Shared {
 		return nil
 	}
@@ -157,7 +173,8 @@ func (d *Device) Name() string { return d.f.Name() }
 // Size is in bytes.
 func (d *Device) Size() int64 { return d.size }
 
-// Alignment is the logical block size of a block device, 1 for a file.
+// Alignment is the logical block size of a block device, what O_DIRECT wants of
+// a file, 1 for a file with the page cache.
 func (d *Device) Alignment() int { return d.align }
 
 // AtomicSize is what the device writes whole or not at all, its physical block
@@ -169,8 +186,11 @@ func (d *Device) LockHeader(ctx context.Context, exclusive bool) (unlock func(),
 	return luks2.Lock(ctx, d.f, exclusive)
 }
 
-// Direct is true of a block device, which is opened with O_DIRECT.
-func (d *Device) Direct() bool { return d.block }
+// Direct tells whether the device is opened with O_DIRECT, as block devices are.
+func (d *Device) Direct() bool { return d.direct }
+
+// Descriptor is the file descriptor of the device.
+func (d *Device) Descriptor() int { return int(d.f.Fd()) }
 
 func (d *Device) ReadAt(p []byte, off int64) (int, error)  { return d.f.ReadAt(p, off) }
 func (d *Device) WriteAt(p []byte, off int64) (int, error) { return d.f.WriteAt(p, off) }

@@ -43,6 +43,21 @@ func (l *rangeLock) lock(from, to int64, exclusive bool) uint64 {
 	return mine.ticket
 }
 
+// try is lock with a range held shared, if it can be had at once.
+func (l *rangeLock) try(from, to int64) (ticket uint64, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	mine := span{l.ticket + 1, from, to, false}
+	for _, h := range l.held {
+		if h.conflicts(mine) {
+			return 0, false
+		}
+	}
+	l.ticket++
+	l.held = append(l.held, mine)
+	return mine.ticket, true
+}
+
 // blocked tells whether an earlier span conflicts with s.
 func (l *rangeLock) blocked(s span) bool {
 	for _, h := range l.held {

@@ -59,7 +59,7 @@ func format(t testing.TB, sectorSize int, room int64) *sectortest.Disk {
 	return d
 }
 
-func open1(t testing.TB, b Backing, o OpenOptions) *Volume {
+func open1(t testing.TB, b Backing, o OpenOptions) testVolume {
 	t.Helper()
 	v, err := Open(t.Context(), b, testUnseal, o)
 	if err != nil {
@@ -70,7 +70,7 @@ func open1(t testing.TB, b Backing, o OpenOptions) *Volume {
 			t.Errorf("Close() = %v", err)
 		}
 	})
-	return v
+	return testVolume{v}
 }
 
 // forSectorSizes runs a test for both sector sizes.
@@ -537,9 +537,9 @@ func (s *slowSync) Sync() error {
 // each do only half.
 func TestDeviceErrors(t *testing.T) {
 	for _, cause := range []error{syscall.EIO, syscall.ENOSPC, io.ErrUnexpectedEOF} {
-		for op, request := range map[sectortest.Op]func(*Volume) error{
-			sectortest.Read:  func(v *Volume) error { _, err := v.ReadAt(make([]byte, 100), 50); return err },
-			sectortest.Write: func(v *Volume) error { _, err := v.WriteAt(make([]byte, 8192), 0); return err },
+		for op, request := range map[sectortest.Op]func(testVolume) error{
+			sectortest.Read:  func(v testVolume) error { _, err := v.ReadAt(make([]byte, 100), 50); return err },
+			sectortest.Write: func(v testVolume) error { _, err := v.WriteAt(make([]byte, 8192), 0); return err },
 		} {
 			t.Run(fmt.Sprintf("%s/%v", op, cause), func(t *testing.T) {
 				d := format(t, 4096, testVolumeSize)

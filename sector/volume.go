@@ -30,6 +30,7 @@ type Volume struct {
 	sector   int64  // size of a sector
 	tweak    uint64 // of the first sector
 	align    int64  // of the backing device
+	fd       int    // of the backing device, or -1 if it isn't a descriptor
 	readOnly bool
 	discard  bool
 
@@ -71,10 +72,13 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 		offset: int64(s.Offset), sector: sectorSize, tweak: s.IVTweak,
 		size:     size / sectorSize * sectorSize,
 		align:    int64(b.Alignment()),
-		readOnly: o.ReadOnly, discard: o.Discard,
+		readOnly: o.ReadOnly, discard: o.Discard, fd: -1,
 		keys: k, cipher: c, secretMemory: k.mem.kind,
 	}
 	v.token.Store(int64(token))
+	if d, ok := b.(descriptor); ok {
+		v.fd = d.Descriptor()
+	}
 	if !s.Dynamic {
 		v.size = int64(s.Size)
 	} else if size%sectorSize != 0 {

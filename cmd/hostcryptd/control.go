@@ -83,6 +83,7 @@ type volumeStatus struct {
 }
 
 type serverStatus struct {
+	Engine      string `json:"engine"` // how it does the disk's I/O: io_uring, portable
 	Connections int    `json:"connections"`
 	InFlight    int    `json:"in_flight"`
 	ArenaSize   int64  `json:"arena_size"` // ceiling of the memory for payloads
@@ -266,6 +267,7 @@ func (d *daemon) status() *status {
 	if d.server != nil {
 		n := d.server.Stats()
 		s.Server = newServerStatus(n)
+		s.Server.Engine = string(d.server.Engine())
 	}
 	return s
 }
@@ -484,7 +486,7 @@ func (s *status) print(w io.Writer) {
 		p("requests", "%d reads, %d writes, %d flushes, %d trims, %d zeroes, %d errors", r.Reads, r.Writes, r.Flushes, r.Trims, r.Zeroes, r.Errors)
 	}
 	if n := s.Server; n != nil {
-		p("clients", "%d connections, %d requests in flight", n.Connections, n.InFlight)
+		p("clients", "%d connections, %d requests in flight, %s engine", n.Connections, n.InFlight, n.Engine)
 		p("buffers", "%s of %s, peak %s", bytesText(uint64(n.ArenaUsed)), bytesText(uint64(n.ArenaSize)), bytesText(uint64(n.ArenaPeak)))
 	}
 	p("memory", "%s, peak %s", bytesText(s.Memory.Resident), bytesText(s.Memory.Peak))

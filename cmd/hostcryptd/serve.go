@@ -44,6 +44,7 @@ type serveOptions struct {
 	control       string
 	readOnly      bool
 	discard       bool
+	direct        bool
 	unsealTimeout time.Duration
 
 	tls *tls.Config // of certificates
@@ -146,6 +147,7 @@ since to go would be to lose what was not yet written.`,
 	f.IntVar(&o.connections, "connections", 1, "`NUMBER` of sockets between the kernel and the server")
 	f.StringVar(&o.control, "control", "", "control `SOCKET` (default "+filepath.Join(runDir, "UUID.sock")+")")
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes, and write nothing to the device")
+	f.BoolVar(&o.direct, "direct", false, "keep an image file out of the page cache (O_DIRECT), as block devices are")
 	f.BoolVar(&o.discard, "discard", false, "pass discards on to the device, which shows an observer what is not in use")
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
@@ -194,7 +196,7 @@ const (
 //	backing device → header → control socket → unsealed volume → NBD server
 //	→ Unix socket and kernel device → READY
 func (d *daemon) run(ctx context.Context) (err error) {
-	d.device, err = sector.OpenDevice(d.opts.device, sector.DeviceOptions{ReadOnly: d.opts.readOnly})
+	d.device, err = sector.OpenDevice(d.opts.device, sector.DeviceOptions{ReadOnly: d.opts.readOnly, Direct: d.opts.direct})
 	if err != nil {
 		return err
 	}

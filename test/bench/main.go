@@ -9,9 +9,7 @@
 // within a round. Every read of the own load generator checks its data, and
 // before fio overwrites it all of it is compared byte for byte.
 //
-// On the real disk only servers take part that can bypass the page cache. As
-// root hostcryptd gets a loop device there, so that its path for block devices
-// runs; otherwise the file, through the page cache.
+// On the real disk only servers take part that can bypass the page cache.
 package main
 
 import (
@@ -111,9 +109,6 @@ func run(c config, names, match string) error {
 		if n != "" && !known[n] {
 			return fmt.Errorf("no server %q; there are %v", n, peers)
 		}
-	}
-	if os.Geteuid() == 0 {
-		tools = append(tools, "losetup")
 	}
 	slices.Sort(tools)
 	if err := requireTools(slices.Compact(tools)...); err != nil {

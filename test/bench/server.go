@@ -49,7 +49,7 @@ var peers = []peer{
 // debianPackage names the package of each program that is run.
 var debianPackage = map[string]string{
 	"fio": "fio", "nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "qemu-img": "qemu-utils",
-	"nbdinfo": "libnbd-bin", "losetup": "mount", "go": "golang",
+	"nbdinfo": "libnbd-bin", "go": "golang",
 }
 
 // requireTools reports the programs that are missing and who has them.
@@ -141,24 +141,12 @@ func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, err
 	var args []string
 	switch p.name {
 	case hostcryptd:
-		device := s.file
-		if direct && os.Geteuid() == 0 {
-			loop, err := b.command("losetup", "--find", "--show", "--direct-io=on", "--sector-size=4096", s.file)
-			if err != nil {
-				return nil, err
-			}
-			b.cleanup = append(b.cleanup, func() {
-				if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil {
-					fmt.Fprintf(os.Stderr, "bench: detaching %s: %v: %s\n", loop, err, out)
-				}
-			})
-			device = loop
-		}
 		binary, key := filepath.Join(b.bin, "hostcryptd"), filepath.Join(dir, "host.key")
-		if _, err := b.command(binary, "format", device, "--host-key", key, "--yes"); err != nil {
+		if _, err := b.command(binary, "format", s.file, "--host-key", key, "--yes", "--sector-size", "4096"); err != nil {
 			return nil, err
 		}
-		args = []string{binary, "serve", device, "--host-key", key, "--listen", s.socket, "--control", filepath.Join(dir, "control.sock")}
+		args = []string{binary, "serve", s.file, "--host-key", key, "--listen", s.socket, "--control", filepath.Join(dir, "control.sock"),
+			"--direct=" + strconv.FormatBool(direct)}
 	case passthrough:
 		args = []string{filepath.Join(b.bin, "passthrough"), "-direct=" + strconv.FormatBool(direct), s.file, s.socket}
 	case goNBD:

@@ -44,7 +44,7 @@ func serve(ctx context.Context, path, socket string, direct bool) error {
 		return err
 	}
 	defer f.Close()
-	s, err := nbd.New(nbd.Config{}, nbd.Export{Device: rawFile{f}})
+	s, err := nbd.New(nbd.Config{}, nbd.Export{Device: rawFile{f, int(f.Fd()), direct}})
 	if err != nil {
 		return err
 	}
@@ -60,7 +60,27 @@ func serve(ctx context.Context, path, socket string, direct bool) error {
 }
 
 // A rawFile is a file as a device.
-type rawFile struct{ *os.File }
+type rawFile struct {
+	*os.File
+	fd     int
+	direct bool
+}
+
+var _ nbd.AsyncDevice = rawFile{}
+
+func (f rawFile) Async() bool { return f.direct }
+
+func (f rawFile) BeginRead(_ []byte, off int64) (fd int, at int64, ok bool) { return f.fd, off, true }
+
+func (f rawFile) EndRead(_ []byte, _ int64, n int, err error) (int, error) { return n, err }
+
+func (f rawFile) BeginWrite(_ []byte, off int64, _ bool) (fd int, at int64, ticket uint64, ok bool) {
+	return f.fd, off, 0, true
+}
+
+func (f rawFile) EndWrite(_ []byte, _ int64, _ bool, _ uint64, n int, err error) (int, error) {
+	return n, err
+}
 
 func (f rawFile) Size() (int64, error) {
 	st, err := f.Stat()
@@ -70,7 +90,7 @@ func (f rawFile) Size() (int64, error) {
 	return st.Size(), nil
 }
 
-func (f rawFile) Sync() error { return unix.Fdatasync(int(f.Fd())) }
+func (f rawFile) Sync() error { return unix.Fdatasync(f.fd) }
 
 func (f rawFile) WriteAtFUA(p []byte, off int64) (int, error) {
 	n, err := f.WriteAt(p, off)
@@ -84,7 +104,7 @@ func (f rawFile) Trim(_, _ int64, _ bool) error { return nil }
 
 func (f rawFile) WriteZeroes(off, length int64, fua bool) error {
 	const zeroRange = unix.FALLOC_FL_ZERO_RANGE
-	if err := unix.Fallocate(int(f.Fd()), zeroRange, off, length); err != nil || !fua {
+	if err := unix.Fallocate(f.fd, zeroRange, off, length); err != nil || !fua {
 		return err
 	}
 	return f.Sync()

@@ -1,0 +1,127 @@
+package uring
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"runtime"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func newTestRing(t *testing.T, flags uint32) *Ring {
+	t.Helper()
+	runtime.LockOSThread()
+	r, err := newRing(8, flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+		runtime.UnlockOSThread()
+	})
+	return r
+}
+
+// one submits, and waits for the only completion.
+func one(t *testing.T, r *Ring) Completion {
+	t.Helper()
+	for {
+		if err := r.Enter(true); err != nil {
+			t.Fatal(err)
+		}
+		if c, ok := r.Completed(); ok {
+			return c
+		}
+	}
+}
+
+// TestRing does each operation on rings as new and as old kernels have them.
+func TestRing(t *testing.T) {
+	for name, flags := range map[string]uint32{
+		"6.1": setupSingleIssuer | setupDeferTaskrun, "5.19": setupCoopTaskrun | setupTaskrunFlag, "5.6": 0,
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newTestRing(t, flags)
+			f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			fd := int(f.Fd())
+			data := bytes.Repeat([]byte("0123456789abcdef"), 1000)
+			for i, write := range []func() bool{
+				func() bool { return r.Write(fd, data, 100, 0, false, 1) },
+				func() bool { return r.Write(fd, data, 100, DSync, true, 2) },
+			} {
+				if !write() {
+					t.Fatal("no room")
+				}
+				if c := one(t, r); c.Result != int32(len(data)) || c.Data != uint64(i+1) {
+					t.Errorf("write: %+v", c)
+				}
+			}
+			got := make([]byte, len(data)+1)
+			r.Read(fd, got, 100, false, 3)
+			if c := one(t, r); c.Result != int32(len(data)) || c.Data != 3 || !bytes.Equal(got[:len(data)], data) {
+				t.Errorf("read: %+v", c)
+			}
+			r.Read(-1, got, 0, false, 4)
+			if c := one(t, r); c.Result != -int32(unix.EBADF) {
+				t.Errorf("read of no file: %+v", c)
+			}
+
+			var p [2]int
+			if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(p[0])
+			defer unix.Close(p[1])
+			r.Poll(p[0], unix.POLLIN, 5)
+			if err := r.Enter(false); err != nil || r.Pending() != 1 {
+				t.Fatalf("Enter() = %v, Pending() = %d", err, r.Pending())
+			}
+			if c, ok := r.Completed(); ok {
+				t.Fatalf("poll of an empty pipe: %+v", c)
+			}
+			if _, err := unix.Write(p[1], []byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			if c := one(t, r); c.Data != 5 || c.Result&unix.POLLIN == 0 {
+				t.Errorf("poll: %+v", c)
+			}
+			r.Poll(p[1], unix.POLLERR, 6)
+			r.Cancel(6, 7)
+			for range 2 {
+				if c := one(t, r); c.Data == 6 && c.Result != -int32(unix.ECANCELED) {
+					t.Errorf("canceled poll: %+v", c)
+				}
+			}
+			if r.Pending() != 0 {
+				t.Errorf("Pending() = %d at the end", r.Pending())
+			}
+
+			// As many as there are places, and no more; then again.
+			for range 3 {
+				n := r.Room()
+				for range n {
+					if !r.Read(fd, got[:1], 0, false, 8) {
+						t.Fatal("no room")
+					}
+				}
+				if r.Read(fd, got[:1], 0, false, 8) || r.Room() != 0 {
+					t.Error("a full ring takes more")
+				}
+				for range n {
+					one(t, r)
+				}
+				if r.Room() != n {
+					t.Errorf("Room() = %d, want %d", r.Room(), n)
+				}
+			}
+		})
+	}
+}
