@@ -138,7 +138,7 @@ func (v *Volume) wipe() error {
 }
 
 // Resume unlocks a suspended volume as [Open] does, and lets requests pass
-// again. The header must still describe the volume that was suspended: same
+// again, writes too: the key that Restrict waited for is back. The header must still describe the volume that was suspended: same
 // UUID, place, size and sectors. A volume that isn't suspended is left alone.
 func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) error {
 	if !v.Suspended() {
@@ -164,6 +164,7 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 	}
 	v.keys, v.cipher = again.keys, again.cipher
 	v.token.Store(again.token.Load())
+	v.Restrict(false)
 	again.keys, again.cipher = nil, nil
 	if !v.gate.set(gateOpen) {
 		return errors.Join(ErrClosed, v.wipe())

@@ -244,3 +244,19 @@ func TestRestrict(t *testing.T) {
 		t.Errorf("WriteAt() after = %v", err)
 	}
 }
+
+// TestResumeLiftsRestriction: a volume that was read-only for want of its key,
+// then locked, takes writes when the key is back.
+func TestResumeLiftsRestriction(t *testing.T) {
+	v := open1(t, format(t, 4096, testVolumeSize), OpenOptions{})
+	v.Restrict(true)
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.WriteAt(make([]byte, 512), 0); err != nil || v.Restricted() {
+		t.Errorf("WriteAt() = %v, restricted %v", err, v.Restricted())
+	}
+}
