@@ -12,6 +12,8 @@ import (
 type Request struct {
 	Time            time.Time
 	Route           string // see [Fault]
+	Operation       string // as in the log of Key Vault, such as "KeyUnwrap"; empty for other services
+	Duration        time.Duration
 	Method          string
 	Host            string
 	Path            string // without query
@@ -45,8 +47,8 @@ func (s *Server) Count(route string) int {
 //
 // The routes are "challenge" for every request to a vault without a valid token;
 // with one "get", "versions", "create", "update", "delete", "rotate", "wrapkey",
-// "unwrapkey", "getdeleted", "recover" and "purge"; and "imds", "token" and
-// "discovery" for the identity endpoints.
+// "unwrapkey", "getpolicy", "setpolicy", "getdeleted", "recover" and "purge"; and
+// "imds", "arc", "token" and "discovery" for the identity endpoints.
 type Fault struct {
 	Route string
 	Times int // how many requests; 0 means one, less means all from now on
@@ -92,8 +94,9 @@ func (s *Server) run(w http.ResponseWriter, r *http.Request, entry Request, serv
 	entry.Time, entry.Method, entry.Host, entry.Path = s.opts.Now(), r.Method, hostName(r.Host), r.URL.Path
 	entry.ClientRequestID, entry.UserAgent = r.Header.Get("x-ms-client-request-id"), r.UserAgent()
 	sw := &statusWriter{ResponseWriter: w}
+	begun := time.Now()
 	defer func() {
-		entry.Status = sw.status
+		entry.Status, entry.Duration = sw.status, time.Since(begun)
 		s.mu.Lock()
 		s.requests = append(s.requests, entry)
 		s.mu.Unlock()
@@ -144,8 +147,43 @@ func AnswerError(status int, code, inner, message string) FaultFunc {
 
 // Throttled is a 429 as the live service sends it: without Retry-After.
 func Throttled() FaultFunc {
-	return AnswerError(http.StatusTooManyRequests, "Throttled", "",
-		"Request was not processed because too many requests were received. Reason: VaultRequestTypeLimitReached")
+	return func(w http.ResponseWriter, _ *http.Request, _ http.HandlerFunc) { writeError(w, throttled) }
+}
+
+// ThrottledFor is a 429 that asks to wait.
+func ThrottledFor(d time.Duration) FaultFunc {
+	return func(w http.ResponseWriter, _ *http.Request, _ http.HandlerFunc) {
+		w.Header().Set("Retry-After", fmt.Sprint(int(d.Seconds())))
+		writeError(w, throttled)
+	}
+}
+
+// Page is what a proxy or a load balancer says in a service's place.
+func Page(status int) FaultFunc {
+	return Answer(status, http.Header{"Content-Type": {"text/html"}}, "<html><head><title>"+http.StatusText(status)+"</title></head><body>nginx</body></html>\r\n")
+}
+
+// Slow waits before the true answer's headers and before its body.
+func Slow(header, body time.Duration) FaultFunc {
+	return func(w http.ResponseWriter, r *http.Request, next http.HandlerFunc) {
+		rec := record(r, next)
+		wait(r, header)
+		rec.copyHeader(w)
+		w.WriteHeader(rec.status)
+		http.NewResponseController(w).Flush()
+		wait(r, body)
+		w.Write(rec.body.Bytes())
+	}
+}
+
+func wait(r *http.Request, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-r.Context().Done():
+		panic(http.ErrAbortHandler)
+	}
 }
 
 // Hang doesn't answer while the client or the double is there.

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,7 +49,7 @@ func (s *Server) addIdentity(id Identity, permissions ...string) {
 	s.permit(id.ClientID, permissions)
 }
 
-// Permit replaces the permissions of an identity.
+// Permit replaces the permissions of an identity, after Options.PermitDelay.
 func (s *Server) Permit(clientID string, permissions ...string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -60,7 +61,13 @@ func (s *Server) permit(clientID string, permissions []string) {
 	for _, p := range permissions {
 		set[p] = true
 	}
-	s.permitted[strings.ToLower(clientID)] = set
+	clientID = strings.ToLower(clientID)
+	old, known := s.permitted[clientID]
+	g := grant{new: set}
+	if known && s.opts.PermitDelay > 0 {
+		g.old, g.from = old.new, s.opts.Now().Add(s.opts.PermitDelay)
+	}
+	s.permitted[clientID] = g
 }
 
 // System returns the client id of the identity that the system assigned to this
@@ -171,8 +178,13 @@ func cutLast(s, sep string) (before, after string, found bool) {
 	return s, "", false
 }
 
-// serveIMDS is http://169.254.169.254.
+// serveIMDS is http://169.254.169.254, and the agent of Azure Arc if the client
+// has asked for that.
 func (s *Server) serveIMDS(w http.ResponseWriter, r *http.Request) {
+	if r.Host == arcHost {
+		s.serveArc(w, r)
+		return
+	}
 	s.run(w, r, Request{Route: "imds"}, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json; charset=utf-8")
 		w.Header().Set("Server", "IMDS/150.870.65.1853")
@@ -264,6 +276,18 @@ func (s *Server) serveEntra(w http.ResponseWriter, r *http.Request, host string)
 	route := "discovery"
 	switch {
 	case r.Method == http.MethodGet && r.URL.Path == "/common/discovery/instance":
+		// About any instance that the public clouds know.
+		asked := &url.URL{Host: host}
+		if e := r.URL.Query().Get("authorization_endpoint"); e != "" {
+			var err error
+			if asked, err = url.Parse(e); err != nil {
+				break
+			}
+		}
+		if !isLogin(asked.Host) || strings.HasSuffix(asked.Host, "."+privateCloud) {
+			break
+		}
+		host, base := asked.Host, "https://"+asked.Host+"/"+s.opts.Tenant
 		answer = map[string]any{
 			"tenant_discovery_endpoint": base + "/v2.0/.well-known/openid-configuration",
 			"api-version":               "1.1",
@@ -290,6 +314,8 @@ func (s *Server) serveEntra(w http.ResponseWriter, r *http.Request, host string)
 		switch {
 		case route == "token":
 			answer, status = s.token(r, base+"/oauth2/v2.0/token")
+		case answer == nil && tenant == "common":
+			answer, status = entraError("invalid_instance", 50049, "Unknown or invalid instance."), http.StatusBadRequest
 		case answer == nil:
 			answer, status = entraError("invalid_request", 90002, "Tenant '"+tenant+"' not found."), http.StatusBadRequest
 		}
@@ -313,10 +339,19 @@ func (s *Server) token(r *http.Request, endpoint string) (map[string]any, int) {
 	if id == nil {
 		return entraError("unauthorized_client", 700016, "Application was not found in the directory."), http.StatusBadRequest
 	}
-	if r.PostForm.Get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" || id.Certificate == nil {
+	s.mu.Lock()
+	iss := s.issuers[strings.ToLower(id.ClientID)]
+	s.mu.Unlock()
+	if r.PostForm.Get("client_assertion_type") != "urn:ietf:params:oauth:client-assertion-type:jwt-bearer" || id.Certificate == nil && iss == nil {
 		return entraError("invalid_client", 7000216, "'client_assertion', 'client_secret' or 'request' is required."), http.StatusUnauthorized
 	}
-	if err := s.checkAssertion(r.PostForm.Get("client_assertion"), id, endpoint); err != nil {
+	if iss != nil {
+		if e := s.checkFederated(r.PostForm.Get("client_assertion"), iss); e != nil {
+			return e, http.StatusUnauthorized
+		}
+	} else if err := s.checkAssertion(r.PostForm.Get("client_assertion"), id, endpoint); errors.Is(err, errExpired) {
+		return entraError("invalid_client", 700024, "Client assertion is not within its valid time range."), http.StatusUnauthorized
+	} else if err != nil {
 		return entraError("invalid_client", 700027, "The certificate with identifier used to sign the client assertion is not registered, or the assertion is not valid: "+err.Error()), http.StatusUnauthorized
 	}
 	audience, ok := "", false
@@ -335,6 +370,9 @@ func (s *Server) token(r *http.Request, endpoint string) (map[string]any, int) {
 	lifetime := c.Expires - c.IssuedAt
 	return map[string]any{"token_type": "Bearer", "expires_in": lifetime, "ext_expires_in": lifetime, "access_token": token}, http.StatusOK
 }
+
+// clockSkew is how many seconds a client's clock may be wrong.
+const clockSkew = 300
 
 func (s *Server) checkAssertion(jwt string, id *Identity, endpoint string) error {
 	signed, sig, ok := cutLast(jwt, ".")
@@ -409,8 +447,10 @@ func (s *Server) checkAssertion(jwt string, id *Identity, endpoint string) error
 		return fmt.Errorf("audience %v", c.Audience)
 	case !strings.EqualFold(c.Issuer, id.ClientID) || !strings.EqualFold(c.Subject, id.ClientID):
 		return errors.New("issuer or subject isn't the client")
-	case now >= c.Expires || now < c.NotBefore-300 || c.ID == "":
-		return errors.New("expired, not yet valid, or without an id")
+	case now >= c.Expires+clockSkew || now < c.NotBefore-clockSkew:
+		return errExpired
+	case c.ID == "":
+		return errors.New("no id")
 	}
 	return nil
 }

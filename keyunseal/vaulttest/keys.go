@@ -14,7 +14,9 @@ import (
 	"io"
 	"math/big"
 	"net/http"
+	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -24,6 +26,7 @@ type key struct {
 	host, name string
 	versions   []*version
 	tags       map[string]string
+	policy     *rotationPolicy // nil for the service's own
 
 	// Zero unless the key is being deleted or recovered. While deleted it's gone
 	// from /keys at once, and in /deletedkeys after the delay; the other way
@@ -277,28 +280,33 @@ type route struct {
 	name       string // as in Fault
 	permission string
 	action     string // of Azure RBAC
+	changes    bool   // not possible where the vault is read-only
+	operation  string // as in the log of Key Vault
 	serve      func(s *Server, c *call) (any, error)
 }
 
 // A call is one authenticated request.
 type call struct {
 	host, name, version string
+	query               url.Values
 	body                []byte
 	identity            *Identity
 }
 
 var routes = map[string]*route{
-	"GET key":             {"get", "get", "read", (*Server).getKey},
-	"GET versions":        {"versions", "list", "read", (*Server).listVersions},
-	"POST create":         {"create", "create", "create/action", (*Server).createKey},
-	"PATCH key":           {"update", "update", "update/action", (*Server).updateKey},
-	"DELETE key":          {"delete", "delete", "delete", (*Server).deleteKey},
-	"POST rotate":         {"rotate", "rotate", "rotate/action", (*Server).rotateKey},
-	"POST wrapkey":        {"wrapkey", "wrapKey", "wrap/action", (*Server).wrap},
-	"POST unwrapkey":      {"unwrapkey", "unwrapKey", "unwrap/action", (*Server).unwrap},
-	"GET deletedkey":      {"getdeleted", "get", "read", (*Server).getDeleted},
-	"DELETE deletedkey":   {"purge", "purge", "purge/action", (*Server).purgeDeleted},
-	"POST deletedrecover": {"recover", "recover", "recover/action", (*Server).recoverDeleted},
+	"GET key":             {"get", "get", "read", false, "KeyGet", (*Server).getKey},
+	"GET versions":        {"versions", "list", "read", false, "KeyListVersions", (*Server).listVersions},
+	"POST create":         {"create", "create", "create/action", true, "KeyCreate", (*Server).createKey},
+	"PATCH key":           {"update", "update", "update/action", true, "KeyUpdate", (*Server).updateKey},
+	"DELETE key":          {"delete", "delete", "delete", true, "KeyDelete", (*Server).deleteKey},
+	"POST rotate":         {"rotate", "rotate", "rotate/action", true, "KeyRotate", (*Server).rotateKey},
+	"GET rotationpolicy":  {"getpolicy", "getRotationPolicy", "rotationpolicy/read", false, "KeyGetRotationPolicy", (*Server).getPolicy},
+	"PUT rotationpolicy":  {"setpolicy", "setRotationPolicy", "rotationpolicy/write", true, "KeyUpdateRotationPolicy", (*Server).setPolicy},
+	"POST wrapkey":        {"wrapkey", "wrapKey", "wrap/action", false, "KeyWrap", (*Server).wrap},
+	"POST unwrapkey":      {"unwrapkey", "unwrapKey", "unwrap/action", false, "KeyUnwrap", (*Server).unwrap},
+	"GET deletedkey":      {"getdeleted", "get", "read", false, "KeyGetDeleted", (*Server).getDeleted},
+	"DELETE deletedkey":   {"purge", "purge", "purge/action", true, "KeyPurge", (*Server).purgeDeleted},
+	"POST deletedrecover": {"recover", "recover", "recover/action", true, "KeyRecover", (*Server).recoverDeleted},
 }
 
 // match finds the route of a request: /keys/NAME[/VERSION][/OPERATION] or
@@ -344,7 +352,7 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, host string)
 		"Strict-Transport-Security":     "max-age=31536000;includeSubDomains",
 		"X-Content-Type-Options":        "nosniff",
 		"X-Ms-Keyvault-Network-Info":    "conn_type=Ipv4;addr=127.0.0.1;act_addr_fam=InterNetwork;",
-		"X-Ms-Keyvault-Region":          "australiaeast",
+		"X-Ms-Keyvault-Region":          s.region(),
 		"X-Ms-Keyvault-Service-Version": "1.9.1504.1",
 		"X-Ms-Request-Id":               requestID,
 	} {
@@ -373,8 +381,8 @@ func (s *Server) serveVault(w http.ResponseWriter, r *http.Request, host string)
 	if rt == nil {
 		rt, c = &route{name: "unknown"}, new(call)
 	}
-	c.host, c.identity = host, identity
-	entry := Request{Route: rt.name, RequestID: requestID, ClientID: identity.ClientID}
+	c.host, c.identity, c.query = host, identity, r.URL.Query()
+	entry := Request{Route: rt.name, Operation: rt.operation, RequestID: requestID, ClientID: identity.ClientID}
 	s.run(w, r, entry, func(w http.ResponseWriter, r *http.Request) {
 		answer, err := s.serveRoute(rt, c, r)
 		var e *apiError
@@ -407,11 +415,8 @@ func (s *Server) serveRoute(rt *route, c *call, r *http.Request) (any, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.permitted[strings.ToLower(c.identity.ClientID)][rt.permission] {
-		vault, _, _ := strings.Cut(c.host, ".")
-		return nil, &apiError{http.StatusForbidden, "Forbidden", "ForbiddenByRbac", fmt.Sprintf(
-			"Caller is not authorized to perform action on resource.\r\nIf role assignments, deny assignments or role definitions were changed recently, please observe propagation time.\r\nCaller: appid=%s;oid=%s;iss=%s\r\nAction: 'Microsoft.KeyVault/vaults/keys/%s'\r\nResource: '/subscriptions/00000000-0000-0000-0000-000000000000/resourcegroups/test/providers/microsoft.keyvault/vaults/%s/keys/%s'\r\nAssignment: (not found)\r\nDenyAssignmentId: null\r\nDecisionReason: 'DeniedWithNoValidRBAC' \r\nVault: %s;location=australiaeast\r\n",
-			c.identity.ClientID, c.identity.ObjectID, s.issuer(), rt.action, vault, c.name, vault)}
+	if err := s.admit(rt, c); err != nil {
+		return nil, err
 	}
 	return rt.serve(s, c)
 }
@@ -483,7 +488,7 @@ func (s *Server) bundle(k *key, v *version) *bundle {
 	b := &bundle{Key: jwk{KID: k.kid(v), Kty: "oct-HSM", Ops: v.ops}, Attributes: s.attributes(v), Tags: k.tags}
 	if v.priv != nil {
 		b.Key.Kty, b.Key.N, b.Key.E = "RSA", b64(v.priv.N.Bytes()), b64(big.NewInt(int64(v.priv.E)).Bytes())
-		if isHSM(k.host) {
+		if isHSM(k.host) || s.opts.HSMKeys {
 			b.Key.Kty = "RSA-HSM"
 		}
 	}
@@ -521,11 +526,36 @@ func (s *Server) listVersions(c *call) (any, error) {
 		Value    []item  `json:"value"`
 		NextLink *string `json:"nextLink"`
 	}{Value: []item{}}
-	for _, v := range slices.SortedFunc(slices.Values(k.versions), func(a, b *version) int { return cmp.Compare(a.id, b.id) }) {
+	size := maxPage
+	if m := c.query.Get("maxresults"); m != "" {
+		if size, err = strconv.Atoi(m); err != nil || size < 1 || size > maxPage {
+			return nil, badParameter("The 'maxresults' parameter has to be between 1 and %d.", maxPage)
+		}
+	}
+	sorted := slices.SortedFunc(slices.Values(k.versions), func(a, b *version) int { return cmp.Compare(a.id, b.id) })
+	if skip := c.query.Get("$skiptoken"); skip != "" { // the last version of the page before
+		after, err := unb64(skip)
+		if err != nil {
+			return nil, badParameter("The '$skiptoken' parameter is invalid.")
+		}
+		sorted = slices.DeleteFunc(sorted, func(v *version) bool { return v.id <= string(after) })
+	}
+	for _, v := range sorted[:min(size, len(sorted))] {
 		list.Value = append(list.Value, item{k.kid(v), s.attributes(v), k.tags})
+	}
+	if len(sorted) > size {
+		q := url.Values{"api-version": c.query["api-version"], "$skiptoken": {b64([]byte(sorted[size-1].id))}}
+		if m := c.query.Get("maxresults"); m != "" {
+			q.Set("maxresults", m)
+		}
+		link := "https://" + k.host + ":443/keys/" + k.name + "/versions?" + q.Encode()
+		list.NextLink = &link
 	}
 	return list, nil
 }
+
+// maxPage is how many versions a page has at most.
+const maxPage = 25
 
 type attributeChange struct {
 	Enabled   *bool  `json:"enabled"`
@@ -615,6 +645,9 @@ func (s *Server) rotateKey(c *call) (any, error) {
 		rand.Read(v.aes)
 	}
 	v.ops = old.ops
+	if k.policy != nil && k.policy.Attributes.ExpiryTime != "" {
+		v.exp, _ = addPeriod(v.created, k.policy.Attributes.ExpiryTime) // checked when it was set
+	}
 	s.addVersion(c.host, c.name, v)
 	return s.bundle(k, v), nil
 }
@@ -676,28 +709,36 @@ type result struct {
 	Value string `json:"value"`
 }
 
-// operand reads the body of wrapkey and unwrapkey. newHash is nil for A256KW.
-func (s *Server) operand(c *call, v *version) (newHash func() hash.Hash, value []byte, alg string, err error) {
+// The algorithms of AES keys that pass by the names of PKCS #11; the first is
+// A256KW under another name.
+const (
+	algCKMWrap = "CKM_AES_KEY_WRAP"
+	algCKMPad  = "CKM_AES_KEY_WRAP_PAD"
+)
+
+// operand reads the body of wrapkey and unwrapkey. newHash is nil for AES keys.
+// alg is what the answer repeats, padded tells how an AES key wraps.
+func (s *Server) operand(c *call, v *version) (newHash func() hash.Hash, value []byte, alg string, padded bool, err error) {
 	var p operation
 	if err := json.Unmarshal(c.body, &p); err != nil {
-		return nil, nil, "", badParameter("The request body is missing or not valid JSON.")
+		return nil, nil, "", false, badParameter("The request body is missing or not valid JSON.")
 	}
 	switch {
 	case p.Alg == "RSA-OAEP-256" && v.priv != nil:
 		newHash = sha256.New
 	case p.Alg == "RSA-OAEP" && v.priv != nil:
 		newHash = sha1.New
-	case p.Alg == "A256KW" && v.aes != nil:
+	case (p.Alg == "A256KW" || p.Alg == algCKMWrap || p.Alg == algCKMPad) && v.aes != nil:
 	default:
-		return nil, nil, "", badParameter("Property alg has the invalid or unsupported value %q.", p.Alg)
+		return nil, nil, "", false, badParameter("Property alg has the invalid or unsupported value %q.", p.Alg)
 	}
 	if value, err = unb64(p.Value); err != nil || len(value) == 0 {
-		return nil, nil, "", badParameter("Property value is not a valid base64url string.")
+		return nil, nil, "", false, badParameter("Property value is not a valid base64url string.")
 	}
 	if isHSM(c.host) {
 		alg = p.Alg
 	}
-	return newHash, value, alg, nil
+	return newHash, value, alg, p.Alg == algCKMPad, nil
 }
 
 // usable checks what a key's attributes allow. Outside its validity a key may
@@ -725,7 +766,7 @@ func (s *Server) wrap(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	newHash, value, alg, err := s.operand(c, v)
+	newHash, value, alg, padded, err := s.operand(c, v)
 	if err != nil {
 		return nil, err
 	}
@@ -736,7 +777,11 @@ func (s *Server) wrap(c *call) (any, error) {
 		s.opts.Plaintext("wrapkey", value)
 	}
 	if newHash == nil {
-		wrapped, err := aesWrap(v.aes, value)
+		wrap := aesWrap
+		if padded {
+			wrap = aesWrapPad
+		}
+		wrapped, err := wrap(v.aes, value)
 		if err != nil {
 			return nil, badParameter("%v", err)
 		}
@@ -754,7 +799,7 @@ func (s *Server) unwrap(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	newHash, value, alg, err := s.operand(c, v)
+	newHash, value, alg, padded, err := s.operand(c, v)
 	if err != nil {
 		return nil, err
 	}
@@ -763,6 +808,8 @@ func (s *Server) unwrap(c *call) (any, error) {
 	}
 	var plain []byte
 	switch {
+	case padded:
+		plain, err = aesUnwrapPad(v.aes, value)
 	case newHash == nil:
 		plain, err = aesUnwrap(v.aes, value)
 	case len(value) != v.priv.Size():

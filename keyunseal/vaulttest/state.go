@@ -31,6 +31,7 @@ type savedKey struct {
 	Tags      map[string]string `json:"tags,omitempty"`
 	Deleted   time.Time         `json:"deleted"`
 	Recovered time.Time         `json:"recovered"`
+	Policy    *rotationPolicy   `json:"policy,omitempty"`
 	Versions  []savedVersion    `json:"versions"`
 }
 
@@ -57,7 +58,7 @@ func (s *Server) Save() error {
 	}
 	st := savedState{Tenant: s.opts.Tenant, CACert: s.caCert.Raw, CAKey: caKey, System: s.identities[s.system]}
 	for _, k := range s.keys {
-		sk := savedKey{Host: k.host, Name: k.name, Tags: k.tags, Deleted: k.deleted, Recovered: k.recovered}
+		sk := savedKey{Host: k.host, Name: k.name, Tags: k.tags, Deleted: k.deleted, Recovered: k.recovered, Policy: k.policy}
 		for _, v := range k.versions {
 			var der []byte
 			if v.priv != nil {
@@ -132,7 +133,7 @@ func (s *Server) load() (bool, error) {
 		s.addIdentity(*st.System, "get", "wrapKey", "unwrapKey")
 	}
 	for _, sk := range st.Keys {
-		k := &key{host: sk.Host, name: sk.Name, tags: sk.Tags, deleted: sk.Deleted, recovered: sk.Recovered}
+		k := &key{host: sk.Host, name: sk.Name, tags: sk.Tags, deleted: sk.Deleted, recovered: sk.Recovered, policy: sk.Policy}
 		for _, sv := range sk.Versions {
 			var priv *rsa.PrivateKey
 			if sv.AES == nil {

@@ -63,6 +63,22 @@ type Options struct {
 	// with purge protection.
 	RecoveryLevel string
 
+	// HSMKeys makes vaults Premium ones, whose keys are RSA-HSM.
+	HSMKeys bool
+
+	// Throttle makes vaults answer 429 to what is beyond the live service's
+	// limits, times this factor. 0 means no limits.
+	Throttle float64
+
+	// PermitDelay is how long a change of permissions takes to count. The live
+	// service needs several minutes; 0 means none.
+	PermitDelay time.Duration
+
+	// ArcKeys is the directory into which the Azure Arc agent writes the files
+	// that its clients have to read. They are told that it's
+	// /var/opt/azcmagent/tokens, and have to see it there. Empty means no agent.
+	ArcKeys string
+
 	// WrapWhenDisabled lets a disabled key wrap, as one report says the live
 	// service does. The documentation says that it doesn't.
 	WrapWhenDisabled bool
@@ -80,16 +96,23 @@ type Server struct {
 	caKey  *ecdsa.PrivateKey
 	caPEM  []byte
 
-	leafMu sync.Mutex // guards leaves; separate because TLS handshakes run without mu
-	leaves map[string]*tls.Certificate
+	leafMu     sync.Mutex // guards the next two; separate because TLS handshakes run without mu
+	leaves     map[string]*tls.Certificate
+	badLeaves  map[string]CertificateFault
+	unresolved sync.Map // host names that don't exist
 
 	entraKey *rsa.PrivateKey // signs access tokens
 
 	mu         sync.Mutex // guards all below
 	keys       map[string]*key
-	identities map[string]*Identity       // by client id
-	permitted  map[string]map[string]bool // client id, permission
-	system     string                     // client id of the system assigned identity
+	identities map[string]*Identity // by client id
+	permitted  map[string]grant     // by client id
+	system     string               // client id of the system assigned identity
+	arcKeys    map[string]string    // outstanding challenges of the Arc agent, by content
+	issuers    map[string]*issuer   // of federated tokens, by client id
+	buckets    map[string]*bucket   // by vault
+	shut       map[string]bool      // by vault
+	failover   bool
 	faults     []*Fault
 	requests   []Request
 
@@ -110,7 +133,15 @@ var loginHosts = map[string]string{ // by cloud suffix
 	"azure.net":         "login.microsoftonline.com",
 	"azure.cn":          "login.chinacloudapi.cn",
 	"usgovcloudapi.net": "login.microsoftonline.us",
+	privateCloud:        "login." + privateCloud,
 }
+
+// privateCloud is a cloud that nobody knows: its vaults are vault.cloud.example,
+// its managed HSMs managedhsm.cloud.example.
+const privateCloud = "cloud.example"
+
+// arcHost is where the Azure Arc agent answers its own host.
+const arcHost = "127.0.0.1:40342"
 
 // New makes a double with one identity, assigned by the system to this machine
 // and permitted to get, wrapKey and unwrapKey, and with no keys. If Options.Dir
@@ -137,7 +168,12 @@ func New(opts Options) (*Server, error) {
 		leaves:     make(map[string]*tls.Certificate),
 		keys:       make(map[string]*key),
 		identities: make(map[string]*Identity),
-		permitted:  make(map[string]map[string]bool),
+		permitted:  make(map[string]grant),
+		badLeaves:  make(map[string]CertificateFault),
+		arcKeys:    make(map[string]string),
+		issuers:    make(map[string]*issuer),
+		buckets:    make(map[string]*bucket),
+		shut:       make(map[string]bool),
 	}
 	var err error
 	if s.entraKey, err = rsa.GenerateKey(rand.Reader, 2048); err != nil {
@@ -189,11 +225,34 @@ func (s *Server) Addrs() (tlsAddr, imdsAddr string) { return s.tlsAddr, s.imdsAd
 
 // Transport returns a transport that reaches a started Server and nothing else.
 func (s *Server) Transport() *http.Transport {
-	return Dial(s.tlsAddr, s.imdsAddr, s.caPEM)
+	t := Dial(s.tlsAddr, s.imdsAddr, s.caPEM)
+	dial := t.DialContext
+	t.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		host, _, _ := net.SplitHostPort(addr)
+		if _, gone := s.unresolved.Load(strings.ToLower(host)); gone {
+			return nil, noSuchHost(network, addr)
+		}
+		return dial(ctx, network, addr)
+	}
+	return t
+}
+
+// SetResolves lets a host name exist or not for new connections of
+// [Server.Transport]. All exist at first.
+func (s *Server) SetResolves(host string, exists bool) {
+	if exists {
+		s.unresolved.Delete(strings.ToLower(host))
+	} else {
+		s.unresolved.Store(strings.ToLower(host), true)
+	}
+}
+
+func noSuchHost(network, addr string) error {
+	return &net.OpError{Op: "dial", Net: network, Err: &net.DNSError{Err: "no such host", Name: addr, IsNotFound: true}}
 }
 
 // Dial returns a transport for which every vault and login host is at tlsAddr,
-// the IMDS is at imdsAddr, and no other host exists. It trusts only caPEM.
+// the IMDS and the Azure Arc agent are at imdsAddr, and no other host exists. It trusts only caPEM.
 func Dial(tlsAddr, imdsAddr string, caPEM []byte) *http.Transport {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(caPEM)
@@ -204,12 +263,12 @@ func Dial(tlsAddr, imdsAddr string, caPEM []byte) *http.Transport {
 			switch {
 			case err != nil:
 				return nil, err
-			case addr == "169.254.169.254:80":
+			case addr == "169.254.169.254:80" || addr == arcHost:
 				return d.DialContext(ctx, "tcp", imdsAddr)
 			case port == "443" && servedHost(host):
 				return d.DialContext(ctx, "tcp", tlsAddr)
 			}
-			return nil, &net.OpError{Op: "dial", Net: network, Err: &net.DNSError{Err: "no such host", Name: addr, IsNotFound: true}}
+			return nil, noSuchHost(network, addr)
 		},
 		TLSClientConfig:   &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
 		ForceAttemptHTTP2: true,
@@ -350,6 +409,26 @@ func (s *Server) setCA(der []byte, k *ecdsa.PrivateKey) error {
 	return nil
 }
 
+// A CertificateFault is what is wrong with a host's certificate.
+type CertificateFault int
+
+const (
+	CertificateGood CertificateFault = iota
+	CertificateExpired
+	CertificateNotYetValid
+	CertificateOtherHost // it's another host's
+	CertificateSelfSigned
+)
+
+// SetCertificate changes the certificate that a host shows to new connections.
+func (s *Server) SetCertificate(host string, f CertificateFault) {
+	host = strings.ToLower(host)
+	s.leafMu.Lock()
+	defer s.leafMu.Unlock()
+	delete(s.leaves, host)
+	s.badLeaves[host] = f
+}
+
 // certificate makes a certificate for a name that we serve, on first use.
 func (s *Server) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	name := strings.ToLower(hello.ServerName)
@@ -366,7 +445,7 @@ func (s *Server) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, erro
 		return nil, err
 	}
 	now := s.opts.Now()
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+	tmpl := &x509.Certificate{
 		SerialNumber: serial(),
 		Subject:      pkix.Name{CommonName: name},
 		DNSNames:     []string{name},
@@ -374,7 +453,19 @@ func (s *Server) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, erro
 		NotAfter:     now.AddDate(1, 0, 0),
 		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}, s.caCert, k.Public(), s.caKey)
+	}
+	parent, signer := s.caCert, s.caKey
+	switch s.badLeaves[name] {
+	case CertificateExpired:
+		tmpl.NotAfter = now.Add(-time.Hour)
+	case CertificateNotYetValid:
+		tmpl.NotBefore = now.Add(time.Hour)
+	case CertificateOtherHost:
+		tmpl.DNSNames = []string{"other.vault.azure.net"}
+	case CertificateSelfSigned:
+		parent, signer = tmpl, k
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, k.Public(), signer)
 	if err != nil {
 		return nil, err
 	}
