@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"runtime"
@@ -61,6 +62,8 @@ type request struct {
 	Spec     string          `json:"spec,omitempty"`
 	Token    json.RawMessage `json:"token,omitempty"`
 	HostKey  string          `json:"host_key,omitempty"`
+	TPM      string          `json:"tpm,omitempty"`
+	Cloud    string          `json:"cloud,omitempty"`
 	Identity string          `json:"identity,omitempty"`
 	Timeout  time.Duration   `json:"timeout"` // ns
 }
@@ -102,7 +105,9 @@ type wireError struct {
 }
 
 // wireKinds are errors that callers look for in a chain.
-var wireKinds = map[string]error{"current": ErrCurrent, "no status": ErrNoStatus}
+var wireKinds = map[string]error{
+	"current": ErrCurrent, "no status": ErrNoStatus, "not exist": fs.ErrNotExist, "permission": fs.ErrPermission,
+}
 
 // A kindError has the text of an error that came from a child, and its kind.
 type kindError struct {
@@ -253,7 +258,8 @@ func (c *Child) run(ctx context.Context, opts Options, req request, pipe *os.Fil
 	ctx, cancel := context.WithTimeout(ctx, childTimeout)
 	defer cancel()
 	deadline, _ := ctx.Deadline()
-	req.Version, req.HostKey, req.Identity = protocolVersion, opts.HostKey, opts.Identity
+	req.Version, req.HostKey, req.TPM = protocolVersion, opts.HostKey, opts.TPM
+	req.Identity, req.Cloud = opts.Identity, opts.Cloud
 	left := time.Until(deadline)
 	req.Timeout = max(left-childGrace, left/2)
 	stdin, err := json.Marshal(req)

@@ -119,7 +119,7 @@ func TestChildHostKey(t *testing.T) {
 	c := &Child{}
 	opts := Options{HostKey: filepath.Join(t.TempDir(), "sub", "host.key")}
 	key := randomKey(t)
-	token, err := c.Seal(t.Context(), opts, SpecPlatform, testVolume, key)
+	token, err := c.Seal(t.Context(), opts, SpecHostKey, testVolume, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestChildMisbehaves(t *testing.T) {
 		})
 	}
 	// A seal whose verdict has no token, or none that we can read.
-	_, err := childWith(nil, "child-misbehaves", "no key").Seal(t.Context(), Options{}, SpecPlatform, testVolume, randomKey(t))
+	_, err := childWith(nil, "child-misbehaves", "no key").Seal(t.Context(), Options{}, SpecHostKey, testVolume, randomKey(t))
 	wantClass(t, err, ClassInternal)
 	// A program that isn't there.
 	err = (&Child{Args: []string{"/nonexistent/hostcryptd"}}).Unseal(t.Context(), Options{}, token, testVolume, new([KeySize]byte))

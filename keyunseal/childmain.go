@@ -65,7 +65,7 @@ func serveRequest(rt http.RoundTripper, log *zap.Logger, v *verdict) error {
 
 	ctx, cancel := context.WithTimeout(context.Background(), req.Timeout)
 	defer cancel()
-	opts := Options{HostKey: req.HostKey, Identity: req.Identity, Log: log, Transport: rt, Observe: func(x Exchange) {
+	opts := Options{HostKey: req.HostKey, TPM: req.TPM, Identity: req.Identity, Cloud: req.Cloud, Log: log, Transport: rt, Observe: func(x Exchange) {
 		if len(v.Exchanges) < maxExchanges {
 			v.Exchanges = append(v.Exchanges, x)
 		}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -36,8 +37,8 @@ const (
 	// ClassKeyUnusable means that the KEK is disabled, expired, deleted or unknown,
 	// or that there is no host key file.
 	ClassKeyUnusable
-	// ClassWrongKey means that there is a host key and it isn't the one, or it is
-	// refused because others could have read it.
+	// ClassWrongKey means that there is a host key or a TPM and it isn't the one, or
+	// that the host key is refused because others could have read it.
 	ClassWrongKey
 	// ClassIntegrity means that the token, or an answer about it, is malformed or
 	// doesn't authenticate.
@@ -47,6 +48,16 @@ const (
 	// ClassMalformed means an answer that is none of a vault: a proxy's page, a
 	// body that was cut off, `200 {}`. It says nothing about the key, and passes.
 	ClassMalformed
+	// ClassNoTPM means that the TPM is absent, can't be opened or doesn't work.
+	ClassNoTPM
+	// ClassTPMBusy means that the TPM has no time or no room now.
+	ClassTPMBusy
+	// ClassTPMLockout means that the TPM refuses because of too many wrong
+	// passwords, not ours, for some minutes or hours.
+	ClassTPMLockout
+	// ClassTPMState means that the TPM refuses because this host was started in
+	// another way, as its PCRs tell, than when the token was sealed.
+	ClassTPMState
 )
 
 // Class names are part of the protocol between parent and child.
@@ -61,6 +72,10 @@ var classNames = [...]string{
 	ClassIntegrity:   "integrity failure",
 	ClassConfig:      "bad configuration",
 	ClassMalformed:   "malformed answer",
+	ClassNoTPM:       "TPM unavailable",
+	ClassTPMBusy:     "TPM busy",
+	ClassTPMLockout:  "TPM locked out",
+	ClassTPMState:    "platform state changed",
 }
 
 // String returns words for people, such as "vault unreachable".
@@ -77,7 +92,7 @@ type Error struct {
 	Op         string        // "get", "wrap", "unwrap", "verify", "read host key", ...
 	KeyID      string        // key URL, host key path, spec or token type; never key material
 	Class      Class         // what one would do about it
-	Code       string        // innermost error code of the vault, such as "KeyDisabled"
+	Code       string        // innermost error code of the vault, such as "KeyDisabled", or the TPM's
 	Status     int           // HTTP status of the vault or identity endpoint; 0 if there was no answer
 	RequestID  string        // x-ms-request-id, which the vault's own log has too
 	RetryAfter time.Duration // how long the vault asked to wait; 0 if it didn't say
@@ -126,16 +141,36 @@ func (e *Error) Unwrap() error { return e.Err }
 // changing the configuration, the vault or the token.
 func (e *Error) Transient() bool {
 	switch e.Class {
-	case ClassInternal, ClassUnreachable, ClassThrottled, ClassMalformed:
+	case ClassInternal, ClassUnreachable, ClassThrottled, ClassMalformed, ClassNoTPM, ClassTPMBusy, ClassTPMLockout:
 		return true
 	case ClassIdentity:
 		// The identity endpoint says 400, 401 or 403 when this machine doesn't have
-		// that identity. Its other answers and its silence pass; 404 and 410 mean
-		// that it's being updated (how-to-use-vm-token, "Error handling").
+		// that identity, Entra ID when it doesn't know the client. Their other answers
+		// and their silence pass; 404 and 410 mean that the endpoint is being updated
+		// (how-to-use-vm-token, "Error handling").
+		// The Azure Arc agent says 401 to ask for a proof, and to a proof that is
+		// out of date.
+		// Without a code it's something else that answers, such as a proxy.
+		if e.Code == "" || transientCodes[e.Code] || e.Op == opArc && e.Status == http.StatusUnauthorized {
+			return true
+		}
 		return e.Status != http.StatusBadRequest && e.Status != http.StatusUnauthorized && e.Status != http.StatusForbidden
 	}
 	return false
 }
+
+// transientCodes are those of Entra ID that come with the status of a denial and
+// pass by themselves (reference-error-codes).
+var transientCodes = map[string]bool{
+	codeClock:     true,
+	"AADSTS90006": true, // ExternalServerRetryableError
+	"AADSTS90024": true, // RequestBudgetExceededError
+	"AADSTS90033": true, // MsodsServiceUnavailable
+}
+
+// codeClock says that the client's assertion isn't valid yet or any more, as it is
+// with a clock that wasn't set yet.
+const codeClock = "AADSTS700024"
 
 // Denied reports whether somebody who may decide has said no: the vault refused
 // this identity or has disabled, deleted or never had the key, or this machine
@@ -152,6 +187,10 @@ func (e *Error) Denied() bool {
 	return false
 }
 
+// Integrity reports whether something isn't what it says it is: the token, or an
+// answer about it. That's a reason to alarm, and trying again soon helps nothing.
+func (e *Error) Integrity() bool { return e.Class == ClassIntegrity }
+
 // hint says what to look at, for the classes where something is known.
 func (e *Error) hint() string {
 	switch e.Class {
@@ -166,7 +205,18 @@ func (e *Error) hint() string {
 	case ClassThrottled:
 		return "too many hosts or volumes use this vault at once; try again, or spread them over several vaults"
 	case ClassIdentity:
-		if !e.Transient() {
+		switch {
+		case e.Code == codeClock:
+			return "is the clock right?"
+		case e.Op == opEntra && !e.Transient():
+			return "does the application have this certificate or federated credential, and is it in this tenant?"
+		case e.Op == opEntra && (errors.Is(e.Err, fs.ErrNotExist) || errors.Is(e.Err, fs.ErrPermission)):
+			return "the file has to be readable, and on no volume that it helps to open"
+		case e.Op == opEntra:
+			return "do DNS and the route to the login host work from this host?"
+		case e.Op == opArc:
+			return "is the Azure Arc agent running and connected (azcmagent show), and does this process run as root?"
+		case !e.Transient():
 			return "is this managed identity assigned to this machine?"
 		}
 		return "is this an Azure VM whose identity endpoint 169.254.169.254 can be reached directly, without a proxy?"
@@ -186,6 +236,9 @@ func (e *Error) hint() string {
 			return "enable or recover that version of the key in the vault"
 		}
 	case ClassWrongKey:
+		if e.Code == codeOtherTPM {
+			return "the TPM was cleared or replaced, or the disk is in another host: open the volume by another token or the recovery key, then rewrap"
+		}
 		return "--host-key names the file; another token or the recovery key may open the volume"
 	case ClassIntegrity:
 		switch e.Op {
@@ -195,6 +248,27 @@ func (e *Error) hint() string {
 		return "another token, the second header copy or a header backup may open the volume"
 	case ClassMalformed:
 		return "does a proxy or a portal answer in the vault's place?"
+	case ClassNoTPM:
+		switch {
+		case errors.Is(e.Err, fs.ErrNotExist):
+			return "is the TPM on in the firmware, and its driver loaded? a volume without TPM has the key host-key"
+		case errors.Is(e.Err, fs.ErrPermission):
+			return "only root may use the TPM"
+		}
+		return "a reboot may bring the TPM back; the key host-key needs none"
+	case ClassTPMBusy:
+		return "try again; /dev/tpmrm0 is shared, /dev/tpm0 is not"
+	case ClassTPMLockout:
+		return "wait, or reset the lockout: tpm2_dictionarylockout --clear-lockout"
+	case ClassTPMState:
+		return "the firmware, Secure Boot or its keys were changed: if you did that, open the volume by another token or the recovery key, then rewrap"
+	case ClassConfig:
+		switch e.Code {
+		case codeOwnerAuth:
+			return "the storage root key needs the owner hierarchy without a password: tpm2_changeauth, or use the key host-key"
+		case codeNoBank:
+			return "turn the SHA-256 bank on in the firmware, or use the key host-key"
+		}
 	case ClassInternal:
 		return "this is a bug or a lack of memory; try again and report it if it stays"
 	}
@@ -287,23 +361,33 @@ func classifyResponse(op, keyID string, re *azcore.ResponseError) error {
 	e.Code = clean(e.Code)
 	e.Err = errors.New(clean(brief(message)))
 
+	// A denial counts only if a vault says it: it has a body with a code or, of a
+	// managed HSM, the challenge that exchange has checked. A page is a proxy's.
+	said := len(codes) > 0
+	if re.StatusCode == http.StatusUnauthorized && re.RawResponse != nil {
+		said = said || re.RawResponse.Header.Get("WWW-Authenticate") != ""
+	}
 	switch s := re.StatusCode; {
 	case s == http.StatusTooManyRequests:
 		e.Class = ClassThrottled
 	case s == http.StatusRequestTimeout || s >= 500:
 		e.Class = ClassUnreachable
+	case !said || s < 400:
+		// Among them redirects, which are never followed because the request holds a
+		// secret.
+		e.Class = ClassMalformed
 	case s == http.StatusForbidden && keyState(codes):
 		e.Class = ClassKeyUnusable
 	case s == http.StatusUnauthorized || s == http.StatusForbidden:
 		e.Class = ClassDenied
 	case s == http.StatusNotFound || s == http.StatusGone || s == http.StatusConflict:
 		e.Class = ClassKeyUnusable
-	case s == http.StatusBadRequest && op != "unwrap" && op != "probe":
+	case s == http.StatusBadRequest && (op == "unwrap" || op == "probe"):
+		e.Class = ClassIntegrity // all but the wrapped value is ours
+	case s == http.StatusBadRequest:
 		e.Class = ClassConfig
 	default:
-		// Among them 400 to an unwrap or a probe, where all but the wrapped value is ours; and
-		// redirects, which are never followed because the request holds a secret.
-		e.Class = ClassIntegrity
+		e.Class = ClassMalformed
 	}
 	return e
 }

@@ -25,7 +25,7 @@ func Example() {
 
 	ctx := context.Background()
 	opts := keyunseal.Options{HostKey: filepath.Join(dir, "host.key")}
-	token, err := keyunseal.Seal(ctx, opts, keyunseal.SpecPlatform, volume, &volumeKey)
+	token, err := keyunseal.Seal(ctx, opts, keyunseal.SpecHostKey, volume, &volumeKey)
 	if err != nil {
 		panic(err)
 	}

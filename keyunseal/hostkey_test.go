@@ -18,7 +18,7 @@ func TestHostKeyRoundTrip(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "a", "b")
 	opts := Options{HostKey: filepath.Join(dir, "host.key")}
 	key := randomKey(t)
-	token := mustSeal(t, opts, SpecPlatform, key)
+	token := mustSeal(t, opts, SpecHostKey, key)
 	wantOpens(t, opts, token, key)
 
 	fi, err := os.Stat(opts.HostKey)
@@ -45,7 +45,7 @@ func TestHostKeyRoundTrip(t *testing.T) {
 	wantNoSecret(t, "the token", token, key[:], host)
 
 	// A second seal uses the same host key and makes another token.
-	second := mustSeal(t, opts, SpecPlatform, key)
+	second := mustSeal(t, opts, SpecHostKey, key)
 	if again, _ := os.ReadFile(opts.HostKey); !bytes.Equal(again, host) {
 		t.Error("the second Seal changed the host key")
 	}
@@ -68,7 +68,7 @@ func TestHostKeyCreateRace(t *testing.T) {
 	for i := range tokens {
 		wg.Go(func() {
 			var err error
-			if tokens[i], err = Seal(t.Context(), opts, SpecPlatform, testVolume, key); err != nil {
+			if tokens[i], err = Seal(t.Context(), opts, SpecHostKey, testVolume, key); err != nil {
 				t.Error(err)
 			}
 		})
@@ -86,11 +86,11 @@ func TestHostKeyWrong(t *testing.T) {
 	dir := t.TempDir()
 	opts := Options{HostKey: filepath.Join(dir, "host.key")}
 	key := randomKey(t)
-	token := mustSeal(t, opts, SpecPlatform, key)
+	token := mustSeal(t, opts, SpecHostKey, key)
 	id, _ := Describe(token)
 
 	other := Options{HostKey: filepath.Join(dir, "other.key")}
-	otherID, _ := Describe(mustSeal(t, other, SpecPlatform, key))
+	otherID, _ := Describe(mustSeal(t, other, SpecHostKey, key))
 	dst, before := [KeySize]byte{5}, [KeySize]byte{5}
 	err := Unseal(t.Context(), other, token, testVolume, &dst)
 	wantClass(t, err, ClassWrongKey)
@@ -146,7 +146,7 @@ func TestHostKeyRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			before, _ := os.Lstat(opts.HostKey)
-			_, err := Seal(t.Context(), opts, SpecPlatform, testVolume, randomKey(t))
+			_, err := Seal(t.Context(), opts, SpecHostKey, testVolume, randomKey(t))
 			wantClass(t, err, ClassWrongKey)
 			if !strings.Contains(err.Error(), tt.text) || !strings.Contains(err.Error(), opts.HostKey) {
 				t.Errorf("message %q, want the path and %q", err, tt.text)
@@ -185,6 +185,6 @@ func TestCheckHostKeyOwner(t *testing.T) {
 func TestHostKeyDirectoryNotWritable(t *testing.T) {
 	// /proc takes no new files, not even from root.
 	opts := Options{HostKey: "/proc/hostcryptd/host.key"}
-	_, err := Seal(t.Context(), opts, SpecPlatform, testVolume, randomKey(t))
+	_, err := Seal(t.Context(), opts, SpecHostKey, testVolume, randomKey(t))
 	wantClass(t, err, ClassConfig)
 }

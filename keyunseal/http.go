@@ -3,6 +3,7 @@ package keyunseal
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -14,10 +15,11 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 )
 
-// newHTTPClient returns the client for vault and identity endpoint.
-func newHTTPClient(rt http.RoundTripper) *http.Client {
+// newHTTPClient returns the client for vault and identity endpoint. roots are
+// the certificate authorities, nil for the system's.
+func newHTTPClient(rt http.RoundTripper, roots *x509.CertPool) *http.Client {
 	if rt == nil {
-		rt = directTransport()
+		rt = directTransport(roots)
 	}
 	return &http.Client{
 		Transport: boundedBody{rt},
@@ -30,7 +32,7 @@ func newHTTPClient(rt http.RoundTripper) *http.Client {
 // directTransport connects without a proxy: the identity endpoint
 // 169.254.169.254 must never be asked through one, and Key Vault is reached by
 // private endpoints where networks are closed.
-func directTransport() *http.Transport {
+func directTransport(roots *x509.CertPool) *http.Transport {
 	return &http.Transport{
 		Proxy: nil,
 		DialContext: (&net.Dialer{
@@ -38,7 +40,7 @@ func directTransport() *http.Transport {
 			// name server 5 seconds, so that less would never reach the second.
 			Timeout: 8 * time.Second,
 		}).DialContext,
-		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
+		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
 		TLSHandshakeTimeout:    5 * time.Second,
 		ForceAttemptHTTP2:      true,
 		MaxResponseHeaderBytes: 64 << 10,
@@ -80,7 +82,8 @@ type exchange struct {
 	resource string // the audience that a challenge has to name
 	tenant   string // the tenant that a challenge has to name; learned from the first if empty
 
-	// Of the last request, for whoever compares logs.
+	// Of the last call, for whoever compares logs.
+	requests                   int
 	clientRequestID, requestID string
 }
 
@@ -88,6 +91,7 @@ func (x *exchange) Do(req *policy.Request) (*http.Response, error) {
 	// The time for a token isn't part of this: IMDS may take longer than a vault.
 	ctx, cancel := context.WithTimeout(req.Raw().Context(), exchangeTimeout)
 	defer cancel() // the body is read by then
+	x.requests++
 	x.clientRequestID, x.requestID = req.Raw().Header.Get("x-ms-client-request-id"), ""
 	resp, err := req.Clone(ctx).Next()
 	if err != nil {

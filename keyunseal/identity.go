@@ -2,39 +2,111 @@ package keyunseal
 
 import (
 	"context"
+	"crypto"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/cloud"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+	"github.com/AzureAD/microsoft-authentication-library-for-go/apps/managedidentity"
+	"go.uber.org/zap"
 )
 
 const (
-	identityManaged = "managed"
+	identityManaged     = "managed"
+	identityArc         = "arc"
+	identityObject      = "managed-object"
+	identityResource    = "managed-resource"
+	identityWorkload    = "workload"
+	identityCertificate = "certificate"
+
+	// defaultTokenFile is where a workload finds its issuer's token, by convention
+	// of the Azure Workload Identity webhook.
+	defaultTokenFile = "/var/run/secrets/azure/tokens/azure-identity-token"
 
 	// tokenTimeout bounds one attempt to get a token. The endpoint mostly answers
 	// in milliseconds; more than 6 seconds have been seen at boot.
 	tokenTimeout = 30 * time.Second
+
+	// maxIdentity bounds an identity's text.
+	maxIdentity = 1024
 )
 
-// parseIdentity returns the client id of a user assigned identity, or "" for the
-// system assigned one.
-func parseIdentity(s string) (clientID string, err error) {
-	if s == identityManaged {
-		return "", nil
-	}
-	id, ok := strings.CutPrefix(s, identityManaged+":")
-	if !ok || !isUUID(id) {
-		return "", fmt.Errorf("identity %.60q is neither \"managed\" nor \"managed:CLIENT-ID\"", s)
-	}
-	return strings.ToLower(id), nil
+// An identity is a parsed [Options.Identity].
+type identity struct {
+	kind   string // one of the constants above
+	id     string // client, object or resource id; "" for one that the system assigned
+	tenant string // of workload and certificate
+	file   string // of workload and certificate
 }
+
+func parseIdentity(s string) (identity, error) {
+	kind, rest, more := strings.Cut(s, ":")
+	i := identity{kind: kind}
+	bad := func(form string) (identity, error) {
+		return identity{}, fmt.Errorf("identity %.60q is not %s", s, form)
+	}
+	if len(s) > maxIdentity || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+		return bad("one line of at most " + strconv.Itoa(maxIdentity) + " bytes")
+	}
+	switch kind {
+	case identityManaged, identityArc:
+		if more && (kind == identityArc || !isUUID(rest)) {
+			if kind == identityArc {
+				return bad("arc alone, which stands for the identity of this host's Arc agent")
+			}
+			return bad("managed:CLIENT-ID with a UUID")
+		}
+		i.id = strings.ToLower(rest)
+	case identityObject:
+		if !isUUID(rest) {
+			return bad("managed-object:OBJECT-ID with a UUID")
+		}
+		i.id = strings.ToLower(rest)
+	case identityResource:
+		if !strings.HasPrefix(strings.ToLower(rest), "/subscriptions/") || strings.ContainsAny(rest, " ?#%&") {
+			return bad("managed-resource:/subscriptions/.../userAssignedIdentities/NAME")
+		}
+		i.id = rest
+	case identityWorkload, identityCertificate:
+		parts := strings.SplitN(rest, ":", 3)
+		form := kind + ":TENANT:CLIENT-ID:FILE with two UUIDs and an absolute path"
+		if len(parts) < 2 || !isUUID(parts[0]) || !isUUID(parts[1]) {
+			return bad(form)
+		}
+		i.tenant, i.id = strings.ToLower(parts[0]), strings.ToLower(parts[1])
+		switch {
+		case len(parts) == 3:
+			i.file = parts[2]
+		case kind == identityWorkload:
+			i.file = defaultTokenFile
+		}
+		if !filepath.IsAbs(i.file) {
+			return bad(form)
+		}
+	default:
+		return bad("one of managed, managed:CLIENT-ID, managed-object:ID, managed-resource:ID, arc, workload:TENANT:CLIENT-ID[:FILE] and certificate:TENANT:CLIENT-ID:FILE")
+	}
+	return i, nil
+}
+
+// What is asked for a token, in the Op of errors.
+const (
+	opIMDS  = "get a token for"
+	opArc   = "get a token of the Azure Arc agent for"
+	opEntra = "get a token of Entra ID for"
+)
 
 // A credential gets tokens for exactly the identity that was named. The SDK's
 // default chain isn't used: what it tries depends on the environment, and it
@@ -42,27 +114,108 @@ func parseIdentity(s string) (clientID string, err error) {
 type credential struct {
 	next     azcore.TokenCredential
 	endpoint *identityEndpoint
+	op       string
 }
 
-func newCredential(client *http.Client, identity string) (*credential, error) {
-	clientID, err := parseIdentity(identity)
-	if err != nil {
-		return nil, err
-	}
-	endpoint := new(identityEndpoint)
-	options := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: azcore.ClientOptions{
+// newCredential makes no request. What it can't use now for want of a file, a
+// later call may.
+func newCredential(client *http.Client, i identity, where *site, log *zap.Logger) (*credential, error) {
+	c := &credential{endpoint: new(identityEndpoint), op: opEntra}
+	options := azcore.ClientOptions{
 		Transport:        client,
 		Retry:            policy.RetryOptions{MaxRetries: -1, TryTimeout: tokenTimeout},
-		PerRetryPolicies: []policy.Policy{endpoint},
-	}}
-	if clientID != "" {
-		options.ID = azidentity.ClientID(clientID)
+		PerRetryPolicies: []policy.Policy{c.endpoint},
+		Cloud:            cloud.Configuration{ActiveDirectoryAuthorityHost: where.authority, Services: map[cloud.ServiceName]cloud.ServiceConfiguration{}},
 	}
-	next, err := azidentity.NewManagedIdentityCredential(options)
+	if where.authority == "" && (i.kind == identityWorkload || i.kind == identityCertificate) {
+		return nil, &Error{Class: ClassConfig, Err: fmt.Errorf("the private cloud's description has no authority_host, which the identity %s needs", i.kind)}
+	}
+	var err error
+	switch i.kind {
+	case identityWorkload:
+		if _, err := os.Stat(i.file); err != nil {
+			return nil, &Error{Op: c.op, Class: ClassIdentity, Err: fmt.Errorf("the issuer's token: %w", err)}
+		}
+		c.next, err = azidentity.NewWorkloadIdentityCredential(&azidentity.WorkloadIdentityCredentialOptions{
+			ClientOptions: options, ClientID: i.id, TenantID: i.tenant, TokenFilePath: i.file, DisableInstanceDiscovery: where.noDiscovery,
+		})
+	case identityCertificate:
+		certs, key, cerr := readCertificate(i.file, log)
+		if cerr != nil {
+			return nil, cerr
+		}
+		c.next, err = azidentity.NewClientCertificateCredential(i.tenant, i.id, certs, key, &azidentity.ClientCertificateCredentialOptions{
+			ClientOptions: options, DisableInstanceDiscovery: where.noDiscovery,
+		})
+	default:
+		if c.op, err = managedSource(i.kind); err != nil {
+			return nil, &Error{Class: ClassConfig, Err: err}
+		}
+		o := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: options}
+		switch {
+		case i.kind == identityObject:
+			o.ID = azidentity.ObjectID(i.id)
+		case i.kind == identityResource:
+			o.ID = azidentity.ResourceID(i.id)
+		case i.id != "":
+			o.ID = azidentity.ClientID(i.id)
+		}
+		c.next, err = azidentity.NewManagedIdentityCredential(o)
+	}
 	if err != nil {
-		return nil, err
+		return nil, &Error{Class: ClassConfig, Err: err}
 	}
-	return &credential{next: next, endpoint: endpoint}, nil
+	return c, nil
+}
+
+// managedSource checks that the SDK will ask the endpoint that the identity
+// means: it goes by environment variables, and by whether the Arc agent is
+// installed.
+func managedSource(kind string) (op string, err error) {
+	source, err := managedidentity.GetSource()
+	if err != nil {
+		return "", err
+	}
+	switch {
+	case kind == identityArc && source != managedidentity.AzureArc:
+		return "", errors.New("the identity is that of the Azure Arc agent, which isn't installed here (no /opt/azcmagent/bin/himds)")
+	case kind == identityArc:
+		return opArc, nil
+	case source == managedidentity.AzureArc:
+		return "", errors.New("the identity is that of an Azure VM, and this host has the Azure Arc agent: its identity is named arc")
+	case source != managedidentity.DefaultToIMDS:
+		return "", fmt.Errorf("the environment redirects managed identities to %s: unset IDENTITY_ENDPOINT and MSI_ENDPOINT", source)
+	}
+	return opIMDS, nil
+}
+
+// readCertificate reads a client certificate and its key. The file is as secret
+// as a host key.
+func readCertificate(path string, log *zap.Logger) ([]*x509.Certificate, crypto.PrivateKey, error) {
+	fail := func(class Class, err error) ([]*x509.Certificate, crypto.PrivateKey, error) {
+		return nil, nil, &Error{Op: opEntra, Class: class, Err: fmt.Errorf("the client certificate: %w", err)}
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return fail(ClassIdentity, err) // it may be on a disk that comes later
+	}
+	if st.Mode()&0o077 != 0 {
+		return fail(ClassConfig, fmt.Errorf("%s has mode %04o, others may read or write it; if they haven't, chmod 600 it", path, st.Mode().Perm()))
+	}
+	b, err := readTrusted(path, 64<<10)
+	if err != nil {
+		return fail(ClassConfig, err)
+	}
+	defer clear(b)
+	certs, key, err := azidentity.ParseCertificates(b, nil)
+	if err != nil {
+		return fail(ClassConfig, fmt.Errorf("%s: %w", path, err))
+	}
+	if left := time.Until(certs[0].NotAfter); left < warnExpiry {
+		log.Warn("the client certificate expires, and with it this host's way to the vault",
+			zap.String("file", path), zap.Time("expires", certs[0].NotAfter))
+	}
+	return certs, key, nil
 }
 
 func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
@@ -73,17 +226,18 @@ func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions)
 	}
 	if c.endpoint.err != nil || c.endpoint.status != 0 {
 		// The SDK's text is a page long and its errors don't unwrap.
-		err = c.endpoint.cause()
+		err = c.endpoint.cause(c.op, err)
 	}
-	return azcore.AccessToken{}, &Error{Op: "get a token for", Class: ClassIdentity, Code: c.endpoint.code, Status: c.endpoint.status, Err: err}
+	return azcore.AccessToken{}, &Error{Op: c.op, Class: ClassIdentity, Code: c.endpoint.code, Status: c.endpoint.status, RetryAfter: c.endpoint.retryAfter, Err: err}
 }
 
 // An identityEndpoint is a policy that keeps the last answer of the endpoint.
 type identityEndpoint struct {
-	status  int
-	code    string
-	message string
-	err     error // there was no answer
+	status     int
+	code       string
+	message    string
+	retryAfter time.Duration
+	err        error // there was no answer
 }
 
 func (e *identityEndpoint) Do(req *policy.Request) (*http.Response, error) {
@@ -92,27 +246,39 @@ func (e *identityEndpoint) Do(req *policy.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	e.status = resp.StatusCode
+	e.status, e.retryAfter = resp.StatusCode, retryAfter(resp.Header, time.Now())
 	if body, err := runtime.Payload(resp); err == nil && resp.StatusCode != http.StatusOK {
 		var b struct {
 			Error       string `json:"error"`
 			Description string `json:"error_description"`
+			Codes       []int  `json:"error_codes"`
 		}
 		if json.Unmarshal(body, &b) == nil {
 			e.code, e.message = clean(b.Error), clean(b.Description)
+			if len(b.Codes) > 0 { // "invalid_client" alone says little
+				e.code = "AADSTS" + strconv.Itoa(b.Codes[0])
+			}
 		}
 	}
 	return resp, nil
 }
 
-func (e *identityEndpoint) cause() error {
+// cause says what went wrong, better than the SDK's error does.
+func (e *identityEndpoint) cause(op string, err error) error {
+	who := "the identity endpoint"
+	if op == opEntra {
+		who = "Entra ID"
+	}
 	switch {
 	case e.err != nil:
 		return withoutURL(e.err)
 	case e.message != "":
 		return errors.New(brief(e.message))
+	case op == opArc && e.status == http.StatusUnauthorized:
+		// The agent asks for what is in a file that only its group may read.
+		return fmt.Errorf("the agent's challenge can't be answered: %s", clean(err.Error()))
 	case e.status == http.StatusOK:
-		return errors.New("the identity endpoint's answer holds no token")
+		return fmt.Errorf("the answer of %s holds no token", who)
 	}
-	return fmt.Errorf("the identity endpoint answered %s", http.StatusText(e.status))
+	return fmt.Errorf("%s answered %s", who, http.StatusText(e.status))
 }

@@ -2,9 +2,10 @@
 // unseals it again.
 //
 // The result of [Seal] is a token: a LUKS2 JSON object that the caller stores
-// in the header and that says everything [Unseal] needs except the KEK. Two
-// KEKs exist: the host key, 32 random bytes in a file of this host, and an RSA
-// key in Azure Key Vault. FORMAT.md specifies both tokens.
+// in the header and that says everything [Unseal] needs except the KEK. Three
+// kinds of KEKs exist: a key in Azure Key Vault or in a Managed HSM, the storage root key of
+// this host's TPM, and the host key, 32 random bytes in a file of this host.
+// FORMAT.md specifies the tokens.
 //
 // Afterwards [Probe] looks whether the KEK may still be used, [Inspect] whether
 // there is a newer version of it, and [Rewrap] seals under that one.
@@ -56,12 +57,21 @@ const DefaultHostKey = "/var/lib/hostcryptd/host.key"
 // Token types, the "type" member of the JSON object.
 const (
 	TypeHostKey  = "hostcryptd-hostkey"
+	TypeTPM      = "hostcryptd-tpm2"
 	TypeKeyVault = "hostcryptd-akv"
 )
 
-// SpecPlatform is the spec of the KEK that needs no configuration: today the
-// host key file.
-const SpecPlatform = "platform"
+// Specs of KEKs, beside the URLs of vault keys.
+const (
+	// SpecPlatform is the KEK that needs no configuration: the TPM if this host
+	// has one, else the host key file. The token's type records which it was. A
+	// TPM that is there and doesn't work is an error: it's never passed over.
+	SpecPlatform = "platform"
+	// SpecTPM is the TPM. "tpm:7+11" chooses the PCRs; without it's PCR 7.
+	SpecTPM = "tpm"
+	// SpecHostKey is the host key file.
+	SpecHostKey = "host-key"
+)
 
 // ErrNotOurs is in the chain of errors about a token of a type that this
 // package doesn't know. Other programs' tokens share the header, so a caller
@@ -74,11 +84,27 @@ type Options struct {
 	// HostKey is the path of the host key file; empty means [DefaultHostKey].
 	HostKey string
 
-	// Identity names the managed identity that opens the vault: "managed" is the
-	// one that the system assigned to this machine, "managed:CLIENT-ID" a user
-	// assigned one. Empty means "managed" to Seal, and to Unseal the identity
-	// that the token was sealed with.
+	// TPM is the path of the TPM's device, or of the socket of a software TPM;
+	// empty means [DefaultTPM].
+	TPM string
+
+	// Identity names whose permissions open the vault, in one of these forms:
+	//
+	//	managed                            that the system assigned to this Azure VM
+	//	managed:CLIENT-ID                  a user assigned one
+	//	managed-object:OBJECT-ID           the same, by its object
+	//	managed-resource:RESOURCE-ID       the same, by its Azure resource
+	//	arc                                that of the Azure Arc agent on this host
+	//	workload:TENANT:CLIENT-ID[:FILE]   federated: FILE holds another issuer's token
+	//	certificate:TENANT:CLIENT-ID:FILE  FILE holds a certificate and its key in PEM
+	//
+	// Exactly this one is used, whatever the environment says. Empty means
+	// "managed" to Seal, and to Unseal the identity that the token was sealed with.
 	Identity string
+
+	// Cloud is the path of the file that describes a private cloud; empty means
+	// [DefaultCloud]. Vaults of the public clouds don't need it.
+	Cloud string
 
 	// Log receives warnings about a KEK that works but shouldn't be relied on.
 	// Nil means no log.
@@ -101,11 +127,11 @@ func (o Options) log() *zap.Logger {
 	return o.Log
 }
 
-// Seal wraps key with the KEK that spec names and returns the token. Spec is
-// [SpecPlatform] or the URL of a Key Vault key, with or without a version;
-// volume is the UUID of the volume.
+// Seal wraps key with the KEK that spec names and returns the token. Spec is one
+// of the specs above or the URL of a key in Key Vault or in a Managed HSM, with
+// or without a version; volume is the UUID of the volume.
 //
-// Sealing under the platform's KEK makes the host key file if there is none.
+// Sealing under the host key makes the host key file if there is none.
 // A version that the URL doesn't name is the newest one now, and the token
 // records which one that was.
 //
@@ -117,17 +143,48 @@ func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]
 	if err != nil {
 		return nil, fail("seal", spec, ClassConfig, err)
 	}
+	kind, argument, _ := strings.Cut(spec, ":")
+	switch {
+	case spec == SpecPlatform && opts.haveTPM():
+		kind = SpecTPM
+		opts.log().Info("this host has a TPM, which becomes the key", zap.String("tpm", opts.tpm()))
+	case spec == SpecPlatform:
+		kind = SpecHostKey
+		opts.log().Info("this host has no TPM; the host key file becomes the key", zap.String("tpm", opts.tpm()), zap.String("host_key", opts.hostKey()))
+	case spec == SpecHostKey:
+	case kind != SpecTPM || spec == SpecTPM+":":
+		kind = ""
+	}
+
 	var t any
-	if spec == SpecPlatform {
+	begun := time.Now()
+	switch kind {
+	case SpecHostKey:
 		var h *hostKeyToken
-		begun := time.Now()
 		h, err = sealHostKey(opts, volume, key)
 		x := Exchange{Op: "wrap", KeyID: opts.hostKey(), Duration: time.Since(begun)}
 		if err == nil {
 			x.KeyID, t = h.HostKeyID, h
 		}
 		reporter(opts.Observe).observe(x, err)
-	} else {
+	case SpecTPM:
+		pcrs := defaultPCRs
+		if argument != "" {
+			if pcrs, err = parsePCRs(argument); err != nil {
+				return nil, fail("seal", clean(spec), ClassConfig, err)
+			}
+		}
+		var p *tpmToken
+		p, err = sealTPM(ctx, opts, pcrs, volume, key)
+		x := Exchange{Op: "wrap", KeyID: opts.tpm(), Duration: time.Since(begun)}
+		if err == nil {
+			x.KeyID, t = p.keyID(), p
+		}
+		reporter(opts.Observe).observe(x, err)
+	default:
+		if !strings.Contains(spec, "://") {
+			return nil, fail("seal", clean(spec), ClassConfig, errors.New("is none of platform, tpm, tpm:PCR+PCR, host-key, and the URL of a vault's key"))
+		}
 		t, err = sealVault(ctx, opts, spec, volume, nil, key)
 	}
 	if err != nil {
@@ -151,8 +208,12 @@ func verified(ctx context.Context, opts Options, t any, spec, volume string, key
 	if subtle.ConstantTimeCompare(check[:], key[:]) != 1 {
 		return nil, fail("verify", spec, ClassIntegrity, errors.New("the token unseals to another key than was sealed"))
 	}
-	if err := Probe(ctx, opts, token, volume); err != nil {
-		return nil, verifyError(err)
+	// The canary of a vault token is wrapped by itself. What else a probe looks at,
+	// unsealing has needed.
+	if _, ok := t.(*vaultToken); ok {
+		if err := Probe(ctx, opts, token, volume); err != nil {
+			return nil, verifyError(err)
+		}
 	}
 	return token, nil
 }
@@ -185,6 +246,11 @@ func Unseal(ctx context.Context, opts Options, token json.RawMessage, volume str
 		err := unsealHostKey(opts, t, volume, dst)
 		reporter(opts.Observe).observe(Exchange{Op: "unwrap", KeyID: t.HostKeyID, Duration: time.Since(begun)}, err)
 		return err
+	case *tpmToken:
+		begun := time.Now()
+		err := unsealTPM(ctx, opts, t, volume, dst)
+		reporter(opts.Observe).observe(Exchange{Op: "unwrap", KeyID: t.keyID(), Duration: time.Since(begun)}, err)
+		return err
 	case *vaultToken:
 		return unsealVault(ctx, opts, t, volume, dst)
 	}
@@ -196,10 +262,11 @@ func Unseal(ctx context.Context, opts Options, token json.RawMessage, volume str
 type Description struct {
 	Type       string `json:"type"`
 	Version    int    `json:"version"`               // of the token's format
-	KeyID      string `json:"key_id"`                // host key id, or the vault key's URL without its version
+	KeyID      string `json:"key_id"`                // host key id, TPM id, or the vault key's URL without its version
 	KeyVersion string `json:"key_version,omitempty"` // of the vault key
 	Algorithm  string `json:"algorithm"`
 	Bits       int    `json:"bits,omitempty"` // of the vault key, if it's an RSA key
+	PCRs       string `json:"pcrs,omitempty"` // that the TPM looks at, "7+11"
 	Identity   string `json:"identity,omitempty"`
 	Tenant     string `json:"tenant,omitempty"`
 }
@@ -216,6 +283,11 @@ func Describe(token json.RawMessage) (Description, error) {
 		return Description{
 			Type: t.Type, Version: t.Version,
 			KeyID: t.HostKeyID, Algorithm: hostKeyAlgorithm,
+		}, nil
+	case *tpmToken:
+		return Description{
+			Type: t.Type, Version: t.Version,
+			KeyID: t.keyID(), Algorithm: tpmAlgorithm, PCRs: formatPCRs(t.PCRs),
 		}, nil
 	case *vaultToken:
 		base := t.id

@@ -18,7 +18,8 @@ type keyURL struct {
 
 // Host names of vaults and of managed HSMs in the three Azure clouds. A vault
 // whose name ends otherwise could be anyone's: the identity's token would be
-// sent there. There is deliberately no setting that adds to this list.
+// sent there. It's refused unless a file of root's says that it's a private
+// cloud's, see cloud.go.
 var (
 	vaultSuffixes = []string{"vault.azure.net", "vault.azure.cn", "vault.usgovcloudapi.net"}
 	hsmSuffixes   = []string{"managedhsm.azure.net", "managedhsm.azure.cn", "managedhsm.usgovcloudapi.net"}
@@ -27,6 +28,7 @@ var (
 // parseKeyURL parses https://VAULT.vault.azure.net/keys/NAME[/VERSION]. It
 // accepts nothing else: no other scheme, port, user, query, fragment, escape or
 // trailing slash. It doesn't use net/url, whose leniency is meant for browsers.
+// Whether a host outside of the public clouds is acceptable, site says later.
 func parseKeyURL(s string) (keyURL, error) {
 	const scheme = "https://"
 	if len(s) > 512 {
@@ -60,19 +62,40 @@ func parseKeyURL(s string) (keyURL, error) {
 	return keyURL{host: host, name: name, version: strings.ToLower(version)}, nil
 }
 
+// checkVaultHost checks a host name in lower case.
 func checkVaultHost(host string) error {
-	for _, suffix := range slices.Concat(vaultSuffixes, hsmSuffixes) {
-		label, ok := strings.CutSuffix(host, "."+suffix)
-		if !ok {
-			continue
-		}
-		// A vault's name is one DNS label of 3 to 24 letters, digits and hyphens.
-		if len(label) < 3 || len(label) > 24 || !isKeyName(label) || label[0] == '-' || label[len(label)-1] == '-' {
-			return fmt.Errorf("vault name %q is not 3 to 24 letters, digits and inner hyphens", label)
-		}
-		return nil
+	if label, _, ok := cutPublic(host); ok {
+		return checkVaultName(label)
 	}
-	return fmt.Errorf("host %q is not in a domain of Key Vault or Managed HSM (%s)", host, strings.Join(slices.Concat(vaultSuffixes, hsmSuffixes), ", "))
+	if !isDNSName(host) || strings.Count(host, ".") < 2 {
+		return fmt.Errorf("host %q is not a name in a domain of Key Vault or Managed HSM (%s)", host, strings.Join(slices.Concat(vaultSuffixes, hsmSuffixes), ", "))
+	}
+	return nil
+}
+
+// checkVaultName checks a vault's own label: 3 to 24 letters, digits and hyphens.
+func checkVaultName(label string) error {
+	if len(label) < 3 || len(label) > 24 || !isKeyName(label) || label[0] == '-' || label[len(label)-1] == '-' {
+		return fmt.Errorf("vault name %q is not 3 to 24 letters, digits and inner hyphens", label)
+	}
+	return nil
+}
+
+// cutPublic splits a host of a public cloud into the vault's name and the cloud.
+func cutPublic(host string) (label, cloud string, ok bool) {
+	for _, suffix := range slices.Concat(vaultSuffixes, hsmSuffixes) {
+		if label, ok := strings.CutSuffix(host, "."+suffix); ok {
+			_, cloud, _ := strings.Cut(suffix, ".")
+			return label, cloud, true
+		}
+	}
+	return "", "", false
+}
+
+// publicCloud returns "azure.net" and the like for a vault in a public cloud.
+func (u keyURL) publicCloud() (string, bool) {
+	_, cloud, ok := cutPublic(u.host)
+	return cloud, ok
 }
 
 func isKeyName(s string) bool {

@@ -42,14 +42,20 @@ func TestParseKeyURL(t *testing.T) {
 		{in: "https://v42.vault.azure.net:443:443/keys/kek", err: "domain of Key Vault"},
 		{in: "https://v42.vault.azure.net:/keys/kek", err: "domain of Key Vault"},
 		{in: "https://v42.vault.azure.net./keys/kek", err: "domain of Key Vault"},
-		{in: "https://vault.azure.net/keys/kek", err: "domain of Key Vault"},
+		{in: "https://vault.azure.net/keys/kek", want: "https://vault.azure.net/keys/kek"},
 		{in: "https://.vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://v2.vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://" + strings.Repeat("v", 25) + ".vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://-v42.vault.azure.net/keys/kek", err: "vault name"},
 		{in: "https://a.b42.vault.azure.net/keys/kek", err: "vault name"},
-		{in: "https://v42.vault.azure.net.evil.com/keys/kek", err: "domain of Key Vault"},
-		{in: "https://evilvault.azure.net/keys/kek", err: "domain of Key Vault"},
+		{in: "https://localhost/keys/kek", err: "domain of Key Vault"},
+		{in: "https://cloud.example/keys/kek", err: "domain of Key Vault"},
+		{in: "https://10.0.0.1/keys/kek", err: "domain of Key Vault"},
+		{in: "https://[fe80::1]/keys/kek", err: "domain of Key Vault"},
+		{in: "https://v42..cloud.example/keys/kek", err: "domain of Key Vault"},
+		// These are for site to refuse, see TestSite.
+		{in: "https://v42.vault.azure.net.evil.com/keys/kek", want: "https://v42.vault.azure.net.evil.com/keys/kek"},
+		{in: "https://evilvault.azure.net/keys/kek", want: "https://evilvault.azure.net/keys/kek"},
 		{in: "https://v42.managedhsm.azure.net/keys/kek", want: "https://v42.managedhsm.azure.net/keys/kek"},
 		{in: "https://u:p@v42.vault.azure.net/keys/kek", err: `'@'`},
 		{in: "https://evil.com/@v42.vault.azure.net/keys/kek", err: `'@'`},
@@ -97,8 +103,11 @@ func FuzzParseKeyURL(f *testing.F) {
 			return
 		}
 		label, suffix, _ := strings.Cut(u.host, ".")
-		if !slices.Contains(vaultSuffixes, suffix) && !slices.Contains(hsmSuffixes, suffix) || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
+		if strings.Trim(u.host, "abcdefghijklmnopqrstuvwxyz0123456789-.") != "" {
 			t.Errorf("parseKeyURL(%q) accepts the host %q", in, u.host)
+		}
+		if _, err := (Options{}).site(u); err == nil && (!slices.Contains(vaultSuffixes, suffix) && !slices.Contains(hsmSuffixes, suffix) || len(label) < 3) {
+			t.Errorf("site accepts the host %q", u.host)
 		}
 		again, err := parseKeyURL(u.String())
 		if err != nil || again != u {

@@ -9,6 +9,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -36,10 +38,30 @@ func TestMain(m *testing.M) {
 				os.Exit(1)
 			}
 			os.Exit(childMain(vaulttest.Dial(os.Args[2], os.Args[3], ca)))
+		case "child-on-arc": // directory of the agent's keys, then as above; in a mount namespace of its own
+			if err := fakeArcAgent(os.Args[2]); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			ca, err := os.ReadFile(os.Args[5])
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			os.Exit(childMain(vaulttest.Dial(os.Args[3], os.Args[4], ca)))
 		case "child-transport":
 			os.Exit(childMain(childTransports[os.Args[2]]))
 		case "child-misbehaves":
 			misbehaviours[os.Args[2]]()
+			os.Exit(0)
+		case "relay": // standard input and output to a Unix socket
+			c, err := net.Dial("unix", os.Args[2])
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			go io.Copy(os.Stdout, c)
+			io.Copy(c, os.Stdin)
 			os.Exit(0)
 		case "parent":
 			parentOfHangingChild()
@@ -47,6 +69,26 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(m.Run())
+}
+
+// fakeArcAgent puts the files of an Azure Arc agent where its clients look for
+// them. The process has its own mounts.
+func fakeArcAgent(keys string) error {
+	for _, dir := range []string{"/opt", "/var/opt"} {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			return fmt.Errorf("mounting on %s: %w", dir, err)
+		}
+	}
+	const tokens = "/var/opt/azcmagent/tokens"
+	for _, dir := range []string{"/opt/azcmagent/bin", tokens} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount(keys, tokens, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mounting on %s: %w", tokens, err)
+	}
+	return os.WriteFile("/opt/azcmagent/bin/himds", nil, 0o755)
 }
 
 type roundTripFunc func(*http.Request) (*http.Response, error)

@@ -57,7 +57,7 @@ type vaultToken struct {
 	id keyURL // KeyID, parsed
 }
 
-// decodeToken returns a *hostKeyToken or a *vaultToken whose fields all have
+// decodeToken returns a *hostKeyToken, *tpmToken or *vaultToken whose fields have
 // their proper form. It ignores members that it doesn't know: cryptsetup keeps
 // them, and a later version may add some that don't change the meaning of the
 // others. A change of meaning changes the version.
@@ -69,25 +69,21 @@ func decodeToken(raw json.RawMessage) (any, error) {
 	if err := json.Unmarshal(raw, &head); err != nil {
 		return nil, fail("token", "", ClassIntegrity, err)
 	}
-	if head.Type != TypeHostKey && head.Type != TypeKeyVault {
+	var t interface{ check() error }
+	switch head.Type {
+	case TypeHostKey:
+		t = new(hostKeyToken)
+	case TypeTPM:
+		t = new(tpmToken)
+	case TypeKeyVault:
+		t = new(vaultToken)
+	default:
 		return nil, fail("token", "", ClassConfig, fmt.Errorf("type %.40q: %w", head.Type, ErrNotOurs))
 	}
 	if head.Version != tokenVersion {
 		return nil, fail("token", "", ClassConfig, fmt.Errorf("%s has format version %d, this program knows version %d; a newer hostcryptd may have sealed it",
 			head.Type, head.Version, tokenVersion))
 	}
-
-	if head.Type == TypeHostKey {
-		t := new(hostKeyToken)
-		if err := json.Unmarshal(raw, t); err != nil {
-			return nil, fail("token", head.Type, ClassIntegrity, err)
-		}
-		if err := t.check(); err != nil {
-			return nil, fail("token", head.Type, ClassIntegrity, err)
-		}
-		return t, nil
-	}
-	t := new(vaultToken)
 	if err := json.Unmarshal(raw, t); err != nil {
 		return nil, fail("token", head.Type, ClassIntegrity, err)
 	}

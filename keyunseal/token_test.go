@@ -6,6 +6,7 @@ import (
 	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -14,18 +15,22 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-tpm/tpm2"
 )
 
 // An example of FORMAT.md, parsed out of it.
 type example struct {
+	typ               string
 	secret, volumeKey [KeySize]byte
 	volume            string
 	token             json.RawMessage
 }
 
-var examplePattern = regexp.MustCompile("(?s)Example: [^`]*`([0-9a-f]{64})`,\\s*volume `([0-9a-f-]{36})`,\\s*volume key `([0-9a-f]{64})`.*?```json\n(.*?)```")
+var examplePattern = regexp.MustCompile("(?s)Example: [^`]*`([0-9a-f]{64})`,[a-z\\s]*?,?\\s*volume `([0-9a-f-]{36})`,\\s*volume key `([0-9a-f]{64})`.*?```json\n(.*?)```")
 
 func examples(t testing.TB) map[string]example {
 	t.Helper()
@@ -43,12 +48,36 @@ func examples(t testing.TB) map[string]example {
 		if err := json.Unmarshal(e.token, &head); err != nil {
 			t.Fatalf("example in FORMAT.md: %v", err)
 		}
-		found[head.Type] = e
+		e.typ = head.Type
+		name := head.Type
+		if name == TypeKeyVault && bytes.Contains(e.token, []byte(algorithmAES)) {
+			name = exampleHSM
+		}
+		found[name] = e
 	}
-	if len(found) != 2 {
-		t.Fatalf("FORMAT.md has %d examples, want one of each type", len(found))
+	if len(found) != 4 {
+		t.Fatalf("FORMAT.md has %d examples, want one of each type and one of a managed HSM", len(found))
 	}
 	return found
+}
+
+// exampleHSM is the example of a token for a managed HSM.
+const exampleHSM = TypeKeyVault + " " + algorithmAES
+
+// formatSection returns the code of the one fenced block of a language in
+// FORMAT.md.
+func formatSection(t testing.TB, language string) string {
+	t.Helper()
+	doc, err := os.ReadFile("FORMAT.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(doc), "```"+language+"\n")
+	code, _, ok2 := strings.Cut(rest, "```")
+	if !ok || !ok2 {
+		t.Fatalf("FORMAT.md has no block of %s", language)
+	}
+	return code
 }
 
 // specOpen opens a token by the letter of FORMAT.md, with an HKDF of its own.
@@ -91,7 +120,8 @@ func specOpen(t testing.TB, e example) []byte {
 }
 
 func TestFormatExamples(t *testing.T) {
-	for typ, e := range examples(t) {
+	for name, e := range examples(t) {
+		typ := e.typ
 		if got := specOpen(t, e); !bytes.Equal(got, e.volumeKey[:]) {
 			t.Errorf("%s: the example opens to %x", typ, got)
 		}
@@ -108,7 +138,31 @@ func TestFormatExamples(t *testing.T) {
 				t.Fatal(err)
 			}
 			err = Unseal(t.Context(), opts, e.token, e.volume, &got)
+		case *tpmToken:
+			if hash := sha256.Sum256(e.secret[:]); !bytes.Equal(tok.SecretHash, hash[:]) {
+				t.Errorf("%s: the secret's hash is %x", name, tok.SecretHash)
+			}
+			if err := checkTPMExample(tok); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			err = tok.open(&e.secret, typ, e.volume, &got)
 		case *vaultToken:
+			canary := make([]byte, KeySize)
+			for i := range canary {
+				canary[i] = 0xc0 + byte(i)
+			}
+			if hash := sha256.Sum256(canary); !bytes.Equal(tok.CanaryHash, hash[:]) {
+				t.Errorf("%s: the canary's hash is %x", name, tok.CanaryHash)
+			}
+			if name == exampleHSM {
+				kek := make([]byte, 32)
+				for i := range kek {
+					kek[i] = 0xe0 + byte(i)
+				}
+				if !bytes.Equal(keyUnwrap(t, kek, tok.Wrapped), e.secret[:]) || !bytes.Equal(keyUnwrap(t, kek, tok.Canary), canary) {
+					t.Errorf("%s: the AES key unwraps something else", name)
+				}
+			}
 			err = tok.open(&e.secret, typ, e.volume, &got)
 		}
 		if err != nil || got != e.volumeKey {
@@ -126,6 +180,58 @@ func TestFormatExamples(t *testing.T) {
 			t.Errorf("%s: what the program seals opens to %x", typ, got)
 		}
 	}
+}
+
+// keyUnwrap is the unwrapping of RFC 3394, section 2.2.2.
+func keyUnwrap(t testing.TB, kek, wrapped []byte) []byte {
+	t.Helper()
+	block, err := aes.NewCipher(kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := len(wrapped)/8 - 1
+	a, r := bytes.Clone(wrapped[:8]), bytes.Clone(wrapped[8:])
+	for j := 5; j >= 0; j-- {
+		for i := n; i >= 1; i-- {
+			binary.BigEndian.PutUint64(a, binary.BigEndian.Uint64(a)^uint64(n*j+i))
+			b := append(bytes.Clone(a), r[8*i-8:8*i]...)
+			block.Decrypt(b, b)
+			copy(a, b[:8])
+			copy(r[8*i-8:], b[8:])
+		}
+	}
+	if !bytes.Equal(a, bytes.Repeat([]byte{0xa6}, 8)) {
+		t.Error("the wrapped key doesn't authenticate")
+	}
+	return r
+}
+
+// checkTPMExample checks what can be checked without the TPM: what kind of object
+// it sealed, and under which policy.
+func checkTPMExample(t *tpmToken) error {
+	public, err := tpm2.Unmarshal[tpm2.TPM2BPublic](t.Public)
+	if err != nil {
+		return err
+	}
+	p, err := public.Contents()
+	if err != nil {
+		return err
+	}
+	want := tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true, AdminWithPolicy: true}
+	if p.Type != tpm2.TPMAlgKeyedHash || p.NameAlg != tpm2.TPMAlgSHA256 || p.ObjectAttributes != want {
+		return fmt.Errorf("the object is %v, %v, %+v", p.Type, p.NameAlg, p.ObjectAttributes)
+	}
+	// TPM2_PolicyPCR as part 3 of the specification, 23.7, has it.
+	selection := []byte{0, 0, 0, 1, 0x00, 0x0b, 3, 0, 0, 0}
+	for _, n := range t.PCRs {
+		selection[7+n/8] |= 1 << (n % 8)
+	}
+	values := sha256.Sum256(bytes.Join(t.PCRValues, nil))
+	policy := sha256.Sum256(slices.Concat(make([]byte, 32), []byte{0, 0, 0x01, 0x7f}, selection, values[:]))
+	if !bytes.Equal(p.AuthPolicy.Buffer, policy[:]) {
+		return fmt.Errorf("the policy is %x, want %x", p.AuthPolicy.Buffer, policy)
+	}
+	return nil
 }
 
 // edit changes members of a JSON object; nil removes one.
@@ -163,7 +269,8 @@ func TestDecodeToken(t *testing.T) {
 		{"foreign type", TypeHostKey, set("type", "systemd-tpm2"), ClassConfig, "systemd-tpm2"},
 		{"no type", TypeHostKey, func(m map[string]any) { delete(m, "type") }, ClassConfig, ""},
 		{"kid without version", TypeKeyVault, set("kid", "https://example.vault.azure.net/keys/kek"), ClassIntegrity, "no version"},
-		{"kid elsewhere", TypeKeyVault, set("kid", "https://example.com/keys/kek/"+version32), ClassIntegrity, "domain of Key Vault"},
+		{"kid without a host", TypeKeyVault, set("kid", "https:///keys/kek/"+version32), ClassIntegrity, "domain of Key Vault"},
+		{"kid at an address", TypeKeyVault, set("kid", "https://127.0.0.1/keys/kek/"+version32), ClassIntegrity, "domain of Key Vault"},
 		{"RSA1_5", TypeKeyVault, set("alg", "RSA1_5"), ClassIntegrity, "RSA1_5"},
 		{"RSA-OAEP", TypeKeyVault, set("alg", "RSA-OAEP"), ClassIntegrity, "RSA-OAEP"},
 		{"identity", TypeKeyVault, set("identity", "environment"), ClassIntegrity, "environment"},
@@ -182,6 +289,18 @@ func TestDecodeToken(t *testing.T) {
 		{"sealed long", TypeHostKey, set("sealed", make([]byte, 61)), ClassIntegrity, "sealed"},
 		{"id short", TypeHostKey, set("host_key_id", "00"), ClassIntegrity, "host_key_id"},
 		{"id not hex", TypeHostKey, set("host_key_id", "zzzzzzzzzzzzzzzz"), ClassIntegrity, "host_key_id"},
+		{"AES, a byte short", exampleHSM, set("canary", make([]byte, 39)), ClassIntegrity, "want 40 to 40"},
+		{"no PCRs", TypeTPM, set("pcrs", []int{}), ClassIntegrity, "no PCRs"},
+		{"PCR twice", TypeTPM, set("pcrs", []int{7, 7}), ClassIntegrity, "ascending"},
+		{"PCR too high", TypeTPM, set("pcrs", []int{24}), ClassIntegrity, "no PCR 24"},
+		{"PCR that any program resets", TypeTPM, set("pcrs", []int{16}), ClassIntegrity, "PCR 16"},
+		{"PCR value missing", TypeTPM, set("pcr_values", []string{}), ClassIntegrity, "pcr_values"},
+		{"PCR value short", TypeTPM, set("pcr_values", []string{"AAAA"}), ClassIntegrity, "pcr_values"},
+		{"SRK name short", TypeTPM, set("srk_name", []byte{0, 11}), ClassIntegrity, "srk_name"},
+		{"SRK name of SHA-1", TypeTPM, set("srk_name", append([]byte{0, 4}, make([]byte, 32)...)), ClassIntegrity, "srk_name"},
+		{"public cut off", TypeTPM, set("public", []byte{0, 9, 1}), ClassIntegrity, "public"},
+		{"private empty", TypeTPM, set("private", []byte{0, 0}), ClassIntegrity, "private"},
+		{"secret's hash missing", TypeTPM, func(m map[string]any) { delete(m, "secret_sha256") }, ClassIntegrity, "secret_sha256"},
 		{"too long", TypeHostKey, set("x", strings.Repeat("x", maxToken)), ClassIntegrity, "65"},
 	} {
 		_, err := decodeToken(edit(t, ex[tt.typ].token, tt.edit))
@@ -213,7 +332,7 @@ func TestTokenReformatted(t *testing.T) {
 	key := randomKey(t)
 	var token json.RawMessage
 	for !bytes.Contains(token, []byte("/")) {
-		token = mustSeal(t, opts, SpecPlatform, key)
+		token = mustSeal(t, opts, SpecHostKey, key)
 	}
 	token = edit(t, token, func(map[string]any) {}) // sorts the members
 	var indented bytes.Buffer
@@ -255,7 +374,7 @@ func TestTokenThroughCryptsetup(t *testing.T) {
 	opts := Options{HostKey: filepath.Join(dir, "host.key")}
 	key := randomKey(t)
 	ex := examples(t)
-	for id, token := range []json.RawMessage{mustSeal(t, opts, SpecPlatform, key), ex[TypeKeyVault].token} {
+	for id, token := range []json.RawMessage{mustSeal(t, opts, SpecHostKey, key), ex[TypeKeyVault].token, ex[exampleHSM].token, ex[TypeTPM].token} {
 		slot := fmt.Sprint(id)
 		run(token, "token", "import", "--token-id", slot, "--json-file", "-", image)
 		back := run(nil, "token", "export", "--token-id", slot, image)
@@ -311,7 +430,7 @@ func FuzzToken(f *testing.F) {
 	}
 	f.Add([]byte(`{"type":"hostcryptd-akv","version":1}`))
 	f.Add([]byte(`{"type":"luks2-keyring","keyslots":["0"],"key_description":"x"}`))
-	opts := Options{HostKey: filepath.Join(f.TempDir(), "no such file")}
+	opts := Options{HostKey: filepath.Join(f.TempDir(), "no such file"), TPM: "/no such TPM"}
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		d, err := Describe(raw)
 		if err != nil {
@@ -335,10 +454,10 @@ func FuzzToken(f *testing.F) {
 		if d2, err := Describe(again); err != nil || d2 != d {
 			t.Errorf("Describe = %+v, and after encoding %+v, %v", d, d2, err)
 		}
-		if d.Type == TypeHostKey {
+		if d.Type != TypeKeyVault {
 			var dst [KeySize]byte
 			if Unseal(t.Context(), opts, raw, testVolume, &dst) == nil {
-				t.Error("a token opens without a host key")
+				t.Error("a token opens without a host key or a TPM")
 			}
 		}
 	})

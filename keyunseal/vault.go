@@ -223,12 +223,26 @@ type vault struct {
 // newVault makes no request. A tenant that isn't empty is the only one whose
 // challenge will be answered.
 func newVault(opts Options, id keyURL, identity, tenant, volume string) (*vault, error) {
-	client := newHTTPClient(opts.Transport)
-	cred, err := newCredential(client, identity)
+	where, err := opts.site(id)
 	if err != nil {
-		return nil, fail("identity", identity, ClassConfig, err)
+		return nil, fail("vault", id.String(), ClassConfig, err)
 	}
-	x := &exchange{resource: id.resource(), tenant: tenant}
+	who, err := parseIdentity(identity)
+	if err != nil {
+		return nil, fail("identity", clean(identity), ClassConfig, err)
+	}
+	if tenant == "" {
+		tenant = who.tenant
+	}
+	if who.tenant != "" && !strings.EqualFold(who.tenant, tenant) {
+		return nil, fail("identity", clean(identity), ClassConfig, fmt.Errorf("is of tenant %s, the vault is in tenant %s", who.tenant, tenant))
+	}
+	client := newHTTPClient(opts.Transport, where.roots)
+	cred, err := newCredential(client, who, where, opts.log())
+	if err != nil {
+		return nil, classify("identity", id.String(), err)
+	}
+	x := &exchange{resource: where.resource, tenant: tenant}
 	options := &azkeys.ClientOptions{ClientOptions: azcore.ClientOptions{
 		Transport: client,
 		Retry:     policy.RetryOptions{MaxRetries: -1}, // none: the caller owns the timing
@@ -402,6 +416,7 @@ func (v *vault) unwrap(ctx context.Context, op string, t *vaultToken, wrapped []
 // stack says where, so it goes to the error.
 func (v *vault) call(op string, id keyURL, f func() error) (err error) {
 	begun := time.Now()
+	v.exchange.requests, v.exchange.clientRequestID, v.exchange.requestID = 0, "", ""
 	defer func() {
 		v.observe.tell(op, id, v.exchange, time.Since(begun), err)
 	}()

@@ -125,6 +125,13 @@ func TestVaultClasses(t *testing.T) {
 	unwrap := func(do vaulttest.FaultFunc) func() {
 		return func() { s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: do}) }
 	}
+	// fresh makes the next request open a connection.
+	fresh := func() {
+		tr := s.Transport()
+		t.Cleanup(tr.CloseIdleConnections)
+		opts.Transport = tr
+	}
+	good := func() { s.SetCertificate("unit.vault.azure.net", vaulttest.CertificateGood) }
 	tests := []struct {
 		name      string
 		break_    func()
@@ -165,7 +172,36 @@ func TestVaultClasses(t *testing.T) {
 			break_: unwrap(vaulttest.Truncate)},
 		{name: "bad parameter", class: ClassIntegrity, code: "BadParameter", status: 400,
 			break_: unwrap(vaulttest.AnswerError(400, "BadParameter", "", "m"))},
-		{name: "redirect", class: ClassIntegrity, status: 307,
+		{name: "slow", class: ClassUnreachable, transient: true,
+			break_: unwrap(vaulttest.Slow(0, time.Hour))},
+		{name: "throttled for a while", class: ClassThrottled, code: "Throttled", status: 429, transient: true,
+			break_: unwrap(vaulttest.ThrottledFor(90 * time.Second))},
+		{name: "firewall that is shut", class: ClassDenied, code: "ForbiddenByFirewall", status: 403, text: "firewall allow this host",
+			break_: func() { s.SetFirewall("unit.vault.azure.net", true) }, repair: func() { s.SetFirewall("unit.vault.azure.net", false) }},
+		{name: "certificate expired", class: ClassUnreachable, transient: true, text: "is the clock right",
+			break_: func() { fresh(); s.SetCertificate("unit.vault.azure.net", vaulttest.CertificateExpired) }, repair: good},
+		{name: "certificate not yet valid", class: ClassUnreachable, transient: true, text: "is the clock right",
+			break_: func() { fresh(); s.SetCertificate("unit.vault.azure.net", vaulttest.CertificateNotYetValid) }, repair: good},
+		{name: "another host's certificate", class: ClassUnreachable, transient: true, text: "intercept TLS",
+			break_: func() { fresh(); s.SetCertificate("unit.vault.azure.net", vaulttest.CertificateOtherHost) }, repair: good},
+		{name: "self-signed", class: ClassUnreachable, transient: true, text: "ca-certificates",
+			break_: func() { fresh(); s.SetCertificate("unit.vault.azure.net", vaulttest.CertificateSelfSigned) }, repair: good},
+		{name: "no such host", class: ClassUnreachable, transient: true, text: "no such host",
+			break_: func() { fresh(); s.SetResolves("unit.vault.azure.net", false) }, repair: func() { s.SetResolves("unit.vault.azure.net", true) }},
+		// What a proxy says is no denial.
+		{name: "403 of a proxy", class: ClassMalformed, status: 403, transient: true, text: "proxy or a portal",
+			break_: unwrap(vaulttest.Page(403))},
+		{name: "404 of a proxy", class: ClassMalformed, status: 404, transient: true,
+			break_: unwrap(vaulttest.Page(404))},
+		{name: "401 of a proxy", class: ClassMalformed, status: 401, transient: true,
+			break_: unwrap(vaulttest.Page(401))},
+		{name: "400 of a proxy", class: ClassMalformed, status: 400, transient: true,
+			break_: unwrap(vaulttest.Page(400))},
+		{name: "403 with JSON of something else", class: ClassMalformed, status: 403, transient: true,
+			break_: unwrap(vaulttest.Answer(403, http.Header{"Content-Type": {"application/json"}}, `{"message":"Forbidden"}`))},
+		{name: "407", class: ClassMalformed, status: 407, transient: true,
+			break_: unwrap(vaulttest.Answer(407, nil, ""))},
+		{name: "redirect", class: ClassMalformed, status: 307, transient: true,
 			break_: unwrap(vaulttest.Answer(307, http.Header{"Location": {"https://unit.vault.azure.net/elsewhere"}}, ""))},
 		{name: "empty object", class: ClassMalformed, transient: true, text: "the answer is empty",
 			break_: unwrap(vaulttest.Answer(200, nil, "{}"))},
@@ -211,8 +247,15 @@ func TestVaultClasses(t *testing.T) {
 				}
 			}()
 			dst, before := [KeySize]byte{1, 2, 3}, [KeySize]byte{1, 2, 3}
-			err := Unseal(t.Context(), opts, token, testVolume, &dst)
+			ctx := t.Context()
+			if tt.name == "slow" {
+				ctx = shortContext(t, 100*time.Millisecond)
+			}
+			err := Unseal(ctx, opts, token, testVolume, &dst)
 			e := wantClass(t, err, tt.class)
+			if e.Denied() != (tt.class == ClassDenied || tt.class == ClassKeyUnusable) || e.Integrity() != (tt.class == ClassIntegrity) {
+				t.Errorf("denied %v, integrity %v", e.Denied(), e.Integrity())
+			}
 			if dst != before {
 				t.Error("Unseal changed dst")
 			}
@@ -222,7 +265,7 @@ func TestVaultClasses(t *testing.T) {
 			if !strings.Contains(err.Error(), tt.text) || strings.ContainsAny(err.Error(), "\r\n") {
 				t.Errorf("message %q, want one line with %q", err, tt.text)
 			}
-			if tt.status == 403 && tt.name != "innerError" && e.RequestID == "" {
+			if tt.status == 403 && tt.code != "" && tt.name != "innerError" && e.RequestID == "" {
 				t.Error("no request id")
 			}
 			if e.Op != "unwrap" || e.KeyID != kid {
@@ -397,6 +440,8 @@ func TestIdentityErrors(t *testing.T) {
 		"throttled":    {vaulttest.Answer(429, nil, `{"error":"too_many","error_description":"slow down"}`), 429, "too_many", true, "slow down"},
 		"fault":        {vaulttest.Answer(500, nil, "<html>"), 500, "", true, ""},
 		"reset":        {vaulttest.Reset, 0, "", true, "169.254.169.254"},
+		"a proxy, 403": {vaulttest.Page(403), 403, "", true, "Forbidden"},
+		"a proxy, 400": {vaulttest.Page(400), 400, "", true, "Bad Request"},
 		"not a token":  {vaulttest.Answer(200, nil, "{}"), 200, "", true, "holds no token"},
 		"not JSON":     {vaulttest.Answer(200, nil, "hello"), 200, "", true, "holds no token"},
 	} {
@@ -640,7 +685,7 @@ func TestVaultRedirectIsNotFollowed(t *testing.T) {
 	for _, status := range []int{301, 302, 303, 307, 308} {
 		s.Inject(vaulttest.Fault{Route: "wrapkey", Do: vaulttest.Answer(status, http.Header{"Location": {"https://evil.vault.azure.net/keys/x"}}, "")})
 		_, err := Seal(t.Context(), opts, url, testVolume, randomKey(t))
-		wantClass(t, err, ClassIntegrity)
+		wantClass(t, err, ClassMalformed)
 	}
 	for _, r := range s.Requests() {
 		if strings.HasPrefix(r.Host, "evil") {
@@ -681,10 +726,10 @@ func TestVaultUntrustedCertificate(t *testing.T) {
 
 // The transport of the product never uses a proxy, whatever the environment says.
 func TestDirectTransport(t *testing.T) {
-	if tr := directTransport(); tr.Proxy != nil {
+	if tr := directTransport(nil); tr.Proxy != nil {
 		t.Error("the transport has a proxy function")
 	}
-	if tr := directTransport(); tr.TLSClientConfig.InsecureSkipVerify || tr.TLSClientConfig.RootCAs != nil {
+	if tr := directTransport(nil); tr.TLSClientConfig.InsecureSkipVerify || tr.TLSClientConfig.RootCAs != nil {
 		t.Error("the transport doesn't check against the system's roots")
 	}
 }

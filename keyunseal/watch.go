@@ -15,8 +15,9 @@ var ErrCurrent = errors.New("the token is sealed with the newest version of its 
 
 // Probe looks whether the KEK of a token would unwrap now, without unwrapping
 // what opens the volume: a vault unwraps the token's canary, a host key file has
-// to be there and the right one. It's the only look that tells: a disabled key
-// can be read, and is reported to wrap.
+// to be there and the right one, a TPM has to give out the token's secret, which
+// isn't used. It's the only look that tells: a disabled key can be read, and is
+// reported to wrap.
 func Probe(ctx context.Context, opts Options, token json.RawMessage, volume string) error {
 	volume, err := canonicalUUID(volume)
 	if err != nil {
@@ -29,6 +30,8 @@ func Probe(ctx context.Context, opts Options, token json.RawMessage, volume stri
 	switch t := t.(type) {
 	case *hostKeyToken:
 		return probeHostKey(opts, t)
+	case *tpmToken:
+		return probeTPM(ctx, opts, t)
 	case *vaultToken:
 		return probeVault(ctx, opts, t, volume)
 	}
@@ -51,7 +54,8 @@ type KeyStatus struct {
 // Stale tells whether there is a newer version to rewrap with.
 func (k KeyStatus) Stale() bool { return k.NewestUsable && k.Newest != k.Version }
 
-// ErrNoStatus means that the KEK has no versions and no attributes: a host key.
+// ErrNoStatus means that the KEK has no versions and no attributes: a host
+// key or a TPM.
 var ErrNoStatus = errors.New("this kind of key has no versions")
 
 // Inspect asks a vault about the key of a token. The permission to do so is
@@ -75,6 +79,9 @@ func Inspect(ctx context.Context, opts Options, token json.RawMessage, volume st
 // same identity in the same tenant, and returns the new token, after unsealing
 // it. Without a newer version the error has [ErrCurrent] in its chain. The old
 // token goes on being good as long as its version may be used.
+//
+// A TPM has no versions. There Rewrap seals to the PCRs as they are now, if they
+// have changed, or with the TPM of this host, if the token is another's.
 func Rewrap(ctx context.Context, opts Options, token json.RawMessage, volume string, key *[KeySize]byte) (json.RawMessage, error) {
 	volume, err := canonicalUUID(volume)
 	if err != nil {
@@ -84,8 +91,21 @@ func Rewrap(ctx context.Context, opts Options, token json.RawMessage, volume str
 	if err != nil {
 		return nil, err
 	}
-	old, ok := t.(*vaultToken)
-	if !ok {
+	var old *vaultToken
+	switch t := t.(type) {
+	case *tpmToken:
+		begun := time.Now()
+		fresh, err := rewrapTPM(ctx, opts, t, volume, key)
+		if !errors.Is(err, ErrCurrent) {
+			reporter(opts.Observe).observe(Exchange{Op: "wrap", KeyID: t.keyID(), Duration: time.Since(begun)}, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return verified(ctx, opts, fresh, opts.tpm(), volume, key)
+	case *vaultToken:
+		old = t
+	default:
 		return nil, fail("rewrap", "", ClassConfig, ErrCurrent)
 	}
 	if opts.Identity == "" {
@@ -109,7 +129,8 @@ type Exchange struct {
 	Class           string        `json:"class,omitempty"`       // of the error; "" if there was none
 	Code            string        `json:"code,omitempty"`
 	Status          int           `json:"status,omitempty"`
-	Duration        time.Duration `json:"duration"` // ns
+	Duration        time.Duration `json:"duration"`           // ns, with the time to get a token
+	Requests        int           `json:"requests,omitempty"` // HTTP requests to the vault; the first has no token, and is 1 of 2
 	ClientRequestID string        `json:"client_request_id,omitempty"`
 	RequestID       string        `json:"request_id,omitempty"` // x-ms-request-id
 }
@@ -126,7 +147,7 @@ func (o reporter) tell(op string, id keyURL, x *exchange, took time.Duration, er
 	base.version = ""
 	o.observe(Exchange{
 		Op: op, KeyID: base.String(), KeyVersion: id.version, Duration: took,
-		ClientRequestID: x.clientRequestID, RequestID: x.requestID,
+		Requests: x.requests, ClientRequestID: x.clientRequestID, RequestID: x.requestID,
 	}, err)
 }
 

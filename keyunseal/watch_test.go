@@ -198,7 +198,7 @@ func TestInspectAndRewrap(t *testing.T) {
 // TestHostKeyProbe: what there is to see of a host key.
 func TestHostKeyProbe(t *testing.T) {
 	opts := Options{HostKey: t.TempDir() + "/host.key"}
-	token := mustSeal(t, opts, SpecPlatform, randomKey(t))
+	token := mustSeal(t, opts, SpecHostKey, randomKey(t))
 	if err := Probe(t.Context(), opts, token, testVolume); err != nil {
 		t.Error(err)
 	}
@@ -207,7 +207,7 @@ func TestHostKeyProbe(t *testing.T) {
 	if e.Denied() {
 		t.Error("a missing file is taken for a denial")
 	}
-	mustSeal(t, elsewhere, SpecPlatform, randomKey(t))
+	mustSeal(t, elsewhere, SpecHostKey, randomKey(t))
 	wantClass(t, Probe(t.Context(), elsewhere, token, testVolume), ClassWrongKey)
 	if _, err := Inspect(t.Context(), opts, token, testVolume); !errors.Is(err, ErrNoStatus) {
 		t.Errorf("Inspect = %v", err)
@@ -226,8 +226,12 @@ func TestObserve(t *testing.T) {
 	opts.Observe = func(x Exchange) { got = append(got, x) }
 	token := mustSeal(t, opts, url, randomKey(t))
 	var ops []string
-	for _, x := range got {
+	for i, x := range got {
 		ops = append(ops, x.Op)
+		// Sealing, unsealing and probing each have a client of their own.
+		if want := map[bool]int{true: 2, false: 1}[i == 0 || i >= 3]; x.Requests != want {
+			t.Errorf("%s took %d requests, want %d", x.Op, x.Requests, want)
+		}
 		if !x.OK() || x.KeyID != url || x.Duration <= 0 || x.RequestID == "" || x.ClientRequestID == "" {
 			t.Errorf("%+v", x)
 		}
@@ -253,7 +257,7 @@ func TestObserve(t *testing.T) {
 
 	host := Options{HostKey: t.TempDir() + "/host.key", Observe: opts.Observe}
 	got = nil
-	mustSeal(t, host, SpecPlatform, randomKey(t))
+	mustSeal(t, host, SpecHostKey, randomKey(t))
 	if len(got) != 2 || got[0].Op != "wrap" || got[1].Op != "unwrap" || len(got[0].KeyID) != 16 || got[0].KeyID != got[1].KeyID {
 		t.Errorf("%+v", got)
 	}
@@ -266,7 +270,7 @@ func TestChildWatch(t *testing.T) {
 	opts.Observe = func(x Exchange) { got = append(got, x) }
 	c := &Child{}
 	key := randomKey(t)
-	token, err := c.Seal(t.Context(), opts, SpecPlatform, testVolume, key)
+	token, err := c.Seal(t.Context(), opts, SpecHostKey, testVolume, key)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ var exitCodes = []struct {
 	{codeWrongKey, "the key is wrong, or was refused"},
 	{codeDevice, "no such device, or not one that can be used"},
 	{codeBusy, "something is in use or exists already"},
-	{codeUnreachable, "the vault can't be reached"},
+	{codeUnreachable, "the vault or the TPM can't be reached"},
 	{codeDenied, "the vault denies access"},
 	{codeKeyUnusable, "the key is disabled, expired, deleted or unknown"},
 	{codeThrottled, "the vault throttled the requests for too long"},
@@ -93,7 +93,7 @@ func codeOf(err error) int {
 		return e.code
 	case *keyunseal.Error:
 		switch e.Class {
-		case keyunseal.ClassUnreachable:
+		case keyunseal.ClassUnreachable, keyunseal.ClassMalformed, keyunseal.ClassNoTPM, keyunseal.ClassTPMBusy, keyunseal.ClassTPMLockout:
 			return codeUnreachable
 		case keyunseal.ClassThrottled:
 			return codeThrottled
@@ -103,7 +103,7 @@ func codeOf(err error) int {
 			return codeDenied
 		case keyunseal.ClassKeyUnusable:
 			return codeKeyUnusable
-		case keyunseal.ClassWrongKey:
+		case keyunseal.ClassWrongKey, keyunseal.ClassTPMState:
 			return codeWrongKey
 		case keyunseal.ClassIntegrity:
 			return codeAuth
