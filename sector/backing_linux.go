@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -149,7 +150,7 @@ func (d *Device) probeFile(o DeviceOptions) error {
 	if o.Shared {
 		return nil
 	}
-	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Len: fenceAt}
 	if o.ReadOnly {
 		lock.Type = unix.F_RDLCK
 	}
@@ -162,6 +163,85 @@ func (d *Device) probeFile(o DeviceOptions) error {
 	}
 	return nil
 }
+
+// fenceAt is the byte that Fence locks, beyond the end of every device and of
+// what probeFile locks.
+const fenceAt = 1 << 62
+
+// Reopen opens a device again that is open as f, whose name is name, for I/O of
+// this process alone: the lock of Fence is on what it opens. f keeps others
+// out.
+func Reopen(f *os.File, name string, o DeviceOptions) (*Device, error) {
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, reason(err))
+	}
+	o.Shared = true
+	d := &Device{align: 1, block: !fi.Mode().IsRegular()}
+	flags := os.O_RDWR
+	if o.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	if d.direct = d.block || o.Direct; d.direct {
+		flags |= unix.O_DIRECT
+	}
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), flags|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s: opening it again: %w", name, err)
+	}
+	d.f = os.NewFile(uintptr(fd), name)
+	if d.block {
+		err = d.probeBlock(o)
+	} else {
+		err = d.probeFile(o)
+	}
+	if err == nil {
+		d.size, err = d.f.Seek(0, io.SeekEnd)
+	}
+	if err != nil {
+		d.Close()
+		return nil, fmt.Errorf("%s: %w", name, reason(err))
+	}
+	return d, nil
+}
+
+// Fence returns when no I/O of another process that has fenced the device is
+// under way any more, and keeps others waiting until the last I/O of this one
+// has ended, however this one ends. Only then may requests be served again that
+// the other had taken: its writes would land over newer ones.
+//
+// It is a lock that belongs to the open file description. Each request in
+// flight holds a reference to that, also one whose process was killed and whose
+// io_uring the kernel ends later, and the kernel drops the lock with the last
+// reference (locks_remove_file in __fput). It is an OFD lock and not flock(2),
+// which udev takes on disks. waiting is called when it takes long.
+func (d *Device) Fence(ctx context.Context, waiting func()) error {
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: fenceAt, Len: 1}
+	if flags, err := unix.FcntlInt(d.f.Fd(), unix.F_GETFL, 0); err == nil && flags&unix.O_ACCMODE == unix.O_RDONLY {
+		return nil // it writes nothing
+	}
+	said := time.AfterFunc(time.Second, waiting)
+	defer said.Stop()
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		err := unix.FcntlFlock(d.f.Fd(), unix.F_OFD_SETLK, &lock)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EINTR):
+			continue
+		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES):
+			return fmt.Errorf("%s: fencing: %w", d.Name(), err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: I/O of another server has not ended: %w", d.Name(), context.Cause(ctx))
+		case <-time.After(wait):
+		}
+	}
+}
+
+// File is the open file of the device.
+func (d *Device) File() *os.File { return d.f }
 
 // Close closes the device; on a device that was open for writing, everything
 // that must last was synced before.

@@ -17,6 +17,7 @@ type flusher struct {
 	done    uint64 // the number of the last that succeeded
 	running bool
 	failed  bool
+	onFail  func() // is called when failed becomes true, or nil
 }
 
 // flush returns when a flush that began after the call has ended.
@@ -45,7 +46,7 @@ func (f *flusher) flush(sync func() error) error {
 		f.running = false
 		f.ended.Broadcast()
 		if err != nil {
-			f.failed = true
+			f.setFailed()
 			return err
 		}
 		f.done = number
@@ -56,7 +57,14 @@ func (f *flusher) flush(sync func() error) error {
 func (f *flusher) fail() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.setFailed()
+}
+
+func (f *flusher) setFailed() {
 	f.failed = true
+	if f.onFail != nil {
+		f.onFail()
+	}
 }
 
 func (f *flusher) hasFailed() bool {

@@ -23,6 +23,10 @@ type OpenOptions struct {
 	// replace the whole header.
 	Pins Pins
 
+	// Handover, if not nil, keeps the DEK for the next process that serves the
+	// volume, as long as this one has it.
+	Handover *Handover
+
 	// TryTimeout bounds what one token gets; 0 means [DefaultTryTimeout].
 	TryTimeout time.Duration
 	// HeadStart is how long a token may take before the next one is tried beside
@@ -98,6 +102,9 @@ func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsea
 		return nil, got, err
 	}
 	v, err := newVolume(b, h, t.size(), got.token, k, c, o)
+	if err == nil {
+		o.Handover.put(k.dek)
+	}
 	return v, got, err
 }
 

@@ -131,6 +131,7 @@ func (v *Volume) wipe() error {
 	if v.keys == nil {
 		return nil
 	}
+	v.handover.wipe()
 	v.cipher.Wipe()
 	err := v.keys.free()
 	v.cipher, v.keys = nil, nil

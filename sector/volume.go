@@ -38,6 +38,8 @@ type Volume struct {
 	bufs   *buffers
 	flush  flusher
 
+	handover *Handover // or nil
+
 	// open is held shared by each request, so that Close and Suspend can't take
 	// the keys and buffers from under one. It guards keys and cipher. gate says
 	// what is to become of new requests, see suspend.go.
@@ -73,8 +75,9 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 		size:     size / sectorSize * sectorSize,
 		align:    int64(b.Alignment()),
 		readOnly: o.ReadOnly, discard: o.Discard, fd: -1,
-		keys: k, cipher: c, secretMemory: k.mem.kind,
+		keys: k, cipher: c, secretMemory: k.mem.kind, handover: o.Handover,
 	}
+	v.flush.onFail = v.handover.fail
 	v.token.Store(int64(token))
 	if d, ok := b.(descriptor); ok {
 		v.fd = d.Descriptor()

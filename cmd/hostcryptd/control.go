@@ -46,8 +46,9 @@ const runDir = "/run/hostcryptd"
 // interface.
 type status struct {
 	Version  string `json:"version"`
-	PID      int    `json:"pid"`
-	State    string `json:"state"` // unsealing, serving, stopping
+	PID      int    `json:"pid"`              // of the server
+	Keeper   int    `json:"keeper,omitempty"` // process that replaces the server if it dies
+	State    string `json:"state"`            // unsealing, serving, stopping
 	Reason   string `json:"reason,omitempty"`
 	UUID     string `json:"uuid"`
 	Label    string `json:"label"`
@@ -248,6 +249,9 @@ func (d *daemon) status() *status {
 		UUID: d.uuid, Label: d.label, Device: d.opts.device, Uptime: int64(time.Since(d.started).Seconds()),
 		Control: d.opts.control, Listen: d.opts.listen, TCP: d.tcp, Attached: d.attached,
 		Memory: memoryNow(),
+	}
+	if d.link != nil {
+		s.Keeper = os.Getppid()
 	}
 	if d.life != nil {
 		s.Key.Snapshot = d.life.Snapshot()
@@ -583,7 +587,7 @@ the kernel device is mounted or otherwise in use.
 			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/detach", nil); err != nil {
 				return err
 			}
-			for processExists(s.PID) {
+			for processExists(s.PID) || s.Keeper != 0 && processExists(s.Keeper) {
 				select {
 				case <-c.Context().Done():
 					return c.Context().Err()

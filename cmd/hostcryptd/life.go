@@ -53,8 +53,8 @@ func (l *lifeFlags) add(c *cobra.Command) {
 	c.Flags().Lookup("heartbeat").DefValue = ""
 }
 
-// config makes a machine's configuration of the flags and the tokens.
-func (l *lifeFlags) config(volume string, tokens []sector.KeyToken) (lifecycle.Config, error) {
+// config makes a machine's configuration of the flags and of what keySize says.
+func (l *lifeFlags) config(volume string, bits int, remote bool) (lifecycle.Config, error) {
 	c := lifecycle.Config{
 		Heartbeat: l.heartbeat, Grace: l.grace, MaxOffline: l.maxOffline,
 		ConfirmSpan: l.confirm, DenyExpired: l.expired == "deny", Phase: phaseOf(volume),
@@ -66,7 +66,6 @@ func (l *lifeFlags) config(volume string, tokens []sector.KeyToken) (lifecycle.C
 	if l.expired != "warn" && l.expired != "deny" {
 		return c, usagef("--expired-key is warn or deny, not %q", l.expired)
 	}
-	bits, remote := keySize(tokens)
 	switch {
 	case !remote:
 		// A key of this host can't be taken away by anybody else.
@@ -135,7 +134,7 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	v := d.volume
 	d.mu.Unlock()
 	o := sector.OpenOptions{
-		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinDir(),
+		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinDir(), Handover: d.handover,
 	}
 	begun := time.Now()
 	var err error
@@ -278,6 +277,10 @@ func (h *keyHost) Lift() { h.d.volume.Restrict(false) }
 // Changed writes what happened to the log, the audit and the service manager.
 func (h *keyHost) Changed(from lifecycle.State, s lifecycle.Snapshot) {
 	d := h.d
+	d.mu.Lock()
+	d.left.Life = s
+	d.mu.Unlock()
+	d.pushState()
 	fields := []zap.Field{zap.Stringer("from", from), zap.Stringer("state", s.State), zap.Int("attempts", s.Attempts)}
 	if s.Failures > 0 {
 		fields = append(fields, zap.Stringer("kind", s.Kind), zap.String("class", s.Class), zap.String("code", s.Code), zap.String("request_id", s.RequestID), zap.String("reason", s.Reason))
@@ -401,9 +404,13 @@ func outcomeOf(err error) lifecycle.Outcome {
 
 // startLife begins the life of the key, and returns when the volume serves. stop
 // ends it; the volume then stays as it is.
-func (d *daemon) startLife(ctx context.Context, c lifecycle.Config) (stop func(), err error) {
+func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serverState) (stop func(), err error) {
 	h := &keyHost{d: d, opened: make(chan struct{})}
 	runner := lifecycle.NewRunner(c, h)
+	if before != nil {
+		runner = lifecycle.RestoreRunner(c, before.Life, d.volume.Suspended(), h)
+		close(h.opened)
+	}
 	d.mu.Lock()
 	d.life, d.lifeHost = runner, h
 	d.mu.Unlock()

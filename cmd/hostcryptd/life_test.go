@@ -91,7 +91,8 @@ func TestLifeConfig(t *testing.T) {
 		if tt.change != nil {
 			tt.change(&l)
 		}
-		c, err := l.config("0f8fad5b-d9cb-469f-a165-70867728950e", tt.tokens)
+		bits, remote := keySize(tt.tokens)
+		c, err := l.config("0f8fad5b-d9cb-469f-a165-70867728950e", bits, remote)
 		if tt.bad {
 			if exitCode(err) != codeUsage || err == nil {
 				t.Errorf("%s: %v, want a usage error", tt.name, err)

@@ -75,14 +75,24 @@ func (d *daemon) listen(ctx context.Context) (_ []net.Listener, err error) {
 		}
 	}()
 	if d.opts.listen != "" {
-		l, err := listenUnix(d.opts.listen)
+		l, err := d.link.heldListener(heldListener)
+		if l == nil && err == nil {
+			if l, err = listenUnix(d.opts.listen); err == nil {
+				err = d.link.holdListener(heldListener, l)
+			}
+		}
 		if err != nil {
 			return nil, fmt.Errorf("--listen: %w", err)
 		}
 		list = append(list, l)
 	}
 	if d.opts.tcp != "" {
-		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", d.opts.tcp)
+		l, err := d.link.heldListener(heldTCP)
+		if l == nil && err == nil {
+			if l, err = (&net.ListenConfig{}).Listen(ctx, "tcp", d.opts.tcp); err == nil {
+				err = d.link.holdListener(heldTCP, l)
+			}
+		}
 		if op, ok := errors.AsType[*net.OpError](err); ok {
 			err = op.Err
 		}

@@ -18,6 +18,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -49,6 +50,9 @@ func run(ctx context.Context, args []string, stdin *os.File, stdout, stderr io.W
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
+	if silent, ok := errors.AsType[*silentError](err); ok {
+		return silent.code
+	}
 	if err != nil {
 		fmt.Fprintln(stderr, "hostcryptd:", printable(err.Error()))
 	}

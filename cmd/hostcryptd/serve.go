@@ -67,7 +67,13 @@ long as the vault can't be reached, serve waits and tries again.
 
 On SIGTERM it stops taking requests, answers those it has, flushes, detaches and
 wipes the keys. While the kernel device is mounted or otherwise in use it waits,
-since to go would be to lose what was not yet written.`,
+since to go would be to lose what was not yet written.
+
+With --attach there are two processes: a keeper, which was started, and its child,
+the server. If the server is killed or crashes, the keeper starts another one, which
+needs neither the vault nor the program's file; I/O waits meanwhile, and no request
+fails. Clients of --listen and --tcp have to connect again. If both are killed, I/O
+waits for up to an hour for 'serve' to be started again with the same volume.`,
 		Example: `  hostcryptd serve /dev/sdb --attach auto
   hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control`,
 		Args: oneArg("DEVICE or NAME"),
@@ -123,17 +129,38 @@ since to go would be to lose what was not yet written.`,
 				}
 				*p = abs
 			}
+			link, err := openKeeperLink()
+			if err != nil {
+				return err
+			}
+			if link == nil && o.attach != "" {
+				return a.keep(inherited)
+			}
+			if link != nil {
+				if inherited, err = link.inheritedListeners(); err != nil {
+					return err
+				}
+			}
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
 			if o.listen != "" && o.listen == o.control {
 				return usagef("--listen and --control are the same socket")
 			}
-			d := &daemon{opts: o, inherited: inherited, log: a.daemonLog(), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{})}
+			d := &daemon{opts: o, inherited: inherited, log: a.daemonLog(), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree}
+			goOn, err := link.takeState()
+			if err != nil {
+				return err
+			}
 			if err := d.waitDevice(ctx, wait); err != nil {
 				return err
 			}
-			err = d.run(ctx)
+			go link.watch(ctx, d.log)
+			err = d.run(ctx, goOn)
 			d.log.Sync()
+			if goOn == nil || d.served {
+				// Else it's up to the keeper to try again.
+				_ = link.send(keeperMessage{Over: true}, nil)
+			}
 			return err
 		},
 	}
@@ -161,6 +188,10 @@ type daemon struct {
 
 	inherited []net.Listener // from the service manager
 
+	link     *keeperLink      // nil without a kernel device
+	handover *sector.Handover // the same
+	served   bool             // has been ready
+
 	// detach receives a request to stop, with the kernel device opened
 	// exclusively, or nil if there is none. finished is closed when the volume
 	// is closed; result is then what stopping gave.
@@ -181,6 +212,8 @@ type daemon struct {
 	server   *nbd.Server
 	tcp      string // the address of --tcp
 	attached string // "/dev/nbd0"
+	index    int    // of that, or nbdnl.FirstFree
+	left     serverState
 }
 
 // States of a daemon, as status shows them.
@@ -195,27 +228,28 @@ const (
 //
 //	backing device → header → control socket → unsealed volume → NBD server
 //	→ Unix socket and kernel device → READY
-func (d *daemon) run(ctx context.Context) (err error) {
-	d.device, err = sector.OpenDevice(d.opts.device, sector.DeviceOptions{ReadOnly: d.opts.readOnly, Direct: d.opts.direct})
+//
+// With before, it goes on where a server ended that was killed.
+func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
+	d.device, err = d.openDevice(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.device.Close()) }()
 
-	// Who waits in silence is taken for hung.
-	locked := time.AfterFunc(2*time.Second, func() {
-		d.log.Warn("waiting for another program to release the lock on the header", zap.String("device", d.opts.device))
-	})
-	h, _, err := sector.ReadHeader(ctx, d.device)
-	locked.Stop()
-	if err != nil {
-		return fmt.Errorf("%s: %w", d.opts.device, err)
+	if err := d.openHandover(); err != nil {
+		return err
 	}
-	d.uuid, d.label = h.UUID, h.Label
+	if before != nil {
+		d.left, d.index = *before, before.Index
+	} else if err := d.readHeader(ctx); err != nil {
+		return err
+	}
+	d.uuid, d.label = d.left.Volume.UUID, d.left.Volume.Label
 	d.log = d.log.With(zap.String("volume", d.uuid))
 
 	// From here on people can ask how far we are, also while a vault is down.
-	life, err := d.opts.life.config(d.uuid, sector.KeyTokens(h))
+	life, err := d.opts.life.config(d.uuid, d.left.Bits, d.left.Remote)
 	if err != nil {
 		return err
 	}
@@ -233,12 +267,17 @@ func (d *daemon) run(ctx context.Context) (err error) {
 
 	// What can be known to fail should not fail only when a vault has come
 	// back after hours.
-	if d.opts.listen != "" {
+	if d.opts.listen != "" && before == nil {
 		if err := checkSocketPath(d.opts.listen); err != nil {
 			return fmt.Errorf("--listen: %w", err)
 		}
 	}
-	stopLife, err := d.startLife(ctx, life)
+	if before != nil {
+		if err := d.goOn(before); err != nil {
+			return err
+		}
+	}
+	stopLife, err := d.startLife(ctx, life, before)
 	if err != nil {
 		if ctx.Err() != nil {
 			d.log.Info("stopped before the volume was unsealed", zap.Error(err))
@@ -268,6 +307,22 @@ func (d *daemon) run(ctx context.Context) (err error) {
 	d.server = server
 	d.mu.Unlock()
 	return d.serve(ctx)
+}
+
+// readHeader reads what is to be known before the volume is unsealed.
+func (d *daemon) readHeader(ctx context.Context) error {
+	// Who waits in silence is taken for hung.
+	locked := time.AfterFunc(2*time.Second, func() {
+		d.log.Warn("waiting for another program to release the lock on the header", zap.String("device", d.opts.device))
+	})
+	h, _, err := sector.ReadHeader(ctx, d.device)
+	locked.Stop()
+	if err != nil {
+		return fmt.Errorf("%s: %w", d.opts.device, err)
+	}
+	d.left.Volume.UUID, d.left.Volume.Label = h.UUID, h.Label
+	d.left.Bits, d.left.Remote = keySize(sector.KeyTokens(h))
+	return nil
 }
 
 // allowPeer tells who may use the Unix sockets: root, the user that this
@@ -369,12 +424,14 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	}
 	if d.opts.attach != "" {
 		k, err = d.attachKernel(serveCtx, &serving, failed)
+		d.pushState()
 		if err != nil {
 			return err
 		}
 	}
 
 	size, _ := d.volume.Size()
+	d.served = true
 	d.setState(stateServing, "")
 	d.log.Info("volume is ready",
 		zap.String("device", d.opts.device), zap.Int64("size", size), zap.Int("sector_size", d.volume.SectorSize()),
@@ -382,6 +439,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		zap.String("cipher", d.volume.Implementation()), zap.String("key_memory", d.volume.SecretMemory()))
 	d.notify(systemd.Ready, systemd.Status("serving %d bytes", size))
 
+wait:
 	select {
 	case <-ctx.Done():
 		d.log.Info("stopping on a signal")
@@ -389,6 +447,14 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		d.log.Info("stopping on request")
 		return nil
 	case err = <-failed:
+		if _, ok := errors.AsType[*kernelConnError](err); ok {
+			// No request of that connection is on the device any more, so the
+			// kernel may send them again.
+			d.log.Error("the kernel's connection has failed; it gets another one", zap.Error(err))
+			if err = d.reconnect(serveCtx, k, &serving, failed); err == nil {
+				goto wait
+			}
+		}
 		if err == nil {
 			d.log.Info("stopping, as the kernel device was detached by another program")
 			err = k.conn.Close()
@@ -423,7 +489,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	size, _ := d.volume.Size()
 	cfg := nbdnl.Config{
 		Index: nbdnl.FirstFree, Size: uint64(size), BlockSize: uint64(d.volume.SectorSize()),
-		ServerFlags: flags, Backend: "hostcryptd-" + d.uuid,
+		ServerFlags: flags, DeadConnTimeout: deadConnTimeout, Backend: d.backend(),
 	}
 	if d.opts.attach != "auto" {
 		if cfg.Index, err = nbdnl.ParsePath(d.opts.attach); err != nil {
@@ -431,6 +497,43 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 			return nil, err
 		}
 	}
+	if d.index >= 0 {
+		cfg.Index = d.index
+	} else if found := nbdnl.Find(cfg.Backend); found >= 0 {
+		// A server and its keeper have died, and the kernel still waits.
+		d.log.Warn("going on with a kernel device whose server has died", zap.String("attached", nbdnl.Path(found)))
+		d.index = found
+	}
+	k := &kernelDevice{conn: conn, index: d.index}
+	again := d.index >= 0
+	if again {
+		for range d.opts.connections {
+			if err := d.reconnect(ctx, k, serving, failed); err != nil {
+				conn.Close()
+				return nil, fmt.Errorf("--attach: %w", err)
+			}
+		}
+	} else if err := d.connect(ctx, k, cfg, serving, failed); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("--attach: %w", err)
+	}
+	d.mu.Lock()
+	d.attached, d.index = k.path(), k.index
+	d.mu.Unlock()
+	if err := nbdnl.WaitReady(ctx, k.index, uint64(size)); err != nil {
+		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach(nil))
+	}
+	// To set it again would wait for the requests in flight.
+	if d.opts.connections == 1 && !again {
+		if err := nbdnl.SetRequestTimer(k.index, requestTimer); err != nil {
+			d.log.Warn("if this server is killed, I/O will go on after half a minute only", zap.Error(err))
+		}
+	}
+	return k, nil
+}
+
+// connect attaches a device that is free.
+func (d *daemon) connect(ctx context.Context, k *kernelDevice, cfg nbdnl.Config, serving *sync.WaitGroup, failed chan<- error) (err error) {
 	var kernelEnds []*os.File
 	defer func() {
 		for _, f := range kernelEnds {
@@ -441,32 +544,48 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	for range d.opts.connections {
 		kernel, server, err := nbdnl.Socketpair()
 		if err != nil {
-			conn.Close()
-			return nil, fmt.Errorf("--attach: %w", err)
+			return err
 		}
 		kernelEnds = append(kernelEnds, kernel)
-		serving.Go(func() {
-			defer server.Close()
-			err := d.server.ServeTransmission(ctx, server, d.exportName())
-			if ctx.Err() == nil {
-				failed <- err // nil: the kernel said goodbye
-			}
-		})
+		d.serveKernel(ctx, server, serving, failed)
 	}
-	index, err := conn.Connect(cfg, kernelEnds...)
-	if err != nil {
-		conn.Close()
-		return nil, fmt.Errorf("--attach: %w", err)
-	}
-	k := &kernelDevice{conn, index}
-	d.mu.Lock()
-	d.attached = k.path()
-	d.mu.Unlock()
-	if err := nbdnl.WaitReady(ctx, index, uint64(size)); err != nil {
-		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach(nil))
-	}
-	return k, nil
+	k.index, err = k.conn.Connect(cfg, kernelEnds...)
+	return err
 }
+
+// reconnect gives the kernel a new connection in place of a dead one.
+func (d *daemon) reconnect(ctx context.Context, k *kernelDevice, serving *sync.WaitGroup, failed chan<- error) error {
+	server, err := k.reattach(ctx, d.backend())
+	if err != nil {
+		return err
+	}
+	d.serveKernel(ctx, server, serving, failed)
+	return nil
+}
+
+// serveKernel serves a connection of the kernel.
+func (d *daemon) serveKernel(ctx context.Context, server net.Conn, serving *sync.WaitGroup, failed chan<- error) {
+	serving.Go(func() {
+		defer server.Close()
+		err := d.server.ServeTransmission(ctx, server, d.exportName())
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			err = &kernelConnError{err}
+		}
+		failed <- err // nil: the kernel said goodbye
+	})
+}
+
+// A kernelConnError is how a connection of the kernel ended.
+type kernelConnError struct{ error }
+
+func (e *kernelConnError) Unwrap() error { return e.error }
+
+// backend is what the kernel device is called, so that only the same volume is
+// given to it again.
+func (d *daemon) backend() string { return "hostcryptd-" + d.uuid }
 
 func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
 
@@ -619,7 +738,12 @@ func (d *daemon) setState(state, why string) {
 
 // notify tells systemd; that it can't be told is no reason to stop serving.
 func (d *daemon) notify(states ...string) {
-	if err := systemd.Notify(states...); err != nil {
+	notify := func() error { return systemd.Notify(states...) }
+	if d.link != nil {
+		// The service manager listens to its own child only.
+		notify = func() error { return d.link.send(keeperMessage{Notify: states}, nil) }
+	}
+	if err := notify(); err != nil {
 		d.log.Warn("service manager was not notified", zap.Error(err))
 	}
 }

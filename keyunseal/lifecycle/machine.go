@@ -161,6 +161,38 @@ func New(c Config, now time.Time) *Machine {
 	return m
 }
 
+// Restore returns a machine that goes on where another has ended, of which the
+// Snapshot is left. wiped tells whether the volume has keys now. If they are
+// gone and the Snapshot doesn't say why, somebody was about to stop the volume:
+// it is locked then, which an operator can undo, rather than unsealed again.
+func Restore(c Config, s Snapshot, wiped bool, now time.Time) *Machine {
+	m := &Machine{
+		c: c, state: s.State, since: s.Since, begun: true, wiped: wiped,
+		lastGood: s.LastGood, attempts: s.Attempts, failures: s.Failures, denials: s.Denials,
+		firstDenial: s.AccessLost, stopsAt: s.StopsAt, stopped: s.Stopped, locked: s.Locked,
+		expired: s.Expired, alarm: s.Alarm, nextTry: s.NextTry,
+		last: Outcome{Kind: s.Kind, Class: s.Class, Code: s.Code, RequestID: s.RequestID, Text: s.Reason},
+	}
+	m.erased = s.State == Erased
+	switch {
+	case wiped && !s.Wiped:
+		m.locked, m.nextTry = true, time.Time{}
+		m.to(Locked, now)
+	case s.Locked && !wiped:
+		// A lock that was not carried out.
+		m.halting, m.halt = true, Stop
+	case !wiped && m.nextTry.IsZero() && c.Heartbeat > 0:
+		m.nextTry = now.Add(m.phase(c.Heartbeat))
+	}
+	if !wiped && c.Rotation > 0 {
+		m.nextRotate = now.Add(m.phase(c.Rotation))
+	}
+	if s.Denials == 0 && !m.stopsAt.IsZero() {
+		m.offline = true
+	}
+	return m
+}
+
 // upTo draws from 0 to d.
 func (m *Machine) upTo(d time.Duration) time.Duration {
 	return time.Duration(m.c.Random() * float64(d))

@@ -66,6 +66,11 @@ func NewRunner(c Config, host Host) *Runner {
 	return &Runner{host: host, machine: New(c, now()), commands: make(chan command)}
 }
 
+// RestoreRunner is NewRunner with a machine of [Restore].
+func RestoreRunner(c Config, s Snapshot, wiped bool, host Host) *Runner {
+	return &Runner{host: host, machine: Restore(c, s, wiped, now()), commands: make(chan command)}
+}
+
 // Snapshot returns what is known now.
 func (r *Runner) Snapshot() Snapshot {
 	r.mu.Lock()

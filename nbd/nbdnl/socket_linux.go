@@ -1,6 +1,7 @@
 package nbdnl
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -52,4 +53,26 @@ func enlarge(fd int) {
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer) != nil {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer)
 	}
+}
+
+// HungUp tells whether the other end of a socket is closed, also when there is
+// still something to read.
+func HungUp(c *net.UnixConn) (bool, error) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return false, fmt.Errorf("nbdnl: %w", err)
+	}
+	var p [1]unix.PollFd
+	cerr := rc.Control(func(fd uintptr) {
+		p[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLRDHUP}
+		for {
+			if _, err = unix.Poll(p[:], 0); err != unix.EINTR {
+				return
+			}
+		}
+	})
+	if err = errors.Join(cerr, err); err != nil {
+		return false, fmt.Errorf("nbdnl: %w", os.NewSyscallError("poll", err))
+	}
+	return p[0].Revents&(unix.POLLHUP|unix.POLLRDHUP|unix.POLLERR) != 0, nil
 }

@@ -103,3 +103,36 @@ func SetMaxRequest(index int, size uint64) (uint64, error) {
 	}
 	return kb * 1024, nil
 }
+
+// SetRequestTimer sets after which time the kernel looks at a request that has
+// not been answered. With one socket and no Config.Timeout that has no other
+// effect than that a request which was sent to a socket that has been replaced
+// since is sent again, which otherwise happens after 30 s.
+func SetRequestTimer(index int, d time.Duration) error {
+	// No O_CREATE: a file that the kernel doesn't show must not be made.
+	f, err := os.OpenFile(attribute(index, "queue", "io_timeout"), os.O_WRONLY|os.O_TRUNC, 0)
+	if err != nil {
+		return fmt.Errorf("nbdnl: request timer of %s: %w", Path(index), err)
+	}
+	_, err = fmt.Fprintf(f, "%d", d.Milliseconds())
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("nbdnl: request timer of %s: %w", Path(index), err)
+	}
+	return nil
+}
+
+// Find returns the index of the device that was attached with a backend string,
+// or FirstFree.
+func Find(backend string) int {
+	names, _ := filepath.Glob(filepath.Join(sysBlock, "nbd*", "backend"))
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil || strings.TrimSpace(string(b)) != backend {
+			continue
+		}
+		if index, err := ParsePath(filepath.Base(filepath.Dir(name))); err == nil {
+			return index
+		}
+	}
+	return FirstFree
+}

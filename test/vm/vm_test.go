@@ -178,6 +178,7 @@ func TestVM(t *testing.T) {
 		l.row("InUse", time.Since(begun), r)
 	})
 	t.Run("Revoke", func(t *testing.T) { testRevoke(t, l) })
+	t.Run("Kill", func(t *testing.T) { testKill(t, l) })
 	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
 	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
 	t.Run("DiskErrors", func(t *testing.T) { testDiskErrors(t, l) })
@@ -193,6 +194,17 @@ func testRevoke(t *testing.T, l *lab) {
 	}
 	r := l.boot(t, "revoke", nil, vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state})
 	l.row("Revoke", time.Since(begun), r)
+}
+
+// testKill kills the server under load, with a disk of its own.
+func testKill(t *testing.T, l *lab) {
+	begun := time.Now()
+	volume := filepath.Join(l.Dir, "kill.img")
+	if err := vmtest.Sparse(volume, volumeSize); err != nil {
+		t.Fatal(err)
+	}
+	r := l.boot(t, "kill", nil, vmtest.Disk{Serial: "volume", Path: volume})
+	l.row("Kill", time.Since(begun), r)
 }
 
 // A disk is the volume that Boot makes and the other scenarios use.

@@ -156,7 +156,7 @@ func runFromCommandLine(w *report.Writer) (err error) {
 	if m.brokenDisk {
 		return err
 	}
-	return errors.Join(err, kernelComplaints())
+	return errors.Join(err, kernelComplaints(m.reconnects))
 }
 
 // kernelParameters returns the words of the kernel command line that are for
@@ -217,8 +217,9 @@ var complaints = []string{
 	"Unexpected reply", "Wrong magic", "BUG:", "WARNING:", "Oops",
 }
 
-// kernelComplaints reads the kernel's log from its start.
-func kernelComplaints() error {
+// kernelComplaints reads the kernel's log from its start. With reconnects, the
+// loss of a connection is no complaint.
+func kernelComplaints(reconnects bool) error {
 	// A record without a line end can't be read before the next one begins.
 	if err := os.WriteFile("/dev/kmsg", []byte("guest: the scenario is over\n"), 0); err != nil {
 		return fmt.Errorf("writing to the kernel log: %w", err)
@@ -248,6 +249,9 @@ func kernelComplaints() error {
 		_, text, _ := strings.Cut(string(buf[:n]), ";")
 		text, _, _ = strings.Cut(text, "\n")
 		for _, c := range complaints {
+			if reconnects && (c == "Dead connection" || c == "Possible stuck request") {
+				continue
+			}
 			if strings.Contains(text, c) {
 				found = append(found, fmt.Errorf("the kernel log has: %s", text))
 				break

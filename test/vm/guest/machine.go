@@ -35,6 +35,9 @@ type machine struct {
 	shared  bool   // this is a host, whose files must stay as they are
 	// The scenario breaks its disk, so the kernel is expected to complain.
 	brokenDisk bool
+	// The scenario kills servers, so the kernel is expected to say that it lost a
+	// connection. Everything else counts.
+	reconnects bool
 
 	vault    *exec.Cmd
 	hangUp   io.Closer // its standard input, whose end ends it

@@ -261,7 +261,7 @@ func powerCutWrite(m *machine) error {
 	if err := c.recover(acked); err != nil {
 		return err
 	}
-	if err := kernelComplaints(); err != nil {
+	if err := kernelComplaints(false); err != nil {
 		return err
 	}
 	if err := errors.Join(c.mount(), c.openSlots()); err != nil {

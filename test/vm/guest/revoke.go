@@ -68,6 +68,8 @@ type pageWriter struct {
 	err     error
 	failed  time.Time
 	done    chan struct{}
+	end     chan struct{} // closed by stop
+	slowest time.Duration // write
 }
 
 const pageSize = 4096
@@ -91,23 +93,36 @@ func startPageWriter(dev string, size int64) (*pageWriter, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &pageWriter{f: f, pages: make([]uint32, size/pageSize), pending: -1, done: make(chan struct{})}
+	w := &pageWriter{f: f, pages: make([]uint32, size/pageSize), pending: -1, done: make(chan struct{}), end: make(chan struct{})}
 	go func() {
 		defer close(w.done)
 		p := alignedPage()
 		r := rand.New(rand.NewPCG(1, 2))
 		for n := uint32(1); ; n++ {
+			select {
+			case <-w.end:
+				return
+			default:
+			}
 			page := r.IntN(len(w.pages))
+			begun := time.Now()
 			fillPage(p, page, n)
 			if _, w.err = f.WriteAt(p, int64(page)*pageSize); w.err != nil {
 				w.pending, w.failed = page, time.Now()
 				return
 			}
+			w.slowest = max(w.slowest, time.Since(begun))
 			w.pages[page] = n
 			w.writes++
 		}
 	}()
 	return w, nil
+}
+
+// stop ends the writing, after a write that is answered.
+func (w *pageWriter) stop() {
+	close(w.end)
+	<-w.done
 }
 
 // verify reads back what was answered.

@@ -26,6 +26,7 @@ var scenarios = map[string]func(*machine) error{
 	"stolen":        stolen,
 	"leave":         leave,
 	"revoke":        revoke,
+	"kill":          kill,
 	"export-write":  exportWrite,
 	"export-verify": exportVerify,
 	"demo-1":        demoFirstBoot,

@@ -16,7 +16,7 @@ import (
 // kernel that has one built in does without.
 var modules = []string{
 	"virtio_pci", "virtio_blk", "virtio_console", "nbd", "ext4", "xfs",
-	"dm-crypt", "dm-flakey", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
+	"dm-crypt", "dm-flakey", "dm-delay", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
 }
 
 // guestTools that a guest runs, copied from the host.

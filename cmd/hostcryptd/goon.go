@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"hostcryptd/keyunseal/lifecycle"
+	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/sector"
+)
+
+// A serverState is what a server with a kernel device leaves to the next one,
+// with what the keeper holds. It has no key.
+type serverState struct {
+	Volume sector.State       `json:"volume"`
+	Life   lifecycle.Snapshot `json:"life"`
+	Bits   int                `json:"bits"`   // of the largest RSA key in a vault
+	Remote bool               `json:"remote"` // there is a key in a vault
+	Index  int                `json:"index"`  // of the kernel device
+}
+
+// takeState returns the state to go on with, or nil.
+func (k *keeperLink) takeState() (*serverState, error) {
+	if k == nil || k.held[heldState] == nil {
+		return nil, nil
+	}
+	f := k.held[heldState]
+	defer f.Close()
+	delete(k.held, heldState)
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, maxKeeperMessage))
+	if err != nil {
+		return nil, err
+	}
+	s := &serverState{}
+	if err := json.Unmarshal(b, s); err != nil {
+		return nil, fmt.Errorf("state of the server before: %w", err)
+	}
+	return s, nil
+}
+
+// pushState tells the keeper what the next server has to know. It does so from
+// the moment on that there is a kernel device, and at each change of the key's
+// life.
+func (d *daemon) pushState() {
+	if d.link == nil {
+		return
+	}
+	d.mu.Lock()
+	s, known := d.left, d.index >= 0 && d.volume != nil
+	if known {
+		s.Volume, s.Index = d.volume.State(), d.index
+	}
+	d.mu.Unlock()
+	if !known {
+		return
+	}
+	b, err := json.Marshal(s)
+	if err == nil {
+		err = d.link.send(keeperMessage{State: b}, nil)
+	}
+	if err != nil {
+		d.log.Warn("the keeper was not told of a change", zap.Error(err))
+	}
+}
+
+// openDevice opens the backing device. With a keeper, that holds it exclusively,
+// and this process opens it once more, behind the fence.
+func (d *daemon) openDevice(ctx context.Context) (*sector.Device, error) {
+	o := sector.DeviceOptions{ReadOnly: d.opts.readOnly, Direct: d.opts.direct}
+	if d.link == nil {
+		return sector.OpenDevice(d.opts.device, o)
+	}
+	held := d.link.held[heldDevice]
+	if held == nil {
+		dev, err := sector.OpenDevice(d.opts.device, o)
+		if err != nil {
+			return nil, err
+		}
+		if err := d.link.send(keeperMessage{Hold: heldDevice}, dev.File()); err != nil {
+			return nil, errors.Join(err, dev.Close())
+		}
+		held = dev.File()
+	}
+	defer held.Close()
+	dev, err := sector.Reopen(held, d.opts.device, o)
+	if err != nil {
+		return nil, err
+	}
+	begun := time.Now()
+	if err := dev.Fence(ctx, func() {
+		d.log.Error("waiting for the I/O of the server before to end; until then nothing may be served, or old data could overwrite new", zap.String("device", d.opts.device))
+	}); err != nil {
+		return nil, errors.Join(err, dev.Close())
+	}
+	if took := time.Since(begun); took > 10*time.Millisecond {
+		d.log.Warn("waited for the I/O of the server before", zap.Duration("took", took))
+	}
+	return dev, nil
+}
+
+// openHandover makes the memory in which the next server finds the key, or opens
+// what the server before has left.
+func (d *daemon) openHandover() (err error) {
+	if d.link == nil {
+		return nil
+	}
+	if f := d.link.held[heldKey]; f != nil {
+		d.handover, err = sector.OpenHandover(f)
+		return err
+	}
+	if d.handover, err = sector.NewHandover(); err != nil {
+		return err
+	}
+	return d.link.send(keeperMessage{Hold: heldKey}, d.handover.File())
+}
+
+// goOn makes the volume of the server before.
+func (d *daemon) goOn(s *serverState) error {
+	mode := sector.SuspendRefuse
+	if s.Life.Policy == lifecycle.Freeze && !s.Life.Locked {
+		mode = sector.SuspendWait
+	}
+	if d.handover == nil || d.link.held[heldKey] == nil {
+		return errors.New("the keeper has no memory with the key")
+	}
+	v, err := sector.Continue(d.device, s.Volume, d.handover, mode)
+	if err != nil {
+		return fmt.Errorf("%s: %w", d.opts.device, err)
+	}
+	if s.Life.State == lifecycle.Revoked {
+		v.Restrict(true)
+	}
+	d.mu.Lock()
+	d.volume = v
+	d.mu.Unlock()
+	return nil
+}
+
+// heldListener returns a listener that the server before has opened, or nil.
+func (k *keeperLink) heldListener(name string) (net.Listener, error) {
+	if k == nil || k.held[name] == nil {
+		return nil, nil
+	}
+	l, err := net.FileListener(k.held[name])
+	k.held[name].Close()
+	if u, ok := l.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(true)
+	}
+	return l, err
+}
+
+// holdListener has the keeper hold a listener.
+func (k *keeperLink) holdListener(name string, l net.Listener) error {
+	if k == nil {
+		return nil
+	}
+	f, err := l.(interface{ File() (*os.File, error) }).File()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return k.send(keeperMessage{Hold: name}, f)
+}
+
+// inheritedListeners are those that the service manager gave to the keeper.
+func (k *keeperLink) inheritedListeners() (list []net.Listener, err error) {
+	for name, f := range k.held {
+		if !strings.HasPrefix(name, heldInherited) {
+			continue
+		}
+		l, err := net.FileListener(f)
+		f.Close()
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, l)
+	}
+	return list, nil
+}
+
+const (
+	// deadConnTimeout is how long the kernel lets I/O wait for the next server.
+	// After that it fails, for good.
+	deadConnTimeout = time.Hour
+
+	// requestTimer is when the kernel looks whether a request that was sent to a
+	// dead socket can be sent again: not when it gets the next socket, but when the
+	// request's own timer runs out, which is 30 s unless set. That is what the
+	// pause after the death of a server is made of. On a device that is slower than
+	// this, the kernel logs that a request is possibly stuck, and does nothing; with
+	// one second, copying 50 MB in an emulated machine made it say so. With
+	// several sockets it would send it twice, so it isn't set then.
+	requestTimer = 5 * time.Second
+
+	// reattachTries and reattachWait bound how long the kernel may take to see
+	// that its end of a socket has died.
+	reattachTries = 1000
+	reattachWait  = 10 * time.Millisecond
+)
+
+// reattach gives the kernel a new socket for one that is dead, and returns the
+// server's end.
+func (k *kernelDevice) reattach(ctx context.Context, backend string) (*net.UnixConn, error) {
+	for try := range reattachTries {
+		if try > 0 {
+			select {
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			case <-time.After(reattachWait):
+			}
+		}
+		kernel, server, err := nbdnl.Socketpair()
+		if err != nil {
+			return nil, err
+		}
+		err = k.conn.Reconfigure(k.index, backend, kernel)
+		kernel.Close()
+		if err != nil {
+			server.Close()
+			return nil, err
+		}
+		// As long as it has not seen the old socket die, the kernel has no use for
+		// a new one, drops it, and says that all is well.
+		dropped, err := nbdnl.HungUp(server)
+		if err == nil && !dropped {
+			return server, nil
+		}
+		server.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
+	return nil, fmt.Errorf("%s: the kernel takes no new socket: none of its old ones is dead", k.path())
+}

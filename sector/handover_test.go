@@ -1,0 +1,167 @@
+package sector
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestHandover lets one volume take the place of another that was not closed.
+func TestHandover(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(name, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(name, 32<<20); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := OpenDevice(name, DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	h, err := NewHandover()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	// The next process has the descriptor, not the mapping.
+	next := func() *Handover {
+		fd, err := unix.FcntlInt(h.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := OpenHandover(os.NewFile(uintptr(fd), "handover"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { h.Close() })
+		return h
+	}
+	v := handoverVolume(t, dev, h)
+	want := bytes.Repeat([]byte("handed over "), 1000)[:8192]
+	if _, err := v.WriteAt(want, 4096); err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(v.State())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s State
+	if err := json.Unmarshal(b, &s); err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(b, h.mem.dek[:]) || !h.HasKey() {
+		t.Errorf("state %s, key in the handover: %v", b, h.HasKey())
+	}
+	again, err := Continue(dev, s, next(), SuspendRefuse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(want))
+	if _, err := again.ReadAt(got, 4096); err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("after the handover: %v, equal %v", err, bytes.Equal(got, want))
+	}
+	if again.State() != s {
+		t.Errorf("state %+v, want %+v", again.State(), s)
+	}
+
+	// A flush that failed stays failed.
+	again.flush.fail()
+	failed, err := Continue(dev, s, next(), SuspendRefuse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := failed.Sync(); !errors.Is(err, ErrFailed) {
+		t.Errorf("Sync after a failed flush of the one before: %v, want %v", err, ErrFailed)
+	}
+
+	// A device that has shrunk is not served.
+	small := s
+	small.Size = 1 << 40
+	if _, err := Continue(dev, small, next(), SuspendRefuse); !errors.Is(err, ErrDevice) {
+		t.Errorf("Continue on a device that is too small: %v, want %v", err, ErrDevice)
+	}
+
+	// Keys that were wiped stay so.
+	_ = again.Suspend(SuspendRefuse)
+	if h.HasKey() || h.mem.dek != [dekSize]byte{} {
+		t.Error("the DEK is in the handover after Suspend")
+	}
+	locked, err := Continue(dev, s, next(), SuspendRefuse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer locked.Close()
+	if _, err := locked.ReadAt(got, 0); !errors.Is(err, ErrSuspended) || !locked.Suspended() {
+		t.Errorf("ReadAt without a key: %v, want %v", err, ErrSuspended)
+	}
+}
+
+// TestFence opens a device twice, as a server and the next one do.
+func TestFence(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(name, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	held, err := OpenDevice(name, DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	open := func() *Device {
+		d, err := Reopen(held.File(), name, DeviceOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	first, second := open(), open()
+	defer second.Close()
+	if err := first.Fence(t.Context(), func() {}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := second.Fence(ctx, func() {}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("second Fence while the first is held: %v, want %v", err, context.DeadlineExceeded)
+	}
+	// A descriptor that is left over holds it, as a request in flight does.
+	fd, err := unix.FcntlInt(first.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Close()
+	time.AfterFunc(50*time.Millisecond, func() { unix.Close(fd) })
+	begun := time.Now()
+	if err := second.Fence(t.Context(), func() {}); err != nil || time.Since(begun) < 50*time.Millisecond {
+		t.Errorf("second Fence: %v after %v, want success after 50ms", err, time.Since(begun))
+	}
+	if _, err := OpenDevice(name, DeviceOptions{}); !errors.Is(err, ErrBusy) {
+		t.Errorf("opening the image beside the keeper: %v, want %v", err, ErrBusy)
+	}
+	if n, err := io.Copy(io.Discard, io.NewSectionReader(second, 0, 1<<20)); n != 1<<20 || err != nil {
+		t.Errorf("read %d bytes: %v", n, err)
+	}
+}
+
+// handoverVolume makes a volume whose key goes to h.
+func handoverVolume(t *testing.T, dev *Device, h *Handover) *Volume {
+	t.Helper()
+	if _, err := Format(t.Context(), dev, FormatOptions{SectorSize: 4096, Seal: []Sealer{testSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	v, err := Open(t.Context(), dev, testUnseal, OpenOptions{Handover: h})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
