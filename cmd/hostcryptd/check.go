@@ -164,6 +164,8 @@ func meaning(err error) string {
 		return "the volume stays locked until this host's identity is let in again, unless another token opens it"
 	case keyunseal.ClassKeyUnusable, keyunseal.ClassWrongKey:
 		return "the volume stays locked until the key is back, unless another token opens it"
+	case keyunseal.ClassTPMState:
+		return "the volume stays locked until the machine starts as it did when the token was sealed, unless another token opens it; after that, 'hostcryptd rewrap' seals to the new state"
 	case keyunseal.ClassIntegrity:
 		return "the token was changed, or is another volume's; it can't open the volume any more"
 	}

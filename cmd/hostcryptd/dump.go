@@ -52,6 +52,9 @@ func (k *keyInfo) text() string {
 		s += ", version " + k.KeyVersion
 	}
 	s += ", " + k.Algorithm
+	if k.PCRs != "" {
+		s += ", bound to PCR " + k.PCRs
+	}
 	if k.Identity != "" {
 		s += ", identity " + k.Identity
 	}

@@ -33,9 +33,17 @@ func (a *app) formatCommand() *cobra.Command {
 file. What was on it is lost. A device that carries a known signature, such as a
 file system or a partition table, is refused without --force.
 
-The volume key is wrapped by the platform key (a host key file, made at first
-use) or by the RSA key in Azure Key Vault whose URL --key gives; the vault is asked
-to unwrap it again before anything is written.
+The volume key is wrapped by the key that --key names, and unwrapped again before
+anything is written:
+
+  platform      the TPM if this host has one, else a host key file, made at first use
+  tpm           the TPM, while PCR 7 (Secure Boot) holds what it holds now
+  tpm:7+11      the same with other PCRs
+  host-key      the host key file, also on a host with a TPM
+  https://...   a key in Azure Key Vault (RSA) or a Managed HSM (RSA, AES)
+
+When the state of a PCR changes, as PCR 7 does with the keys of Secure Boot, the
+TPM doesn't unwrap any more. So a volume with a TPM's key wants a recovery key.
 
 Without a recovery key, losing the key means losing the data. With
 --recovery-key FILE one is generated and written to FILE, and cryptsetup opens the
@@ -98,7 +106,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&key, "key", keyunseal.SpecPlatform, "`KEY` that wraps the volume key: platform, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]")
+	f.StringVar(&key, "key", keyunseal.SpecPlatform, "`KEY` that wraps the volume key: "+keySpecs)
 	keys.add(c)
 	f.IntVar(&sectorSize, "sector-size", 4096, "size of an encrypted sector in `BYTES`, 512 or 4096")
 	f.StringVar(&label, "label", "", "name of the volume, for people")

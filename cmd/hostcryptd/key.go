@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -17,11 +18,16 @@ import (
 	"hostcryptd/sector"
 )
 
+// keySpecs lists what --key takes, for help and errors.
+const keySpecs = "platform, tpm, tpm:PCR+PCR, host-key, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]"
+
 // keyFlags are the flags that say how KEKs are reached, and where this host
 // remembers its volumes.
 type keyFlags struct {
 	hostKey  string
+	tpm      string
 	identity string
+	cloud    string
 	pins     string
 	auditLog string
 
@@ -32,7 +38,9 @@ type keyFlags struct {
 
 func (k *keyFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&k.hostKey, "host-key", keyunseal.DefaultHostKey, "`FILE` with the host key")
-	c.Flags().StringVar(&k.identity, "identity", "", "managed identity for the vault: managed, or managed:CLIENT-ID (default: what the token was sealed with, else managed)")
+	c.Flags().StringVar(&k.tpm, "tpm", "", "`PATH` of the TPM's device, or of a software TPM's socket (default: $HOSTCRYPTD_TPM, else "+keyunseal.DefaultTPM+")")
+	c.Flags().StringVar(&k.identity, "identity", "", "`WHO` asks the vault: managed, managed:CLIENT-ID, managed-object:ID, managed-resource:ID, arc, workload:TENANT:CLIENT-ID[:FILE], or certificate:TENANT:CLIENT-ID:FILE (default: what the token was sealed with, else managed)")
+	c.Flags().StringVar(&k.cloud, "cloud", "", "`FILE` that describes a private cloud (default: "+keyunseal.DefaultCloud+", if it exists)")
 	k.addPins(c)
 }
 
@@ -62,12 +70,17 @@ func (k *keyFlags) pinDir() sector.PinDir {
 	return sector.DefaultPins
 }
 
+// tpmPath is this host's TPM, whether it has one or not.
+func (k *keyFlags) tpmPath() string {
+	return cmp.Or(k.tpm, os.Getenv("HOSTCRYPTD_TPM"), keyunseal.DefaultTPM)
+}
+
 // open says how commands unlock a header.
 func (k *keyFlags) open() sector.OpenOptions { return sector.OpenOptions{Pins: k.pinDir()} }
 
 // options are those for a volume: each use of a KEK is recorded.
 func (k *keyFlags) options(volume string, log *zap.Logger) keyunseal.Options {
-	return keyunseal.Options{HostKey: k.hostKey, Identity: k.identity, Log: log, Observe: k.observe(volume)}
+	return keyunseal.Options{HostKey: k.hostKey, TPM: k.tpmPath(), Identity: k.identity, Cloud: k.cloud, Log: log, Observe: k.observe(volume)}
 }
 
 // sealer wraps volume keys with the KEK that spec names, in a process of its
@@ -169,7 +182,7 @@ that gave, and writes it to the header. The volume may be in use meanwhile.`,
 		Args:    oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if spec == "" {
-				return usagef("--key KEY says which key: platform, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]")
+				return usagef("--key KEY says which key: %s", keySpecs)
 			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
 				log := a.cliLog()
@@ -186,7 +199,7 @@ that gave, and writes it to the header. The volume may be in use meanwhile.`,
 			})
 		},
 	}
-	c.Flags().StringVar(&spec, "key", "", "`KEY` to add: platform, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]")
+	c.Flags().StringVar(&spec, "key", "", "`KEY` to add: "+keySpecs)
 	keys.add(c)
 	return a.jsonFlag(c)
 }

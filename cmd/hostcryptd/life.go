@@ -232,7 +232,7 @@ func (h *keyHost) Rotate(ctx context.Context) {
 
 func (h *keyHost) rewrap(ctx context.Context, token int, status keyunseal.KeyStatus) {
 	k := &h.d.opts.keys
-	args := []string{"rewrap", h.d.opts.device, fmt.Sprintf("--token=%d", token), "--host-key=" + k.hostKey, "--identity=" + k.identity, "--pins=" + string(k.pinDir()), "--audit-log=" + k.auditFile()}
+	args := []string{"rewrap", h.d.opts.device, fmt.Sprintf("--token=%d", token), "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--audit-log=" + k.auditFile()}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	begun := time.Now()

@@ -36,7 +36,11 @@ func (a *app) rewrapCommand() *cobra.Command {
 what that gave, and writes it to the header, one copy after the other. The token
 of the old version stays a way in for some days, and is removed by the first
 rewrap after. Until then the old version of the key must not be deleted. The data
-is not encrypted anew, and the volume may be in use meanwhile.`,
+is not encrypted anew, and the volume may be in use meanwhile.
+
+The token of a TPM that doesn't unseal any more, because its PCRs hold something
+else or it is another TPM, is sealed anew to what this host's TPM holds now. That
+takes another key which opens the volume.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if keep < 0 || keep > 3650 {

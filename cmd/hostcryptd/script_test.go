@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -16,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"hostcryptd/keyunseal"
@@ -39,6 +42,7 @@ var tools = map[string]string{
 	"nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "qemu-io": "qemu-utils", "qemu-img": "qemu-utils",
 	"cryptsetup": "cryptsetup-bin", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "sfdisk": "fdisk", "blkid": "util-linux", "losetup": "mount",
 	"fio": "fio", "ip": "iproute2", "unshare": "util-linux", "man": "man-db",
+	"swtpm": "swtpm",
 }
 
 func TestScripts(t *testing.T) {
@@ -66,6 +70,8 @@ func params(dir string) testscript.Params {
 			env.Setenv("XDG_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
 			env.Setenv("GORACE", os.Getenv("GORACE"))
 			env.Setenv("HOSTCRYPTD_PINS", filepath.Join(env.WorkDir, "pins"))
+			// Also where this machine has a TPM: scripts start one of their own.
+			env.Setenv("HOSTCRYPTD_TPM", filepath.Join(env.WorkDir, "tpm.sock"))
 			env.Setenv("HOSTCRYPTD_AUDIT_LOG", filepath.Join(env.WorkDir, "audit.log"))
 			return nil
 		},
@@ -93,6 +99,7 @@ func params(dir string) testscript.Params {
 			"code":       cmdCode,
 			"terminate":  cmdTerminate,
 			"cmpn":       cmdCompare,
+			"measure":    cmdMeasure,
 		},
 	}
 }
@@ -195,16 +202,32 @@ func cmdCompare(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// measure SOCKET PCR TEXT extends a PCR of the TPM behind a socket, as firmware
+// does.
+func cmdMeasure(ts *testscript.TestScript, neg bool, args []string) {
+	pcr, err := strconv.ParseUint(args[1], 10, 8)
+	ts.Check(err)
+	tpm, err := linuxudstpm.Open(ts.MkAbs(args[0]))
+	ts.Check(err)
+	defer tpm.Close()
+	sum := sha256.Sum256([]byte(args[2]))
+	_, err = tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcr), Auth: tpm2.PasswordAuth(nil)},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: sum[:]}}},
+	}.Execute(tpm)
+	ts.Check(err)
+}
+
 func TestTab(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "tab")
-	text := "# comment\n\ndata\t/dev/sdx  - read-only,attach=/dev/nbd3,x-systemd.device-timeout=5 # more\n" +
+	text := "# comment\n\ndata\t/dev/sdx  - tpm=/t,cloud=/c,read-only,attach=/dev/nbd3,x-systemd.device-timeout=5 # more\n" +
 		"qemu UUID=12-34 /root/hk listen=/run/q.sock\nboth /dev/sdy none attach=/dev/nbd1,listen=/s\n" +
 		"plain /dev/sdz\nbad /dev/sdz - read-only=no\nbad2 /dev/sdz - bogus\nbad3 sdz\nbad4 /dev/sdz - attach\nbad5 /dev/x - a b\n"
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]*serveOptions{
-		"data":  {device: "/dev/sdx", name: "data", readOnly: true, attach: "/dev/nbd3"},
+		"data":  {device: "/dev/sdx", name: "data", readOnly: true, attach: "/dev/nbd3", keys: keyFlags{tpm: "/t", cloud: "/c"}},
 		"qemu":  {device: "/dev/disk/by-uuid/12-34", name: "qemu", listen: "/run/q.sock", keys: keyFlags{hostKey: "/root/hk"}},
 		"both":  {device: "/dev/sdy", name: "both", attach: "/dev/nbd1", listen: "/s"},
 		"plain": {device: "/dev/sdz", name: "plain", attach: "auto"},

@@ -93,6 +93,10 @@ func (e *tabEntry) apply(o *serveOptions) error {
 			listen = value
 		case "identity":
 			o.keys.identity = value
+		case "tpm":
+			o.keys.tpm = value
+		case "cloud":
+			o.keys.cloud = value
 		case "timeout":
 			o.unsealTimeout, err = time.ParseDuration(value)
 		default:
@@ -101,7 +105,7 @@ func (e *tabEntry) apply(o *serveOptions) error {
 			}
 			err = errors.New("it is not known")
 		}
-		if takesValue := slices.Contains([]string{"attach", "listen", "identity", "timeout"}, name); err == nil && takesValue != (hasValue && value != "") {
+		if takesValue := slices.Contains([]string{"attach", "listen", "identity", "tpm", "cloud", "timeout"}, name); err == nil && takesValue != (hasValue && value != "") {
 			err = map[bool]error{true: errors.New("it needs a value"), false: errors.New("it takes no value")}[takesValue]
 		}
 		if err != nil {
