@@ -62,6 +62,7 @@ type status struct {
 	Key struct {
 		lifecycle.Snapshot
 		Token   *int      `json:"token,omitempty"`  // the one that opened the volume
+		Random  bool      `json:"random,omitempty"` // the key is stored nowhere
 		Expires time.Time `json:"expires,omitzero"` // the vault's key
 	} `json:"key"`
 
@@ -147,6 +148,10 @@ func (d *daemon) serveControl() (stop func(), err error) {
 			d.mu.Unlock()
 			if life == nil {
 				http.Error(w, "the daemon is starting", http.StatusConflict)
+				return
+			}
+			if d.opts.randomKey && command.event == audit.Unlock {
+				http.Error(w, "the volume's key was random; once it is wiped nothing brings it back", http.StatusConflict)
 				return
 			}
 			err := command.run(life, r.Context())
@@ -262,7 +267,10 @@ func (d *daemon) status() *status {
 	if v := d.volume; v != nil {
 		token, size, requests := v.Token(), int64(0), v.Stats()
 		size, _ = v.Size()
-		s.Key.Token = &token
+		if token != sector.RandomToken {
+			s.Key.Token = &token
+		}
+		s.Key.Random = token == sector.RandomToken
 		s.Volume = &volumeStatus{
 			Size: size, SectorSize: v.SectorSize(), ReadOnly: v.ReadOnly(), Discard: v.Discards(), Failed: v.Failed(),
 			Cipher: sector.Cipher, Runs: v.Implementation(), KeyMemory: v.SecretMemory(), Warnings: v.Warnings(), Requests: &requests,
@@ -482,7 +490,11 @@ func (s *status) print(w io.Writer) {
 		}
 		p("size", "%s, sectors of %d bytes, %s", bytesText(uint64(v.Size)), v.SectorSize, mode)
 		p("cipher", "%s, %s, keys in %s", v.Cipher, v.Runs, v.KeyMemory)
-		p("opened by", "token %d", *s.Key.Token)
+		if s.Key.Random {
+			p("opened by", "a random key, which is stored nowhere")
+		} else {
+			p("opened by", "token %d", *s.Key.Token)
+		}
 		for _, warning := range v.Warnings {
 			p("warning", "%s", warning)
 		}

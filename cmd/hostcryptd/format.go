@@ -142,6 +142,16 @@ func (a *app) confirm(device string, size uint64) error {
 
 // signatures asks blkid what is on a device, and returns words for it, or "".
 func signatures(device string) (string, error) {
+	values, err := probe(device)
+	if err != nil {
+		return "", err
+	}
+	return describeSignature(values), nil
+}
+
+// probe asks blkid what is on a device, and returns its values by name. Where
+// several things were found that exclude each other, TYPE is "several".
+func probe(device string) (map[string]string, error) {
 	cmd := exec.Command(tool("blkid"), "--probe", "--output", "export", "--", device)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -149,27 +159,34 @@ func signatures(device string) (string, error) {
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		switch exit.ExitCode() {
 		case 2: // nothing was found
-			return "", nil
+			return nil, nil
 		case 8: // blkid(8): several things were found
-			return "several conflicting signatures", nil
+			return map[string]string{"TYPE": "several"}, nil
 		}
 	}
 	if err != nil {
-		return "", withCode(codeUsage, fmt.Errorf("%s: looking for signatures with blkid (package util-linux): %w %s; --force goes on without", device, err, bytes.TrimSpace(stderr.Bytes())))
+		return nil, withCode(codeUsage, fmt.Errorf("%s: looking for signatures with blkid (package util-linux): %w %s; --force goes on without", device, err, bytes.TrimSpace(stderr.Bytes())))
 	}
-	return describeSignature(string(out)), nil
+	return parseExport(string(out)), nil
 }
 
-// describeSignature makes words of blkid's NAME=value lines.
-func describeSignature(export string) string {
+// parseExport takes blkid's NAME=value lines apart.
+func parseExport(text string) map[string]string {
 	values := map[string]string{}
-	for line := range strings.Lines(export) {
+	for line := range strings.Lines(text) {
 		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
 			values[name] = value
 		}
 	}
+	return values
+}
+
+// describeSignature makes words of blkid's values, or "" of none.
+func describeSignature(values map[string]string) string {
 	var what string
 	switch {
+	case values["TYPE"] == "several":
+		return "several conflicting signatures"
 	case values["TYPE"] == "crypto_LUKS" && values["SUBSYSTEM"] == sector.Subsystem:
 		what = "a hostcryptd volume"
 	case values["USAGE"] == "filesystem":

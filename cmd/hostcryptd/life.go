@@ -407,8 +407,12 @@ func outcomeOf(err error) lifecycle.Outcome {
 func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serverState) (stop func(), err error) {
 	h := &keyHost{d: d, opened: make(chan struct{})}
 	runner := lifecycle.NewRunner(c, h)
-	if before != nil {
+	switch {
+	case before != nil:
 		runner = lifecycle.RestoreRunner(c, before.Life, d.volume.Suspended(), h)
+		close(h.opened)
+	case d.opts.randomKey:
+		runner = lifecycle.RestoreRunner(c, lifecycle.Snapshot{State: lifecycle.Unlocked, Since: time.Now()}, false, h)
 		close(h.opened)
 	}
 	d.mu.Lock()

@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 // tools are what the scripts call, by the Debian package that has them.
 var tools = map[string]string{
 	"nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "qemu-io": "qemu-utils", "qemu-img": "qemu-utils",
-	"cryptsetup": "cryptsetup-bin", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "sfdisk": "fdisk", "blkid": "util-linux", "losetup": "mount",
+	"cryptsetup": "cryptsetup-bin", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "sfdisk": "fdisk", "blkid": "util-linux", "mkswap": "util-linux", "losetup": "mount",
 	"fio": "fio", "ip": "iproute2", "unshare": "util-linux", "man": "man-db",
 	"swtpm": "swtpm",
 }
@@ -280,7 +280,7 @@ func TestDescribeSignature(t *testing.T) {
 		"DEVNAME=x\nTYPE=crypto_LUKS\nSUBSYSTEM=hostcryptd\nUSAGE=crypto\n": "a hostcryptd volume",
 		"DEVNAME=x\nTYPE=swap\nUSAGE=other\nLABEL=s\n":                      "a signature of type swap (label s)",
 	} {
-		if got := describeSignature(in); got != want {
+		if got := describeSignature(parseExport(in)); got != want {
 			t.Errorf("describeSignature(%q) = %q, want %q", in, got, want)
 		}
 	}

@@ -45,6 +45,9 @@ type serveOptions struct {
 	readOnly      bool
 	discard       bool
 	direct        bool
+	randomKey     bool
+	sectorSize    int  // with randomKey
+	force         bool // with randomKey: whatever is on the device
 	unsealTimeout time.Duration
 
 	tls *tls.Config // of certificates
@@ -69,13 +72,21 @@ On SIGTERM it stops taking requests, answers those it has, flushes, detaches and
 wipes the keys. While the kernel device is mounted or otherwise in use it waits,
 since to go would be to lose what was not yet written.
 
+With --random-key the whole of DEVICE is encrypted with a key that is drawn now and
+stored nowhere, as swap and temporary files want it; no header is read or written,
+and what is on DEVICE is lost. A device that carries anything but swap that blkid
+knows, such as a file system, LUKS or a partition table, is refused without --force.
+When the server stops, or is locked, the data is gone; it survives only the death
+of the server with --attach.
+
 With --attach there are two processes: a keeper, which was started, and its child,
 the server. If the server is killed or crashes, the keeper starts another one, which
 needs neither the vault nor the program's file; I/O waits meanwhile, and no request
 fails. Clients of --listen and --tcp have to connect again. If both are killed, I/O
 waits for up to an hour for 'serve' to be started again with the same volume.`,
 		Example: `  hostcryptd serve /dev/sdb --attach auto
-  hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control`,
+  hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control
+  hostcryptd serve /dev/disk/by-partlabel/swap --random-key --attach /dev/nbd8`,
 		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.device = args[0]
@@ -109,6 +120,9 @@ waits for up to an hour for 'serve' to be started again with the same volume.`,
 				if err := checkTCP(o.tcp, o.tls != nil); err != nil {
 					return err
 				}
+			}
+			if err := o.checkRandomKey(c.Flags().Changed); err != nil {
+				return err
 			}
 			if o.connections < 1 || o.connections > 64 {
 				return usagef("--connections is 1 to 64, not %d", o.connections)
@@ -176,6 +190,9 @@ waits for up to an hour for 'serve' to be started again with the same volume.`,
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes, and write nothing to the device")
 	f.BoolVar(&o.direct, "direct", false, "keep an image file out of the page cache (O_DIRECT), as block devices are")
 	f.BoolVar(&o.discard, "discard", false, "pass discards on to the device, which shows an observer what is not in use")
+	f.BoolVar(&o.randomKey, "random-key", false, "encrypt all of DEVICE with a random key that is stored nowhere; its content is lost")
+	f.IntVar(&o.sectorSize, "sector-size", 4096, "with --random-key: size of an encrypted sector in `BYTES`, 512 or 4096")
+	f.BoolVar(&o.force, "force", false, "with --random-key: take DEVICE whatever it carries")
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
 }
@@ -240,9 +257,15 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	if err := d.openHandover(); err != nil {
 		return err
 	}
-	if before != nil {
+	switch {
+	case before != nil:
 		d.left, d.index = *before, before.Index
-	} else if err := d.readHeader(ctx); err != nil {
+	case d.opts.randomKey:
+		err = d.openRandom()
+	default:
+		err = d.readHeader(ctx)
+	}
+	if err != nil {
 		return err
 	}
 	d.uuid, d.label = d.left.Volume.UUID, d.left.Volume.Label
