@@ -14,7 +14,7 @@ RUN         ?=
 DEPS := gcc libc6-dev git ca-certificates \
 	qemu-system-x86 qemu-utils libnbd-bin nbdfuse nbdkit cryptsetup-bin dmsetup fio \
 	e2fsprogs xfsprogs util-linux fdisk mount kmod xz-utils cpio \
-	iproute2 man-db systemd openssl qemu-user-static swtpm swtpm-tools tpm2-tools
+	iproute2 man-db systemd mmdebstrap openssl qemu-user-static swtpm swtpm-tools tpm2-tools
 
 export CGO_ENABLED ?= 0
 

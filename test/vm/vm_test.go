@@ -31,7 +31,8 @@ const (
 // A lab is what all boots of one test share.
 type lab struct {
 	*vmtest.Lab
-	rows []string // of the table at the end
+	rows   []string       // of the table at the end
+	system *vmtest.System // nil before the first call of systems
 }
 
 // newLab fetches the kernel and builds the initramfs. The lab's folder is
@@ -182,6 +183,7 @@ func TestVM(t *testing.T) {
 	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
 	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
 	t.Run("DiskErrors", func(t *testing.T) { testDiskErrors(t, l) })
+	t.Run("SystemdBoot", func(t *testing.T) { testSystemBoot(t, l.systems(t)) })
 }
 
 // testRevoke takes the key away from a volume that is being written to. It has

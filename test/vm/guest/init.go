@@ -20,9 +20,13 @@ import (
 // learns from the last event how it went.
 func initMachine() {
 	defer powerOff()
-	events, err := setUp()
-	if err != nil {
+	if err := setUp(); err != nil {
 		fmt.Printf("guest: %v\n", err) // to the console: there is nothing else yet
+		return
+	}
+	events, err := openEventPort()
+	if err != nil {
+		fmt.Printf("guest: %v\n", err)
 		return
 	}
 	w := report.NewWriter(events, uptime)
@@ -40,9 +44,9 @@ func powerOff() {
 	select {} // the end of PID 1 would be a kernel panic
 }
 
-// setUp mounts what every program expects, loads the modules and opens the
-// port for events.
-func setUp() (*os.File, error) {
+// setUp mounts what every program expects and loads the modules. It doesn't
+// return if the command line says to become systemd.
+func setUp() error {
 	for _, m := range []struct{ source, target, fstype string }{
 		{"proc", "/proc", "proc"},
 		{"sysfs", "/sys", "sysfs"},
@@ -51,7 +55,7 @@ func setUp() (*os.File, error) {
 		{"tmpfs", "/tmp", "tmpfs"},
 	} {
 		if err := unix.Mount(m.source, m.target, m.fstype, 0, ""); err != nil && !errors.Is(err, unix.EBUSY) {
-			return nil, fmt.Errorf("mounting %s: %w", m.target, err)
+			return fmt.Errorf("mounting %s: %w", m.target, err)
 		}
 	}
 	for key, value := range map[string]string{
@@ -61,16 +65,23 @@ func setUp() (*os.File, error) {
 		"DM_DISABLE_UDEV": "1",
 	} {
 		if err := os.Setenv(key, value); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	if err := loadModules(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := loopbackUp(); err != nil {
-		return nil, err
+		return err
 	}
-	return openEventPort()
+	params, err := kernelParameters()
+	if err != nil {
+		return err
+	}
+	if params["root"] != "" {
+		return switchRoot(params["root"])
+	}
+	return nil
 }
 
 func loadModules() error {

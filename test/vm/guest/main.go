@@ -11,6 +11,7 @@
 // With the argument "host" it runs the same scenario on the kernel of a host
 // instead, as root, in a mount and a network namespace of its own, and
 // reports on standard output. With "vault" it is the double of the key vault.
+// With "agent" it runs the scenario as a unit of systemd, see system.go.
 // In both places the hostcryptd under test is the product as it is: it talks
 // to the real names on the real ports, and only the machine around it knows
 // that they lead to the double.
@@ -37,13 +38,15 @@ func main() {
 
 func subcommand(args []string) error {
 	if len(args) == 0 {
-		return errors.New("usage: guest host|vault ... (or as PID 1)")
+		return errors.New("usage: guest host|agent|vault ... (or as PID 1)")
 	}
 	switch args[0] {
 	case "host":
 		return runOnHost(args[1:])
 	case insideNamespaces:
 		return runInNamespaces(args[1:])
+	case "agent":
+		return runAgent()
 	case "vault":
 		return runVault(args[1:])
 	}

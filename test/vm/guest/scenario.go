@@ -37,6 +37,8 @@ var scenarios = map[string]func(*machine) error{
 	"powercut-write":   powerCutWrite,
 	"powercut-check":   powerCutCheck,
 	"disk-errors":      diskErrors,
+
+	"system-boot": systemBoot,
 }
 
 func (m *machine) runScenario(name string) error {

@@ -1,0 +1,359 @@
+package vmtest
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"hostcryptd/test/vm/report"
+)
+
+// systemPackages are installed in the root file system of a [System], with
+// what they depend on. Recommendations are not.
+var systemPackages = []string{
+	"systemd", "systemd-sysv", "udev", "kmod", "dbus", "systemd-coredump", // the system
+	"e2fsprogs", "xfsprogs", "cryptsetup-bin", "dmsetup", "util-linux", "procps", "file", "iproute2",
+	"initramfs-tools", "dracut-core", "busybox", "zstd", // both makers of an initramfs
+	"kdump-tools", "kexec-tools", "makedumpfile", // crash dumps
+	"fio", "libnbd-bin", // load
+}
+
+// systemOptions of mmdebstrap: what nobody reads in a test stays out.
+var systemOptions = []string{
+	"--variant=minbase",
+	"--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
+	"--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/share/info/*",
+}
+
+// archiveKeyring signs Debian's packages.
+const archiveKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+// rootSize is the size of a root file system, of which a third is full.
+const rootSize = 1 << 30
+
+// systemModules are what the initramfs of a [System] loads: as much as it takes
+// to mount the root. The rest is in the root.
+var systemModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4"}
+
+// Where a guest finds what belongs to a [System].
+const (
+	Overlay    = "/overlay"                 // of the initramfs: to be copied over the root
+	SystemDir  = "/usr/lib/hostcryptd-test" // of the root
+	AgentUnit  = "hostcryptd-test.service"  // runs [SystemDir]/guest agent
+	RootSerial = "root"                     // of the disk with the root
+	SystemInit = "/lib/systemd/systemd"     // PID 1 after the initramfs
+	unitDir    = "/etc/systemd/system"      // for what a test adds
+	wants      = unitDir + "/multi-user.target.wants"
+)
+
+// masked units take time, or wait for what an emulated machine doesn't have.
+var masked = []string{
+	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
+	"fstrim.timer", "getty@tty1.service", "serial-getty@ttyS0.service", "ldconfig.service",
+	"systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-update-utmp.service",
+}
+
+const agentUnit = `[Unit]
+Description=Scenario of test/vm
+After=multi-user.target
+
+[Service]
+Type=exec
+ExecStart=` + SystemDir + `/guest agent
+StandardOutput=journal+console
+StandardError=journal+console
+`
+
+// A System is a machine whose PID 1 is systemd: Debian's own, with hostcryptd
+// installed the way 'make install' does it. It is made of two images: a root
+// file system, which is the same for all, and an initramfs per boot, which puts
+// the files of that boot over the root before systemd starts. So a unit or a
+// table that a test brings is there from the first moment.
+type System struct {
+	lab  *Lab
+	root string // an image that nobody writes to
+	base *Image // what every boot puts over the root
+	init *Image // the initramfs without that
+}
+
+// A SystemBoot says what to boot. The zero value of a field but Scenario is
+// good for most tests.
+type SystemBoot struct {
+	Name     string            // of the logs, if a scenario is booted more than once
+	Scenario string            // of the guest program, which a unit runs after multi-user.target
+	Params   map[string]string // on the kernel command line, so without spaces
+	Files    *Image            // to put over the root: see [NewFiles]
+	Append   []string          // further words of the kernel command line
+	MemoryMB int
+	Timeout  time.Duration // 4 minutes if zero
+	OnEvent  func(report.Event)
+	Disks    []Disk // one of them is from [System.NewRoot]
+}
+
+// System builds the root file system for the lab's kernel, unless the cache
+// has it: it takes two minutes and downloads 100 MB. Like the kernels it comes
+// from the package archives that this host uses.
+func (l *Lab) System(ctx context.Context, logf func(format string, args ...any)) (*System, error) {
+	if logf == nil {
+		logf = func(string, ...any) {}
+	}
+	s := &System{lab: l, base: NewFiles(), init: NewImage()}
+	var err error
+	if s.root, err = fetchRoot(ctx, l.Kernel, logf); err != nil {
+		return nil, err
+	}
+	guest := filepath.Join(l.Dir, "guest")
+	s.init.AddFile("/init", guest, 0o755)
+	if err := s.init.AddModules(ctx, l.Kernel, systemModules...); err != nil {
+		return nil, err
+	}
+	s.base.AddFile(path.Join(SystemDir, "guest"), guest, 0o755)
+	s.base.AddBytes(path.Join(unitDir, AgentUnit), []byte(agentUnit), 0o644)
+	s.base.AddSymlink(path.Join(wants, AgentUnit), "../"+AgentUnit)
+	for _, unit := range masked {
+		s.base.AddSymlink(path.Join(unitDir, unit), "/dev/null")
+	}
+	s.base.AddBytes("/etc/machine-id", []byte("5f6a1d3b0c9e4e7f8a2b4c6d8e0f1a3c\n"), 0o444) // or every boot would be a first boot
+	s.base.AddBytes("/etc/hostname", []byte("vm\n"), 0o644)
+	s.base.AddBytes("/etc/hosts", []byte("127.0.0.1 localhost vm\n"), 0o644)
+	s.base.AddBytes("/etc/fstab", nil, 0o644)
+	return s, s.install(ctx)
+}
+
+// install adds what 'make install' installs, with the program under test.
+func (s *System) install(ctx context.Context) error {
+	mod, err := Run(ctx, "", "go", "env", "GOMOD")
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(s.lab.Dir, "install")
+	if _, err := Run(ctx, filepath.Dir(strings.TrimSpace(string(mod))), "make", "-s", "install", "DESTDIR="+dir); err != nil {
+		return err
+	}
+	if err := s.base.AddTree("/", dir); err != nil {
+		return err
+	}
+	s.base.AddFile("/usr/sbin/hostcryptd", s.lab.Hostcryptd, 0o755)
+	return nil
+}
+
+// NewRoot makes a disk with a root file system of its own, at name. It may be
+// used for several boots, which then find what those before have left.
+func (s *System) NewRoot(name string) (Disk, error) {
+	return Disk{Serial: RootSerial, Path: name}, CopySparse(name, s.root)
+}
+
+// Start starts a machine.
+func (s *System) Start(ctx context.Context, b SystemBoot) (*VM, error) {
+	if b.Name == "" {
+		b.Name = b.Scenario
+	}
+	initrd := filepath.Join(s.lab.Dir, b.Name+".initramfs.cpio")
+	if err := s.writeInitrd(initrd, b.Files); err != nil {
+		return nil, err
+	}
+	words := []string{"hostcryptd.scenario=" + b.Scenario, "hostcryptd.root=" + RootSerial, "systemd.show_status=1"}
+	for _, key := range slices.Sorted(maps.Keys(b.Params)) {
+		words = append(words, "hostcryptd."+key+"="+b.Params[key])
+	}
+	if b.Timeout == 0 {
+		b.Timeout = 4 * time.Minute
+	}
+	return Start(ctx, Config{
+		Name: b.Name, Dir: s.lab.Dir, Kernel: s.lab.Kernel, Initrd: initrd, Append: append(words, b.Append...),
+		MemoryMB: b.MemoryMB, Disks: b.Disks, Timeout: b.Timeout, OnEvent: b.OnEvent,
+	})
+}
+
+// Boot starts a machine and waits until it has powered itself off.
+func (s *System) Boot(ctx context.Context, b SystemBoot) (*Result, error) {
+	v, err := s.Start(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	return v.Wait()
+}
+
+func (s *System) writeInitrd(name string, files *Image) error {
+	im := s.init.clone()
+	im.addBelow(Overlay, s.base)
+	if files != nil {
+		im.addBelow(Overlay, files)
+	}
+	return im.WriteFile(name)
+}
+
+// fetchRoot returns the image of the root file system for a kernel.
+func fetchRoot(ctx context.Context, k *Kernel, logf func(format string, args ...any)) (string, error) {
+	cache, err := CacheDir()
+	if err != nil {
+		return "", err
+	}
+	sources, err := debianSources(ctx)
+	if err != nil {
+		return "", err
+	}
+	recipe := strings.Join(slices.Concat(systemPackages, systemOptions), "\n") + "\n" + sources
+	dir := filepath.Join(cache, "root", fmt.Sprintf("%x", sha256.Sum256([]byte(recipe)))[:16])
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", fmt.Errorf("vmtest: creating the cache: %w", err)
+	}
+	unlock, err := lock(filepath.Join(dir, "lock"))
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	image := filepath.Join(dir, k.Release+".img")
+	if _, err := os.Stat(image); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return image, err
+	}
+	tar := filepath.Join(dir, "root.tar")
+	if _, err := os.Stat(tar); errors.Is(err, fs.ErrNotExist) {
+		logf("building a root file system with systemd: %d packages and what they need", len(systemPackages))
+		begun := time.Now()
+		if err := debootstrap(ctx, tar, sources); err != nil {
+			return "", err
+		}
+		logf("built in %.0f s", time.Since(begun).Seconds())
+	}
+	return image, makeRoot(ctx, image, tar, k)
+}
+
+// debianSources asks apt which archives of Debian this host uses, as lines of
+// sources.list(5).
+func debianSources(ctx context.Context) (string, error) {
+	out, err := Run(ctx, "", "apt-get", "indextargets", "--format", "deb [signed-by="+archiveKeyring+"] $(REPO_URI) $(RELEASE) $(COMPONENT)",
+		"Created-By: Packages", "Origin: Debian")
+	if err == nil && len(out) == 0 {
+		err = errors.New("vmtest: no package lists of Debian on this host (run 'apt-get update' as root)")
+	}
+	return string(out), err
+}
+
+// debootstrap writes the root file system as a tar archive.
+func debootstrap(ctx context.Context, tar, sources string) error {
+	list := tar + ".list" // apt tells the two forms of such a file by its name
+	if err := os.WriteFile(list, []byte(sources), 0o644); err != nil {
+		return err
+	}
+	defer os.Remove(list)
+	// How this host reaches its archives, such as a proxy.
+	config, err := Run(ctx, "", "apt-config", "dump", "--no-empty", "Acquire")
+	if err != nil {
+		return err
+	}
+	args := append(slices.Clone(systemOptions), "--include="+strings.Join(systemPackages, ","))
+	for line := range strings.Lines(string(config)) {
+		if strings.HasPrefix(line, "Acquire::http") || strings.HasPrefix(line, "Acquire::Check-") {
+			args = append(args, "--aptopt="+strings.TrimSpace(line))
+		}
+	}
+	tmp := tar + ".tmp"
+	// The empty suite means: whatever is in the list.
+	if _, err := Run(ctx, "", "mmdebstrap", append(args, "--format=tar", "", tmp, list)...); err != nil {
+		return err
+	}
+	return os.Rename(tmp, tar)
+}
+
+// makeRoot writes the image: the archive, with the kernel and its modules.
+func makeRoot(ctx context.Context, image, tar string, k *Kernel) (err error) {
+	tree, err := os.MkdirTemp(filepath.Dir(image), "tmp-")
+	if err != nil {
+		return fmt.Errorf("vmtest: creating a folder in the cache: %w", err)
+	}
+	defer func() {
+		_, rerr := asRoot(ctx, "rm", "-rf", tree)
+		err = errors.Join(err, rerr)
+	}()
+	tmp := image + ".tmp"
+	if err := Sparse(tmp, rootSize); err != nil {
+		return err
+	}
+	kernelTree := filepath.Dir(filepath.Dir(k.Image))
+	for _, args := range [][]string{
+		{"tar", "-C", tree, "--exclude=./dev/*", "-xf", tar},
+		{"cp", "-a", filepath.Join(kernelTree, "lib/modules"), filepath.Join(tree, "usr/lib/")},
+		{"cp", k.Image, filepath.Join(kernelTree, "boot", "config-"+k.Release), filepath.Join(tree, "boot/")},
+		{"mkfs.ext4", "-q", "-F", "-L", "root", "-J", "size=8", "-E", "lazy_itable_init=1,nodiscard", "-d", tree, tmp},
+	} {
+		if _, err := asRoot(ctx, args[0], args[1:]...); err != nil {
+			return err
+		}
+	}
+	return os.Rename(tmp, image)
+}
+
+// asRoot runs a tool as the owner of all files: as root, or in a user namespace
+// with the ranges of subuid(5), which mmdebstrap needs as well.
+func asRoot(ctx context.Context, name string, args ...string) ([]byte, error) {
+	if os.Geteuid() == 0 {
+		return Run(ctx, "", name, args...)
+	}
+	path, err := Tool(name)
+	if err != nil {
+		return nil, err
+	}
+	return Run(ctx, "", "unshare", append([]string{"--map-root-user", "--map-auto", path}, args...)...)
+}
+
+// AddTree puts the files below a folder of the host into the image.
+func (im *Image) AddTree(name, dir string) error {
+	return filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(dir, p)
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		switch e.Type() {
+		case 0:
+			im.AddFile(path.Join(name, rel), p, uint32(info.Mode().Perm()))
+		case fs.ModeSymlink:
+			target, err := os.Readlink(p)
+			if err != nil {
+				return err
+			}
+			im.AddSymlink(path.Join(name, rel), target)
+		}
+		return nil
+	})
+}
+
+// NewFiles returns an Image without folders of its own, to put over a root.
+func NewFiles() *Image {
+	return &Image{files: map[string]imageFile{}, links: map[string]string{}}
+}
+
+func (im *Image) clone() *Image {
+	return &Image{files: maps.Clone(im.files), links: maps.Clone(im.links), dirs: im.dirs}
+}
+
+// addBelow adds the content of another image. Of two entries with one name
+// the later one counts.
+func (im *Image) addBelow(dir string, files *Image) {
+	for name, f := range files.files {
+		name = clean(path.Join(dir, name))
+		im.files[name] = f
+		delete(im.links, name)
+	}
+	for name, target := range files.links {
+		name = clean(path.Join(dir, name))
+		im.links[name] = target
+		delete(im.files, name)
+	}
+}
