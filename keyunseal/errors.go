@@ -265,7 +265,9 @@ func (e *Error) hint() string {
 	case ClassConfig:
 		switch e.Code {
 		case codeOwnerAuth:
-			return "the storage root key needs the owner hierarchy without a password: tpm2_changeauth, or use the key host-key"
+			return "hostcryptd needs the owner hierarchy without a password: tpm2_changeauth, or the key host-key and --tpm none"
+		case codeNoRoom:
+			return "tpm2_getcap handles-nv-index lists what takes it, 'hostcryptd erase' frees what a volume took, and --tpm none does without"
 		case codeNoBank:
 			return "turn the SHA-256 bank on in the firmware, or use the key host-key"
 		}

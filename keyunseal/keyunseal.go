@@ -85,7 +85,7 @@ type Options struct {
 	HostKey string
 
 	// TPM is the path of the TPM's device, or of the socket of a software TPM;
-	// empty means [DefaultTPM].
+	// empty means [DefaultTPM], [NoTPM] that there is none.
 	TPM string
 
 	// Identity names whose permissions open the vault, in one of these forms:
@@ -144,8 +144,14 @@ func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]
 		return nil, fail("seal", spec, ClassConfig, err)
 	}
 	kind, argument, _ := strings.Cut(spec, ":")
+	have := false
+	if spec == SpecPlatform {
+		if have, err = opts.HaveTPM(); err != nil {
+			return nil, err
+		}
+	}
 	switch {
-	case spec == SpecPlatform && opts.haveTPM():
+	case have:
 		kind = SpecTPM
 		opts.log().Info("this host has a TPM, which becomes the key", zap.String("tpm", opts.tpm()))
 	case spec == SpecPlatform:

@@ -8,8 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -152,13 +150,6 @@ func (o Options) tpm() string {
 		return DefaultTPM
 	}
 	return o.TPM
-}
-
-// haveTPM tells whether this host has a TPM, working or not. Only a device that
-// isn't there says no.
-func (o Options) haveTPM() bool {
-	_, err := os.Stat(o.tpm())
-	return !errors.Is(err, fs.ErrNotExist)
 }
 
 func sealTPM(ctx context.Context, opts Options, pcrs []uint, volume string, key *[KeySize]byte) (*tpmToken, error) {
@@ -358,14 +349,8 @@ func deriveSRK(c *tpmConn) (*srk, error) {
 		PrimaryHandle: tpm2.TPMRHOwner,
 		InPublic:      tpm2.New2B(tpm2.ECCSRKTemplate),
 	}.Execute(c)
-	if errors.Is(err, tpm2.TPMRCAuthFail) || errors.Is(err, tpm2.TPMRCBadAuth) {
-		return nil, &Error{Class: ClassConfig, Code: codeOwnerAuth, Err: errors.New("the TPM's owner hierarchy has a password")}
-	}
-	if errors.Is(err, tpm2.TPMRCHierarchy) {
-		return nil, &Error{Class: ClassConfig, Code: "TPM_RC_HIERARCHY", Err: errors.New("the firmware has disabled the TPM's owner hierarchy")}
-	}
 	if err != nil {
-		return nil, err
+		return nil, ownerError(err)
 	}
 	s := &srk{handle: resp.ObjectHandle, name: resp.Name}
 	public, err := resp.OutPublic.Contents()
@@ -382,6 +367,17 @@ func deriveSRK(c *tpmConn) (*srk, error) {
 		return nil, err
 	}
 	return s, nil
+}
+
+// ownerError says what is in the way of what takes the owner hierarchy.
+func ownerError(err error) error {
+	switch {
+	case errors.Is(err, tpm2.TPMRCAuthFail) || errors.Is(err, tpm2.TPMRCBadAuth):
+		return &Error{Class: ClassConfig, Code: codeOwnerAuth, Err: errors.New("the TPM's owner hierarchy has a password")}
+	case errors.Is(err, tpm2.TPMRCHierarchy):
+		return &Error{Class: ClassConfig, Code: "TPM_RC_HIERARCHY", Err: errors.New("the firmware has disabled the TPM's owner hierarchy")}
+	}
+	return err
 }
 
 // auth authorizes the use of the SRK as a parent, in a session that encrypts what
@@ -445,6 +441,7 @@ const (
 	codeOtherTPM  = "OtherTPM"
 	codeOwnerAuth = "OwnerPassword"
 	codeNoBank    = "NoPCRBank"
+	codeNoRoom    = "TPM_RC_NV_SPACE"
 )
 
 // rcName returns "TPM_RC_POLICY_FAIL" and the like.

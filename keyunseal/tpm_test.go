@@ -667,6 +667,28 @@ func (r recordingTPM) Send(command []byte) ([]byte, error) {
 	return a, err
 }
 
+// shell runs a script in a folder, where the TPM tools of the distribution talk to
+// the TPM.
+func (s *softTPM) shell(dir, script string) []byte {
+	s.t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cmd := exec.CommandContext(shortContext(s.t, 30*time.Second), "sh", "-ec", script)
+	cmd.WaitDelay = 5 * time.Second
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "TPM2TOOLS_TCTI=cmd:"+self+" relay "+s.path,
+		"GORACE=atexit_sleep_ms=0") // each command starts a relay
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		s.t.Fatalf("%v: %s; the package tpm2-tools has the commands", err, stderr.String())
+	}
+	return out
+}
+
 // TestTPMTools opens a token by FORMAT.md's commands, with the TPM tools of the
 // distribution.
 func TestTPMTools(t *testing.T) {
@@ -684,25 +706,7 @@ func TestTPMTools(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	run := func(script string) []byte {
-		t.Helper()
-		cmd := exec.CommandContext(shortContext(t, 30*time.Second), "sh", "-ec", script)
-		cmd.WaitDelay = 5 * time.Second
-		cmd.Dir = dir
-		cmd.Env = append(os.Environ(), "TPM2TOOLS_TCTI=cmd:"+self+" relay "+s.path,
-			"GORACE=atexit_sleep_ms=0") // each command starts a relay
-		var stderr bytes.Buffer
-		cmd.Stderr = &stderr
-		out, err := cmd.Output()
-		if err != nil {
-			t.Fatalf("%v: %s; the package tpm2-tools has the commands", err, stderr.String())
-		}
-		return out
-	}
+	run := func(script string) []byte { t.Helper(); return s.shell(dir, script) }
 	script := formatSection(t, "sh")
 	secret := run(strings.ReplaceAll(script, "sha256:7", "sha256:7,11"))
 	if sum := sha256.Sum256(secret); !bytes.Equal(sum[:], tk.SecretHash) {

@@ -29,6 +29,9 @@ type tpmConn struct {
 }
 
 func openTPM(ctx context.Context, path string) (*tpmConn, error) {
+	if path == NoTPM {
+		return nil, &Error{Class: ClassConfig, Err: errors.New("this host has no TPM to use, --tpm none says")}
+	}
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}

@@ -22,6 +22,10 @@ type OpenOptions struct {
 	// seen. Without it, whoever can write to the disk and wrap with the KEK can
 	// replace the whole header.
 	Pins Pins
+	// RequirePin refuses a volume of which this host remembers nothing, rather
+	// than to trust it at first sight: whoever can make a header can give it
+	// another UUID too.
+	RequirePin bool
 
 	// Handover, if not nil, keeps the DEK for the next process that serves the
 	// volume, as long as this one has it.

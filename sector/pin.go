@@ -28,7 +28,8 @@ type Pin struct {
 // Pins remembers volumes by their UUID. All of its methods may be called at
 // once, also by several processes.
 type Pins interface {
-	// Load returns the pin of a volume, or nil if there is none.
+	// Load returns the pin of a volume, or nil if there is none. An error with
+	// [ErrNoPins] says nothing about the header; any other is taken for an attack.
 	Load(volume string) (*Pin, error)
 	// Raise stores p if there is no pin, or one with the same fingerprint and a
 	// lower generation.
@@ -185,6 +186,10 @@ func (o *OpenOptions) checkPin(volume string, got opened) error {
 	}
 	p, err := o.Pins.Load(volume)
 	switch {
+	case err == nil && p == nil && o.RequirePin:
+		return fmt.Errorf("%w: this host does not know volume %s, and was told to serve only those it knows; if it is to be trusted, 'hostcryptd header accept' says so", ErrAuth, volume)
+	case errors.Is(err, ErrNoPins):
+		return err
 	case err != nil:
 		// A pin that can be spoiled is no pin.
 		return fmt.Errorf("%w: %w; if the header is to be trusted as it is, 'hostcryptd header accept' replaces the pin", ErrAuth, err)

@@ -60,6 +60,9 @@ var (
 	ErrDevice = errors.New("unsuitable device")
 	// ErrBusy means that something else has the backing device open.
 	ErrBusy = errors.New("device is in use")
+	// ErrNoPins means that what this host remembers of its volumes can't be had
+	// now, as from a TPM that is busy; it may be later.
+	ErrNoPins = errors.New("what this host remembers of the volume can't be had now")
 	// ErrWrongKey means that a recovery key opens no keyslot.
 	ErrWrongKey = errors.New("wrong recovery key")
 	// ErrLastWay means that what was to be removed is the last way into the

@@ -71,7 +71,7 @@ volume would open by another key.`,
 
 func (a *app) check(ctx context.Context, keys *keyFlags, device string, d *sector.Device) (*checkReport, error) {
 	log := a.cliLog()
-	r, err := sector.Verify(ctx, d, keys.unsealer(log), keys.open())
+	r, err := sector.Verify(ctx, d, keys.unsealer(log), keys.open(log))
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +80,7 @@ func (a *app) check(ctx context.Context, keys *keyFlags, device string, d *secto
 		infos[t.ID] = t
 	}
 	report := &checkReport{
-		Device: device, UUID: r.Header.UUID, Opens: r.Opens, Copies: r.Copies.Describe(), Pin: pinText(r),
+		Device: device, UUID: r.Header.UUID, Opens: r.Opens, Copies: r.Copies.Describe(), Pin: pinText(r, keys.pinStore(log).inTPM(r.Header.UUID)),
 		Recovery: append([]int{}, r.Keyslots...), Findings: append([]string{}, r.Findings...), Notices: []string{},
 		Tokens: make([]checkToken, len(r.Tokens)),
 	}
@@ -138,14 +138,18 @@ func (a *app) check(ctx context.Context, keys *keyFlags, device string, d *secto
 	return report, nil
 }
 
-func pinText(r *sector.Report) string {
+func pinText(r *sector.Report, chip bool) string {
 	switch {
 	case r.PinError != nil:
 		return r.PinError.Error()
 	case r.Pin == nil:
 		return "none: this host has not seen the volume, and would trust it"
 	}
-	return fmt.Sprintf("matches, generation %d", r.Pin.Generation)
+	text := fmt.Sprintf("matches, generation %d", r.Pin.Generation)
+	if chip {
+		text += ", and the TPM remembers it"
+	}
+	return text
 }
 
 // meaning says what the failure of a token would mean at boot.

@@ -23,13 +23,13 @@ func (a *app) eraseCommand() *cobra.Command {
 		Short: "destroy every way into a volume, for ever",
 		Long: `erase overwrites both copies of the header with all tokens, and the keyslots, with
 random bytes and then zeros, reads that back, discards the area where the device
-can do that, and forgets what this host remembers of the volume. Without them the
-data is noise, whatever keys anybody has. The data itself is not touched. The
-volume must not be in use.
+can do that, and forgets what this host remembers of the volume, in a file and in
+the TPM. Without them the data is noise, whatever keys anybody has. The data itself
+is not touched. The volume must not be in use.
 
 Out of its reach are backups of the header, copies and snapshots of the disk, and
 blocks that the disk itself has set aside. If there may be such, disable or delete
-the key in the vault too.`,
+the key in the vault too; for a key of the TPM, clear the TPM.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			d, err := sector.OpenDevice(args[0], sector.DeviceOptions{})
@@ -52,19 +52,22 @@ the key in the vault too.`,
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
-			pin, err := keys.pinDir().Remove(uuid)
+			pin, chip, err := keys.pinStore(a.cliLog()).Remove(uuid)
 			if err != nil {
 				err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w", args[0], err)
 			}
 			if a.json {
 				return errors.Join(err, a.printJSON(map[string]any{
-					"device": args[0], "uuid": done.UUID, "bytes": done.Bytes, "discarded": done.Discarded, "pin_removed": pin,
+					"device": args[0], "uuid": done.UUID, "bytes": done.Bytes, "discarded": done.Discarded, "pin_removed": pin, "tpm_pin_removed": chip,
 					"out_of_reach": eraseOutOfReach,
 				}))
 			}
 			fmt.Fprintf(a.stdout, "%s is erased: %s overwritten and read back", args[0], bytesText(uint64(done.Bytes)))
 			if done.Discarded {
 				fmt.Fprint(a.stdout, ", and discarded")
+			}
+			if chip {
+				fmt.Fprint(a.stdout, "\nThe TPM has forgotten it")
 			}
 			fmt.Fprintln(a.stdout, "\nOut of reach of this command:")
 			for _, what := range eraseOutOfReach {
@@ -84,6 +87,7 @@ var eraseOutOfReach = []string{
 	"backups of the header, made by hostcryptd or cryptsetup",
 	"copies and snapshots of the disk or image",
 	"the key in the vault and its backups, and the host key file, which other volumes may need",
+	"the TPM's storage key, with which a backup of the header still opens on this host until the TPM is cleared",
 	"blocks that the disk has remapped or not yet erased",
 }
 

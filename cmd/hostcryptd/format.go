@@ -78,7 +78,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			}
 
 			o := sector.FormatOptions{
-				UUID: uuid, Label: label, SectorSize: sectorSize, Pins: keys.pinDir(),
+				UUID: uuid, Label: label, SectorSize: sectorSize, Pins: keys.pinStore(a.cliLog()),
 				Seal: []sector.Sealer{keys.sealer(key, a.cliLog())},
 			}
 			if recovery != "" {

@@ -108,7 +108,7 @@ header any more, --uuid confirms which volume it was.`,
 					return withCode(codeBusy, fmt.Errorf("%s carries %s; if that can go, use --force", args[0], found))
 				}
 			}
-			o.Pins = keys.pinDir()
+			o.Pins = keys.pinStore(a.cliLog())
 			info, err := sector.Restore(c.Context(), d, f, o)
 			keys.changed(c.Context(), d, audit.Header, "restore", err)
 			if err != nil {
@@ -148,7 +148,7 @@ over the other one. serve does so by itself; this is for what serve leaves alone
 				if unverified {
 					unseal = nil
 				}
-				what, err := sector.RepairHeader(c.Context(), d, unseal, force, keys.open())
+				what, err := sector.RepairHeader(c.Context(), d, unseal, force, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Header, "repair", err)
 				if err != nil {
 					return err
@@ -190,7 +190,7 @@ something.`,
 				if noKey {
 					unseal = nil
 				}
-				r, err := sector.Verify(c.Context(), d, unseal, keys.open())
+				r, err := sector.Verify(c.Context(), d, unseal, keys.open(a.cliLog()))
 				if err != nil {
 					return err
 				}
@@ -247,7 +247,7 @@ disk could have forged it, or put back an old one with a key that you removed.`,
 				if err := a.confirmUUID("This makes the header on "+args[0]+" the one that this host trusts.", "--yes", yes, h.UUID); err != nil {
 					return err
 				}
-				before, now, err := sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open())
+				before, now, err := sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Header, "accept", err)
 				if err != nil {
 					return err

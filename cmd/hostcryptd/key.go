@@ -38,7 +38,6 @@ type keyFlags struct {
 
 func (k *keyFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&k.hostKey, "host-key", keyunseal.DefaultHostKey, "`FILE` with the host key")
-	c.Flags().StringVar(&k.tpm, "tpm", "", "`PATH` of the TPM's device, or of a software TPM's socket (default: $HOSTCRYPTD_TPM, else "+keyunseal.DefaultTPM+")")
 	c.Flags().StringVar(&k.identity, "identity", "", "`WHO` asks the vault: managed, managed:CLIENT-ID, managed-object:ID, managed-resource:ID, arc, workload:TENANT:CLIENT-ID[:FILE], or certificate:TENANT:CLIENT-ID:FILE (default: what the token was sealed with, else managed)")
 	c.Flags().StringVar(&k.cloud, "cloud", "", "`FILE` that describes a private cloud (default: "+keyunseal.DefaultCloud+", if it exists)")
 	k.addPins(c)
@@ -50,10 +49,11 @@ func (k *keyFlags) addAudit(c *cobra.Command) {
 	c.Flags().StringVar(&k.auditLog, "audit-log", "", "`FILE` with the log of key use, or none (default: $HOSTCRYPTD_AUDIT_LOG, else "+audit.DefaultFile+")")
 }
 
-// addPins adds the flag for a command that needs no KEK.
+// addPins adds the flags for a command that needs no KEK.
 func (k *keyFlags) addPins(c *cobra.Command) {
 	k.addAudit(c)
-	c.Flags().StringVar(&k.pins, "pins", "", "`DIRECTORY` where this host remembers the headers of its volumes (default: $HOSTCRYPTD_PINS, else "+string(sector.DefaultPins)+")")
+	c.Flags().StringVar(&k.tpm, "tpm", "", "`PATH` of the TPM's device, or of a software TPM's socket, or none (default: $HOSTCRYPTD_TPM, else "+keyunseal.DefaultTPM+", if this host has it)")
+	c.Flags().StringVar(&k.pins, "pins", "", "`DIRECTORY` where this host remembers the headers of its volumes, beside the TPM (default: $HOSTCRYPTD_PINS, else "+string(sector.DefaultPins)+")")
 }
 
 // pinDir is where this host keeps its pins.
@@ -76,7 +76,9 @@ func (k *keyFlags) tpmPath() string {
 }
 
 // open says how commands unlock a header.
-func (k *keyFlags) open() sector.OpenOptions { return sector.OpenOptions{Pins: k.pinDir()} }
+func (k *keyFlags) open(log *zap.Logger) sector.OpenOptions {
+	return sector.OpenOptions{Pins: k.pinStore(log)}
+}
 
 // options are those for a volume: each use of a KEK is recorded.
 func (k *keyFlags) options(volume string, log *zap.Logger) keyunseal.Options {
@@ -186,7 +188,7 @@ that gave, and writes it to the header. The volume may be in use meanwhile.`,
 			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
 				log := a.cliLog()
-				id, err := sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open())
+				id, err := sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open(log))
 				keys.changed(c.Context(), d, audit.KeyAdd, fmt.Sprintf("token %d", id), err)
 				if err != nil {
 					return err
@@ -227,7 +229,7 @@ volume.`,
 				return usagef("TOKEN is the number of a token, not %q; 'hostcryptd key list' shows them", args[1])
 			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
-				err := sector.RemoveToken(c.Context(), d, keys.unsealer(a.cliLog()), id, force, keys.open())
+				err := sector.RemoveToken(c.Context(), d, keys.unsealer(a.cliLog()), id, force, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.KeyRemove, fmt.Sprintf("token %d", id), err)
 				if err != nil {
 					return err

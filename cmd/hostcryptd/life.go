@@ -134,7 +134,7 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	v := d.volume
 	d.mu.Unlock()
 	o := sector.OpenOptions{
-		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinDir(), Handover: d.handover,
+		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinStore(d.log), RequirePin: d.opts.requirePin, Handover: d.handover,
 	}
 	begun := time.Now()
 	var err error

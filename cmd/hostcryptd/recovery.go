@@ -67,7 +67,7 @@ to FILE and adds a keyslot that it opens. The volume may be in use meanwhile.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			id, err := a.writeKeyslot(args[0], file, func(d *sector.Device, key []byte) (int, error) {
-				id, err := sector.AddRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), key, keys.open())
+				id, err := sector.AddRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), key, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("add keyslot %d", id), err)
 				return id, err
 			})
@@ -107,7 +107,7 @@ has a backup of the header and the old key can still open the volume.`,
 				if old, err = chooseSlot(c.Context(), d, slot); err != nil {
 					return -1, err
 				}
-				id, err := sector.RotateRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), old, key, keys.open())
+				id, err := sector.RotateRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), old, key, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("rotate, now keyslot %d", id), err)
 				return id, err
 			})
@@ -144,7 +144,7 @@ volume's keys has to unseal it now: the last way in is never removed.`,
 				if err != nil {
 					return err
 				}
-				err = sector.RemoveRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), id, keys.open())
+				err = sector.RemoveRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), id, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("remove keyslot %d", id), err)
 				if err != nil {
 					return err

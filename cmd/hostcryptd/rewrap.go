@@ -65,7 +65,7 @@ takes another key which opens the volume.`,
 					failed []error
 				)
 				for _, id := range ids {
-					n, err := sector.ReplaceToken(c.Context(), d, keys.unsealer(log), id, rewrap, time.Duration(keep)*24*time.Hour, keys.open())
+					n, err := sector.ReplaceToken(c.Context(), d, keys.unsealer(log), id, rewrap, time.Duration(keep)*24*time.Hour, keys.open(log))
 					if !errors.Is(err, keyunseal.ErrCurrent) {
 						keys.changed(c.Context(), d, audit.Rewrap, fmt.Sprintf("token %d becomes token %d", id, n), err)
 					}
@@ -80,7 +80,7 @@ takes another key which opens the volume.`,
 				}
 				dropped := []int{}
 				if failed == nil {
-					gone, err := sector.DropRetired(c.Context(), d, keys.unsealer(log), time.Now(), keys.open())
+					gone, err := sector.DropRetired(c.Context(), d, keys.unsealer(log), time.Now(), keys.open(log))
 					dropped, failed = append(dropped, gone...), append(failed, err)
 					for _, id := range gone {
 						keys.changed(c.Context(), d, audit.KeyRemove, fmt.Sprintf("token %d, retired", id), nil)

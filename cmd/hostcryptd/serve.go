@@ -49,6 +49,7 @@ type serveOptions struct {
 	sectorSize    int  // with randomKey
 	force         bool // with randomKey: whatever is on the device
 	unsealTimeout time.Duration
+	requirePin    bool
 
 	tls *tls.Config // of certificates
 }
@@ -193,6 +194,7 @@ waits for up to an hour for 'serve' to be started again with the same volume.`,
 	f.BoolVar(&o.randomKey, "random-key", false, "encrypt all of DEVICE with a random key that is stored nowhere; its content is lost")
 	f.IntVar(&o.sectorSize, "sector-size", 4096, "with --random-key: size of an encrypted sector in `BYTES`, 512 or 4096")
 	f.BoolVar(&o.force, "force", false, "with --random-key: take DEVICE whatever it carries")
+	f.BoolVar(&o.requirePin, "require-pin", false, "refuse a volume that this host has neither formatted nor opened before, instead of trusting it at first sight")
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
 }

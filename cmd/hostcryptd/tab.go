@@ -87,6 +87,8 @@ func (e *tabEntry) apply(o *serveOptions) error {
 			o.readOnly = true
 		case "discard":
 			o.discard = true
+		case "require-pin":
+			o.requirePin = true
 		case "attach":
 			attach = value
 		case "listen":

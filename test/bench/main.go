@@ -62,6 +62,7 @@ type config struct {
 }
 
 func main() {
+	os.Setenv("HOSTCRYPTD_TPM", "none") // not this machine's
 	var c config
 	var names, match string
 	var mib int64

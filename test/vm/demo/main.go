@@ -32,6 +32,7 @@ import (
 )
 
 func main() {
+	os.Setenv("HOSTCRYPTD_TPM", "none") // not this machine's
 	where := flag.String("where", "auto", "where to run: vm, host, or auto")
 	keep := flag.Bool("keep", false, "keep the disk image and the logs")
 	flag.Parse()
