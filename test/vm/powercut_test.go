@@ -3,6 +3,7 @@
 package vm
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,25 +41,11 @@ type powerCut struct {
 
 // testPowerCut cuts the power at random moments while records are written
 // and fsynced, and finds every acknowledged one after the next boot. The
-// control is one cut of a disk that ignores flushes, which must lose some.
+// controls are a cut of a disk that ignores flushes, which must lose some, and
+// one of a disk that has ignored a single one, which must lose one.
 func testPowerCut(t *testing.T, l *lab) {
 	begun := time.Now()
-	cycles := cutCycles
-	if s := os.Getenv("HOSTCRYPTD_VM_CYCLES"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 {
-			t.Fatalf("HOSTCRYPTD_VM_CYCLES is %q, want a number of power cuts", s)
-		}
-		cycles = n
-	}
-	seed := rand.Uint64()
-	if s := os.Getenv("HOSTCRYPTD_VM_SEED"); s != "" {
-		n, err := strconv.ParseUint(s, 10, 64)
-		if err != nil {
-			t.Fatalf("HOSTCRYPTD_VM_SEED is %q, want a number", s)
-		}
-		seed = n
-	}
+	cycles, seed := cutParameters(t)
 	t.Logf("seed %d: HOSTCRYPTD_VM_SEED=%d has the same records and the same delays", seed, seed)
 	p := &powerCut{
 		lab: l, seed: seed, rand: rand.New(rand.NewPCG(seed, 0)),
@@ -66,19 +54,21 @@ func testPowerCut(t *testing.T, l *lab) {
 	}
 	p.prepare(t)
 
-	// The control begins with a copy, so that all it can lose was written
-	// after its disk began to ignore flushes.
-	if err := vmtest.CopySparse(p.image("control"), p.image("ext4")); err != nil {
-		t.Fatal(err)
+	// The controls begin with a copy, so that all they can lose was
+	// written after their disks began to ignore flushes.
+	for _, name := range []string{"control", "oneflush"} {
+		if err := vmtest.CopySparse(p.image(name), p.image("ext4")); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for i := range cycles {
 		fstype := []string{"ext4", "xfs"}[i%2]
-		n := p.cycle(t, fmt.Sprintf("powercut-%d-%s", i+1, fstype), fstype, p.image(fstype), false)
+		n := p.cycle(t, fmt.Sprintf("powercut-%d-%s", i+1, fstype), fstype, p.image(fstype), nil)
 		t.Logf("power cut %d of %d: %s, record %d is the last acknowledged", i+1, cycles, fstype, n)
 		p.acked[fstype] = n
 		p.verifyHeader(t, p.image(fstype))
 	}
-	last, err := p.boot(t.Context(), "powercut-check", "powercut-check", p.params("ext4,xfs"), nil,
+	last, err := p.bootAs(t.Context(), "powercut-check", "powercut-check", p.params("ext4,xfs"), nil,
 		vmtest.Disk{Serial: "ext4", Path: p.image("ext4")}, vmtest.Disk{Serial: "xfs", Path: p.image("xfs")})
 	if err != nil {
 		t.Fatal(err)
@@ -91,8 +81,31 @@ func testPowerCut(t *testing.T, l *lab) {
 	}
 	wall, total := time.Since(begun), maps.Clone(p.acked)
 	acked, lost := p.control(t)
-	p.rows = append(p.rows, fmt.Sprintf("PowerCut\t%.1f s\t%d cuts; ext4 %d records acknowledged, 0 lost; xfs %d, 0 lost; control without flushes %d, %d lost in %.1f s\n",
-		wall.Seconds(), cycles, total["ext4"], total["xfs"], acked, lost, (time.Since(begun)-wall).Seconds()))
+	flushes, last1, lost1 := p.oneFlush(t)
+	p.rows = append(p.rows, fmt.Sprintf("PowerCut\t%.1f s\t%d cuts; ext4 %d records acknowledged, 0 lost; xfs %d, 0 lost; controls in %.1f s: without flushes %d, %d lost; one of %d flushes missing: %d, %d lost\n",
+		wall.Seconds(), cycles, total["ext4"], total["xfs"], (time.Since(begun)-wall).Seconds(), acked, lost, flushes, last1, lost1))
+}
+
+// cutParameters are the number of power cuts and the seed for what is random.
+func cutParameters(t *testing.T) (cycles int, seed uint64) {
+	t.Helper()
+	cycles = cutCycles
+	if s := os.Getenv("HOSTCRYPTD_VM_CYCLES"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 {
+			t.Fatalf("HOSTCRYPTD_VM_CYCLES is %q, want a number of power cuts", s)
+		}
+		cycles = n
+	}
+	seed = rand.Uint64()
+	if s := os.Getenv("HOSTCRYPTD_VM_SEED"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatalf("HOSTCRYPTD_VM_SEED is %q, want a number", s)
+		}
+		seed = n
+	}
+	return cycles, seed
 }
 
 func (p *powerCut) image(name string) string {
@@ -109,7 +122,7 @@ func (p *powerCut) prepare(t *testing.T) {
 		p.command(t, p.Hostcryptd, "format", p.image(fstype), "--host-key", p.hostKey,
 			"--recovery-key", p.image(fstype)+".recovery", "--yes", "--audit-log", "none", "--pins", p.pins())
 	}
-	_, err := p.boot(t.Context(), "powercut-prepare", "powercut-prepare", p.params(""), nil,
+	_, err := p.bootAs(t.Context(), "powercut-prepare", "powercut-prepare", p.params(""), nil,
 		vmtest.Disk{Serial: "ext4", Path: p.image("ext4")}, vmtest.Disk{Serial: "xfs", Path: p.image("xfs")})
 	if err != nil {
 		t.Fatal(err)
@@ -133,16 +146,16 @@ func (p *powerCut) params(fs string) map[string]string {
 	}
 }
 
-// boot is [lab.boot] with a name for the logs, and a function that is called
+// bootAs is [lab.boot] with a name for the logs, and a function that is called
 // when the guest acknowledges its first record. It returns the error of the boot.
-func (p *powerCut) boot(ctx context.Context, name, scenario string, params map[string]string, writing func(*vmtest.VM), disks ...vmtest.Disk) (*vmtest.Result, error) {
+func (l *lab) bootAs(ctx context.Context, name, scenario string, params map[string]string, writing func(*vmtest.VM), disks ...vmtest.Disk) (*vmtest.Result, error) {
 	words := []string{"hostcryptd.scenario=" + scenario}
 	for _, key := range slices.Sorted(maps.Keys(params)) {
 		words = append(words, "hostcryptd."+key+"="+params[key])
 	}
 	var v *vmtest.VM
 	v, err := vmtest.Start(ctx, vmtest.Config{
-		Name: name, Dir: p.Dir, Kernel: p.Kernel, Initrd: p.Initrd, Append: words, Disks: disks, Timeout: 4 * time.Minute,
+		Name: name, Dir: l.Dir, Kernel: l.Kernel, Initrd: l.Initrd, Append: words, Disks: disks, Timeout: 4 * time.Minute,
 		OnEvent: func(e report.Event) {
 			if e.Kind == report.Figure && e.Name == "acked" && writing != nil {
 				writing(v)
@@ -157,22 +170,40 @@ func (p *powerCut) boot(ctx context.Context, name, scenario string, params map[s
 }
 
 // cycle boots, has the guest check what the last cycle left and write
-// records, and cuts the power. It returns the last record acknowledged.
-func (p *powerCut) cycle(t *testing.T, name, fstype, image string, ignoreFlush bool) int {
+// records, and cuts the power at a random moment. It returns the last record
+// acknowledged.
+func (p *powerCut) cycle(t *testing.T, name, fstype, image string, onFlush func(n int) vmtest.FlushAction) int {
 	t.Helper()
-	disk, err := vmtest.StartVolatileDisk(t.Context(), image, filepath.Join(p.Dir, name+".sock"), ignoreFlush)
+	delay := time.Duration(200+p.rand.IntN(3800)) * time.Millisecond
+	r := p.cutBoot(t, name, "powercut-write", p.params(fstype), fstype, image, onFlush, func(cut func()) { time.AfterFunc(delay, cut) })
+	acked := int(r.Figures["acked"].Value)
+	if acked <= p.acked[fstype] {
+		t.Fatalf("no record was acknowledged in %s (logs: %s)", delay, filepath.Join(p.Dir, name+".*"))
+	}
+	return acked
+}
+
+// cutBoot boots a guest with a volatile disk and waits for the power cut, which
+// must come before the guest's end. writing is called when the guest
+// acknowledges its first record, with the function that cuts.
+func (l *lab) cutBoot(t *testing.T, name, scenario string, params map[string]string, serial, image string, onFlush func(n int) vmtest.FlushAction, writing func(cut func()), disks ...vmtest.Disk) *vmtest.Result {
+	t.Helper()
+	socket := filepath.Join(l.Dir, name+".sock")
+	disk, err := vmtest.StartVolatileDisk(t.Context(), image, socket, onFlush)
 	if err != nil {
 		t.Fatal(err)
 	}
-	delay := time.Duration(200+p.rand.IntN(3800)) * time.Millisecond
 	cut := make(chan error, 1)
-	r, err := p.boot(t.Context(), name, "powercut-write", p.params(fstype), func(v *vmtest.VM) {
-		time.AfterFunc(delay, func() {
-			err := disk.Cut()
-			v.Kill()
-			cut <- err
+	r, err := l.bootAs(t.Context(), name, scenario, params, func(v *vmtest.VM) {
+		var once sync.Once
+		writing(func() {
+			once.Do(func() {
+				err := disk.Cut()
+				v.Kill()
+				cut <- err
+			})
 		})
-	}, vmtest.Disk{Serial: fstype, Socket: filepath.Join(p.Dir, name+".sock")})
+	}, append(disks, vmtest.Disk{Serial: serial, Socket: socket})...)
 	select {
 	case cutErr := <-cut:
 		if cutErr != nil {
@@ -184,11 +215,7 @@ func (p *powerCut) cycle(t *testing.T, name, fstype, image string, ignoreFlush b
 	if !errors.Is(err, context.Canceled) {
 		t.Fatalf("the boot ended with %v, want the power cut", err)
 	}
-	acked := int(r.Figures["acked"].Value)
-	if acked <= p.acked[fstype] {
-		t.Fatalf("no record was acknowledged in %s (logs: %s)", delay, filepath.Join(p.Dir, name+".*"))
-	}
-	return acked
+	return r
 }
 
 // control cuts the power of a disk that ignores flushes and expects that
@@ -197,23 +224,100 @@ func (p *powerCut) cycle(t *testing.T, name, fstype, image string, ignoreFlush b
 func (p *powerCut) control(t *testing.T) (acked, lost int) {
 	t.Helper()
 	p.acked = map[string]int{"ext4": 0, "xfs": 0}
-	acked = p.cycle(t, "powercut-control", "ext4", p.image("control"), true)
-	p.acked["ext4"] = acked
-	r, err := p.boot(t.Context(), "powercut-control-check", "powercut-check", p.params("ext4"), nil,
-		vmtest.Disk{Serial: "ext4", Path: p.image("control")})
-	if err == nil {
-		t.Errorf("control: a disk that ignores flushes lost none of %d acknowledged records", acked)
-		return acked, 0
-	}
-	if r == nil || !strings.Contains(err.Error(), "acknowledged records are lost") {
-		t.Errorf("control: the boot failed, but not for lost records: %v", err)
-		return acked, 0
-	}
-	lost = int(r.Figures["ext4 records lost"].Value)
-	why, _, _ := strings.Cut(err.Error(), "\n")
-	t.Logf("control: %s", why)
+	acked = p.cycle(t, "powercut-control", "ext4", p.image("control"), func(int) vmtest.FlushAction { return vmtest.FlushLie })
+	lost = p.countLost(t, "powercut-control-check", "control", acked, p.params("ext4"))
 	if lost == 0 {
 		t.Errorf("control: a disk that ignores flushes lost none of %d acknowledged records", acked)
 	}
 	return acked, lost
+}
+
+// oneFlush cuts the power of a disk that has done every flush but the last one
+// before an acknowledgement, and expects that this one record is lost: so much
+// the other cycles would notice.
+func (p *powerCut) oneFlush(t *testing.T) (flushes, acked, lost int) {
+	t.Helper()
+	const (
+		name = "powercut-oneflush"
+		skip = 40 // records before it
+	)
+	p.acked = map[string]int{"ext4": 0, "xfs": 0}
+	params := p.params("ext4")
+	params["slots"] = "only"
+	var (
+		mu      sync.Mutex
+		before  int // records acknowledged when the flush was answered that wasn't done
+		lied    bool
+		pass    int // flushes to do before the next lie
+		cut     func()
+		counted = func() int {
+			// The guest's events reach this process a moment later.
+			time.Sleep(300 * time.Millisecond)
+			return p.count(name)
+		}
+	)
+	r := p.cutBoot(t, name, "powercut-write", params, "ext4", p.image("oneflush"), func(n int) vmtest.FlushAction {
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case cut == nil:
+			return vmtest.FlushDo
+		case pass > 0:
+			pass--
+			return vmtest.FlushDo
+		case !lied:
+			if before = counted(); before < skip {
+				pass = 8
+				return vmtest.FlushDo
+			}
+			lied, flushes = true, n
+			return vmtest.FlushLie
+		case counted() > before:
+			go cut()
+			return vmtest.FlushHold
+		}
+		// Nothing was acknowledged by that flush, as another one belongs to
+		// the record. Done now, it is late and no more. Try with that other one.
+		lied, pass = false, 1
+		return vmtest.FlushDo
+	}, func(f func()) {
+		mu.Lock()
+		defer mu.Unlock()
+		cut = f
+	})
+	acked = int(r.Figures["acked"].Value)
+	if lost = p.countLost(t, name+"-check", "oneflush", acked, params); lost != 1 {
+		t.Errorf("control: of %d flushes the last one was answered and not done; %d of %d acknowledged records are lost, want 1", flushes, lost, acked)
+	}
+	return flushes, acked, lost
+}
+
+// count returns how many records a guest that runs has acknowledged.
+func (l *lab) count(name string) int {
+	b, _ := os.ReadFile(filepath.Join(l.Dir, name+".events.jsonl"))
+	n := 0
+	for line := range bytes.Lines(b) {
+		if e, err := report.Decode(line); err == nil && e.Name == "acked" {
+			n = int(e.Value)
+		}
+	}
+	return n
+}
+
+// countLost boots a check that must fail for records that are lost, and
+// returns how many are.
+func (p *powerCut) countLost(t *testing.T, name, image string, acked int, params map[string]string) int {
+	t.Helper()
+	params["acked.ext4"] = strconv.Itoa(acked)
+	r, err := p.bootAs(t.Context(), name, "powercut-check", params, nil, vmtest.Disk{Serial: "ext4", Path: p.image(image)})
+	if err == nil {
+		return 0
+	}
+	if r == nil || !strings.Contains(err.Error(), "acknowledged records are lost") {
+		t.Errorf("control: the boot failed, but not for lost records: %v", err)
+		return 0
+	}
+	why, _, _ := strings.Cut(err.Error(), "\n")
+	t.Logf("control: %s", why)
+	return int(r.Figures["ext4 records lost"].Value)
 }

@@ -31,6 +31,7 @@ type cutVolume struct {
 	fstype string // "ext4" or "xfs", and the serial of its disk
 	seed   uint64
 	key    string // path of the host key
+	only   bool   // every record is a slot
 	server *server
 	slots  *os.File
 }
@@ -48,7 +49,7 @@ func (m *machine) cutVolume(params map[string]string, fstype string) (*cutVolume
 	if err != nil {
 		return nil, fmt.Errorf("parameter hostkey: %w", err)
 	}
-	c := &cutVolume{m: m, fstype: fstype, seed: seed, key: "/run/host.key"}
+	c := &cutVolume{m: m, fstype: fstype, seed: seed, key: "/run/host.key", only: params["slots"] == "only"}
 	if m.disk = diskBySerial(fstype); m.disk == "" {
 		return nil, fmt.Errorf("there is no disk %s", fstype)
 	}
@@ -88,7 +89,15 @@ func (c *cutVolume) path(n int) string {
 	return filepath.Join(c.m.mnt, "records", strconv.Itoa(n/256), strconv.Itoa(n))
 }
 
-func isSlot(n int) bool { return n%4 == 3 }
+func (c *cutVolume) isSlot(n int) bool { return c.only || n%4 == 3 }
+
+// slot is where record n is in the file slots.
+func (c *cutVolume) slot(n int) int64 {
+	if c.only {
+		return int64(n) * slotSize
+	}
+	return int64(n/4) * slotSize
+}
 
 // content is what record n holds.
 func (c *cutVolume) content(n int) []byte {
@@ -97,7 +106,7 @@ func (c *cutVolume) content(n int) []byte {
 	binary.LittleEndian.PutUint64(seed[8:], uint64(n))
 	r := rand.NewChaCha8(seed)
 	size := slotSize
-	if !isSlot(n) {
+	if !c.isSlot(n) {
 		size = 1 + int(r.Uint64()%12000)
 	}
 	b := make([]byte, size)
@@ -108,7 +117,7 @@ func (c *cutVolume) content(n int) []byte {
 // write makes record n durable. When it returns nil, the record must outlive
 // a power cut.
 func (c *cutVolume) write(n int) error {
-	if isSlot(n) {
+	if c.isSlot(n) {
 		// O_DIRECT wants an aligned buffer, which a mapping is.
 		buf, err := unix.Mmap(-1, 0, slotSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 		if err != nil {
@@ -116,7 +125,7 @@ func (c *cutVolume) write(n int) error {
 		}
 		defer unix.Munmap(buf)
 		copy(buf, c.content(n))
-		_, err = c.slots.WriteAt(buf, int64(n/4)*slotSize)
+		_, err = c.slots.WriteAt(buf, c.slot(n))
 		return err
 	}
 	name := c.path(n)
@@ -171,9 +180,9 @@ func (c *cutVolume) lost(acked int) (lost int, first error) {
 			got []byte
 			err error
 		)
-		if isSlot(n) {
+		if c.isSlot(n) {
 			got = make([]byte, slotSize)
-			_, err = io.ReadFull(io.NewSectionReader(slots, int64(n/4)*slotSize, slotSize), got)
+			_, err = io.ReadFull(io.NewSectionReader(slots, c.slot(n), slotSize), got)
 		} else {
 			got, err = os.ReadFile(c.path(n))
 		}

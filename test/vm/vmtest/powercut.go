@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"syscall"
@@ -21,39 +22,58 @@ type VolatileDisk struct {
 	cmd    *exec.Cmd
 	stderr bytes.Buffer
 	socket string
+	proxy  *flushProxy
 }
 
-// StartVolatileDisk serves a raw image on a Unix socket. With ignoreFlush a
-// flush is answered and not done, which is how a disk that lies behaves: a
-// control for tests that must notice.
-func StartVolatileDisk(ctx context.Context, image, socket string, ignoreFlush bool) (*VolatileDisk, error) {
+// StartVolatileDisk serves a raw image on a Unix socket. onFlush, if not nil,
+// is asked what to do with each flush.
+func StartVolatileDisk(ctx context.Context, image, socket string, onFlush func(n int) FlushAction) (*VolatileDisk, error) {
 	nbdkit, err := Tool("nbdkit")
 	if err != nil {
 		return nil, err
 	}
-	mode := "cache=writeback"
-	if ignoreFlush {
-		mode = "cache=unsafe"
-	}
 	d := &VolatileDisk{socket: socket}
-	d.cmd = exec.CommandContext(ctx, nbdkit, "-f", "-U", socket, "--filter=cache", "file", image, mode)
+	inner := socket
+	if onFlush != nil {
+		inner += ".nbdkit"
+	}
+	d.cmd = exec.CommandContext(ctx, nbdkit, "-f", "-U", inner, "--filter=cache", "file", image, "cache=writeback")
 	d.cmd.Stderr = &d.stderr
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	d.cmd.WaitDelay = 10 * time.Second
 	if err := d.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("vmtest: starting nbdkit: %w", err)
 	}
+	if !waitFor(inner) {
+		return nil, errors.Join(fmt.Errorf("vmtest: nbdkit made no socket %s in 10 s", inner), d.Cut())
+	}
+	if onFlush == nil {
+		return d, nil
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("vmtest: %w", err), d.Cut())
+	}
+	d.proxy = &flushProxy{l: l, inner: inner, onFlush: onFlush}
+	go d.proxy.serve()
+	return d, nil
+}
+
+func waitFor(name string) bool {
 	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat(socket); err == nil {
-			return d, nil
+		if _, err := os.Stat(name); err == nil {
+			return true
 		}
 	}
-	return nil, errors.Join(fmt.Errorf("vmtest: nbdkit made no socket %s in 10 s", socket), d.Cut())
+	return false
 }
 
 // Cut ends the disk at once: what was written and not flushed is gone. Cut
 // the disk before its guest, or the guest's last writes may still be flushed.
 func (d *VolatileDisk) Cut() error {
+	if d.proxy != nil {
+		d.proxy.expectEnd()
+	}
 	if err := d.cmd.Process.Kill(); err != nil {
 		d.cmd.Wait()
 		return fmt.Errorf("vmtest: nbdkit ended by itself: %s", tail(d.stderr.String(), 5))
@@ -63,7 +83,14 @@ func (d *VolatileDisk) Cut() error {
 	if !ok || !status.Signaled() {
 		return fmt.Errorf("vmtest: nbdkit ended by itself: %w: %s", err, tail(d.stderr.String(), 5))
 	}
-	if err := os.Remove(d.socket); err != nil {
+	inner := d.socket
+	if d.proxy != nil {
+		inner = d.proxy.inner
+		if err := d.proxy.close(); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(inner); err != nil {
 		return fmt.Errorf("vmtest: removing the socket of nbdkit: %w", err)
 	}
 	return nil
