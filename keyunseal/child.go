@@ -3,6 +3,7 @@ package keyunseal
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -65,7 +66,8 @@ type request struct {
 	TPM      string          `json:"tpm,omitempty"`
 	Cloud    string          `json:"cloud,omitempty"`
 	Identity string          `json:"identity,omitempty"`
-	Timeout  time.Duration   `json:"timeout"` // ns
+	Digest   []byte          `json:"digest,omitempty"` // to be signed
+	Timeout  time.Duration   `json:"timeout"`          // ns
 }
 
 // A verdict comes from the child's standard output. A child that has given one
@@ -74,6 +76,7 @@ type verdict struct {
 	Version   int             `json:"version"`
 	Token     json.RawMessage `json:"token,omitempty"`  // of a seal or rewrap that worked
 	Status    *KeyStatus      `json:"status,omitempty"` // of an inspect that worked
+	Signature *Signature      `json:"signature,omitempty"`
 	Error     *wireError      `json:"error,omitempty"`
 	Exchanges []Exchange      `json:"exchanges,omitempty"` // for Options.Observe
 }
@@ -85,6 +88,7 @@ const (
 	opProbe   = "probe"
 	opInspect = "inspect"
 	opRewrap  = "rewrap"
+	opSign    = "sign"
 )
 
 // maxExchanges bounds what one child reports: no operation has more than ten.
@@ -209,6 +213,18 @@ func (c *Child) Inspect(ctx context.Context, opts Options, token json.RawMessage
 		return KeyStatus{}, fail("child", "", ClassInternal, errors.New("the child's verdict has no status"))
 	}
 	return *v.Status, nil
+}
+
+// Sign is the package's [Sign] in a process of its own.
+func (c *Child) Sign(ctx context.Context, opts Options, spec, volume string, digest [sha256.Size]byte) (*Signature, error) {
+	v, err := c.run(ctx, opts, request{Op: opSign, Spec: spec, Volume: volume, Digest: digest[:]}, nil)
+	if err != nil {
+		return nil, err
+	}
+	if v.Signature == nil {
+		return nil, fail("child", "", ClassInternal, errors.New("the child's verdict has no signature"))
+	}
+	return v.Signature, nil
 }
 
 // Unseal is the package's [Unseal] in a process of its own. opts.Transport has to

@@ -2,6 +2,7 @@ package keyunseal
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -56,7 +57,7 @@ func serveRequest(rt http.RoundTripper, log *zap.Logger, v *verdict) error {
 		return fail("child", "", ClassInternal, fmt.Errorf("the request has protocol version %d, this program knows %d", req.Version, protocolVersion))
 	}
 	var pipe *os.File
-	if req.Op != opProbe && req.Op != opInspect {
+	if req.Op != opProbe && req.Op != opInspect && req.Op != opSign {
 		if pipe = os.NewFile(keyFD, "volume key pipe"); pipe == nil {
 			return fail("child", "", ClassInternal, errors.New("there is no pipe for the volume key; this argument isn't for use by hand"))
 		}
@@ -96,6 +97,12 @@ func serveRequest(rt http.RoundTripper, log *zap.Logger, v *verdict) error {
 	case opInspect:
 		s, err := Inspect(ctx, opts, req.Token, req.Volume)
 		v.Status = &s
+		return err
+	case opSign:
+		if len(req.Digest) != sha256.Size {
+			return fail("child", "", ClassInternal, fmt.Errorf("the request has a digest of %d bytes", len(req.Digest)))
+		}
+		v.Signature, err = Sign(ctx, opts, req.Spec, req.Volume, [sha256.Size]byte(req.Digest))
 		return err
 	}
 	return fail("child", "", ClassInternal, fmt.Errorf("unknown operation %q", req.Op))

@@ -242,7 +242,7 @@ func (e *Error) hint() string {
 		return "--host-key names the file; another token or the recovery key may open the volume"
 	case ClassIntegrity:
 		switch e.Op {
-		case "get", "wrap", "unwrap", "probe", "verify":
+		case "get", "wrap", "unwrap", "probe", "verify", "sign":
 			return "does something answer in the vault's place? if not, the token is damaged: another token or a header backup may open the volume"
 		}
 		return "another token, the second header copy or a header backup may open the volume"

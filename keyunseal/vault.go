@@ -264,6 +264,8 @@ type keyInfo struct {
 	id         keyURL // with version
 	kind       string // "RSA", "RSA-HSM", "oct-HSM"
 	bits       int    // of an RSA key
+	modulus    []byte
+	exponent   []byte
 	operations []string
 	enabled    bool
 	notBefore  time.Time // zero for none
@@ -338,6 +340,7 @@ func (v *vault) get(ctx context.Context, id keyURL) (*keyInfo, error) {
 	}
 	info := &keyInfo{
 		id: got, kind: clean(string(*resp.Key.Kty)), bits: 8 * len(bytes.TrimLeft(resp.Key.N, "\x00")),
+		modulus: resp.Key.N, exponent: resp.Key.E,
 		enabled: resp.Attributes.Enabled != nil && *resp.Attributes.Enabled,
 	}
 	for _, op := range resp.Key.KeyOps {

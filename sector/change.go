@@ -27,6 +27,7 @@ type unlocked struct {
 	h    *luks2.Header // as it was read
 	keys *keys
 	opened
+	resign bool // update puts in the signature of opened
 }
 
 func unlockHeader(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, skip ...int) (*unlocked, error) {
@@ -39,7 +40,7 @@ func unlockHeader(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions
 		return nil, err
 	}
 	if u.opened, err = unlock(ctx, h, u.keys, unseal, o, skip...); err == nil {
-		err = o.checkPin(h.UUID, u.opened)
+		err = o.checkOrigin(h.UUID, u.opened)
 	}
 	if err != nil {
 		u.keys.free()
@@ -74,7 +75,11 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header) error)
 		return false, err
 	}
 	u.generation = v.generation()
-	if err := u.o.checkPin(h.UUID, u.opened); err != nil {
+	if u.resign {
+		v.Signature = u.signature
+	}
+	u.signature = v.Signature
+	if err := u.o.checkOrigin(h.UUID, u.opened); err != nil {
 		return false, err
 	}
 	if err := edit(h); err != nil {

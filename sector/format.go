@@ -18,12 +18,14 @@ import (
 
 // FormatOptions say how a new volume is to be.
 type FormatOptions struct {
-	UUID        string   // "" for a random one
-	Label       string   // up to 47 bytes of printable UTF-8
-	SectorSize  int      // 512 or 4096
-	RecoveryKey []byte   // of the recovery keyslot, see [NewRecoveryKey]; nil for none
-	Seal        []Sealer // at least one; each makes a token
-	Pins        Pins     // where to remember the volume; nil for nowhere
+	UUID        string       // "" for a random one
+	Label       string       // up to 47 bytes of printable UTF-8
+	SectorSize  int          // 512 or 4096
+	RecoveryKey []byte       // of the recovery keyslot, see [NewRecoveryKey]; nil for none
+	Seal        []Sealer     // at least one; each makes a token
+	Pins        Pins         // where to remember the volume; nil for nowhere
+	Sign        Signer       // signs the volume key; nil for no signature
+	Trusted     []TrustedKey // of which one must have made the signature, if not nil
 
 	// BeforeWrite, if not nil, is called when everything that can be refused
 	// was not, and the next step destroys what is on the device.
@@ -75,6 +77,16 @@ func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, err
 	deks := map[string]wrappedDEK{"0": wrapDEK(k.volumeKey, k.dek, h.UUID, "0", uint32(o.SectorSize), nonce)}
 	v := &volumeToken{Size: strconv.FormatInt(made, 10), DEKs: deks}
 	v.setGeneration(1)
+	fp := fingerprint(k.volumeKey, h.UUID)
+	if o.Sign != nil {
+		if v.Signature, err = o.Sign(ctx, h.UUID, SignatureDigest(h.UUID, fp)); err != nil {
+			return nil, err
+		}
+	}
+	trust := OpenOptions{Trusted: o.Trusted}
+	if err := trust.checkSignature(h.UUID, opened{fingerprint: fp, signature: v.Signature}); err != nil {
+		return nil, err
+	}
 	if err := setVolumeToken(h, k.volumeKey, v); err != nil {
 		return nil, err
 	}
@@ -113,7 +125,7 @@ func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, err
 	}
 	if o.Pins != nil {
 		// Not the pin of a volume that had this UUID before.
-		if err := o.Pins.Set(h.UUID, Pin{Fingerprint: fingerprint(k.volumeKey, h.UUID), Generation: 1}); err != nil {
+		if err := o.Pins.Set(h.UUID, Pin{Fingerprint: fp, Generation: 1}); err != nil {
 			return h, fmt.Errorf("sector: the volume is complete, but this host could not note its header key: %w", err)
 		}
 	}

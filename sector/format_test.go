@@ -15,7 +15,9 @@ import (
 
 	"golang.org/x/crypto/pbkdf2"
 
+	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/x509"
 
 	"hostcryptd/sector/luks2"
 	"hostcryptd/sector/sectortest"
@@ -116,6 +118,24 @@ func TestFormatExamples(t *testing.T) {
 
 	if g, w := string(example(t, doc, "values")), exampleValues(t, h, &volumeKey); g != w {
 		t.Errorf("values in FORMAT.md:\n%s\nvalues by the code:\n%s", g, w)
+	}
+	// This one was made by OpenSSL.
+	signed := lines(example(t, doc, "signature"))
+	der, err := base64.StdEncoding.DecodeString(signed["public key"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := fingerprint(&volumeKey, h.UUID)
+	if d := SignatureDigest(h.UUID, name); hex.EncodeToString(d[:]) != signed["signed digest"] {
+		t.Errorf("the signed digest is %x by the code", d)
+	}
+	s := Signature{Algorithm: AlgorithmPS256, Value: signed["value"]}
+	if err := s.verify(h.UUID, name, []TrustedKey{public.(*rsa.PublicKey)}); err != nil {
+		t.Errorf("the signature in FORMAT.md: %v", err)
 	}
 	if g, w := string(example(t, doc, "binary")), hexdump(encoded[:512]); g != w {
 		t.Errorf("binary header in FORMAT.md:\n%s\nby the code:\n%s", g, w)

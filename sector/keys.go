@@ -46,6 +46,7 @@ type volumeToken struct {
 	Size       string                `json:"size"`                 // of the data when it was formatted, in bytes, as LUKS2 writes 64-bit integers
 	Generation string                `json:"generation,omitempty"` // grows with every change that was made with the volume key
 	DEKs       map[string]wrappedDEK `json:"deks"`                 // by number of the digest they match
+	Signature  *Signature            `json:"signature,omitempty"`
 	MAC        string                `json:"mac"`
 }
 
@@ -131,7 +132,7 @@ func unwrapDEK(volumeKey *[VolumeKeySize]byte, w wrappedDEK, dek *[dekSize]byte,
 
 // headerMAC authenticates what decides how the volume is read and who may open
 // it: the UUID, all segments, the digest of each, the requirements, the size, the
-// generation, the wrapped DEKs and the key tokens. Keyslots, the tokens of other
+// generation, the wrapped DEKs, the key tokens and the signature. Keyslots, the tokens of other
 // programs, label and flags are left out, so that cryptsetup may change them.
 // FORMAT.md has an example.
 func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, v *volumeToken) ([]byte, error) {
@@ -184,6 +185,9 @@ func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, v *volumeToken) 
 			}
 			number(uint64(t.ID))
 			list = append(list, text)
+		}
+		if s := v.Signature; s != nil {
+			list = append(list, "signature", s.KeyID, s.Algorithm, s.Value)
 		}
 	}
 

@@ -3,9 +3,11 @@ package sector
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -87,6 +89,16 @@ func formatWith(t testing.TB, o FormatOptions) *sectortest.Disk {
 		t.Fatal(err)
 	}
 	return d
+}
+
+// headerOf reads the header of d.
+func headerOf(t testing.TB, d Backing) *luks2.Header {
+	t.Helper()
+	h, _, err := luks2.Read(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
 }
 
 // opens tells how opening d went.
@@ -455,7 +467,7 @@ func TestRotateCrash(t *testing.T) {
 // public: who can write to the disk formats it himself, with a volume key of his
 // own, the UUID of the victim's and a token that the vault will unwrap. The
 // victim's host would then write its data under the attacker's key. The pin
-// tells.
+// tells, and a signature.
 func TestForgedHeader(t *testing.T) {
 	vault, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -524,6 +536,103 @@ func TestForgedHeader(t *testing.T) {
 	if _, err := Open(t.Context(), victim, unseal, OpenOptions{Pins: pins, Derive: derive}); !errors.Is(err, ErrAuth) {
 		t.Errorf("Open() with a Deriver = %v", err)
 	}
+	// So does a signature, on a host that never saw the volume.
+	signer, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	trusted := []TrustedKey{&vault.PublicKey, &signer.PublicKey}
+	sign := func(_ context.Context, volume string, digest [32]byte) (*Signature, error) {
+		if volume != uuid {
+			t.Errorf("signing for volume %s", volume)
+		}
+		value, err := rsa.SignPSS(rand.Reader, signer, crypto.SHA256, digest[:], &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash})
+		return &Signature{"signer", AlgorithmPS256, base64.StdEncoding.EncodeToString(value)}, err
+	}
+	asks := OpenOptions{Trusted: trusted}
+	signed := formatWith(t, FormatOptions{UUID: uuid, Seal: []Sealer{seal}, Sign: sign, Trusted: trusted})
+	if v, err = Open(t.Context(), signed, unseal, asks); err != nil {
+		t.Fatal(err)
+	}
+	v.Close()
+	refused := func(name string, d Backing) {
+		t.Helper()
+		if _, err := Open(t.Context(), d, unseal, asks); !errors.Is(err, ErrAuth) || !strings.Contains(err.Error(), "header sign") {
+			t.Errorf("%s: Open() = %v, want ErrAuth that says what to do", name, err)
+		}
+		if _, err := AddToken(t.Context(), d, unseal, seal, asks); !errors.Is(err, ErrAuth) {
+			t.Errorf("%s: AddToken() = %v", name, err)
+		}
+		if r, err := Verify(t.Context(), d, unseal, asks); err != nil || r.Opens || len(r.Findings) != 1 {
+			t.Errorf("%s: Verify() = %+v, %v", name, r, err)
+		}
+	}
+	refused("no signature", forged)
+	if _, err := Open(t.Context(), signed, unseal, OpenOptions{Trusted: trusted[:1]}); !errors.Is(err, ErrAuth) {
+		t.Errorf("signed by a key that isn't trusted: %v", err)
+	}
+	if _, err := Open(t.Context(), signed, unseal, OpenOptions{Trusted: []TrustedKey{}}); !errors.Is(err, ErrAuth) {
+		t.Errorf("no key is trusted: %v", err)
+	}
+	// The real signature, in a header that the attacker has made and knows the
+	// volume key of.
+	real := headerOf(t, signed)
+	stolen := func(_ context.Context, _ string, _ [32]byte) (*Signature, error) { return SignatureOf(real), nil }
+	refused("a stolen signature", formatWith(t, FormatOptions{UUID: uuid, Seal: []Sealer{seal}, Sign: stolen}))
+	other := func(ctx context.Context, volume string, digest [32]byte) (*Signature, error) {
+		s, err := sign(ctx, volume, digest)
+		s.Algorithm = "RS256"
+		return s, err
+	}
+	refused("another algorithm", formatWith(t, FormatOptions{UUID: uuid, Seal: []Sealer{seal}, Sign: other}))
+	// It's under the MAC as everything is.
+	_, vt, err := findVolumeToken(real)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vt.Signature = nil
+	text, err := json.Marshal(vt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, tk := range real.Tokens {
+		if tk.Type == volumeTokenType {
+			if real.Tokens[id], err = luks2.NewToken(text); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	stripped := sectortest.New(signed.Size())
+	stripped.WriteAt(signed.Bytes(), 0)
+	if err := luks2.Write(stripped, real); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), stripped, unseal, OpenOptions{}); !errors.Is(err, ErrAuth) {
+		t.Errorf("the signature was taken out: %v", err)
+	}
+	// It outlives changes, and can be made later.
+	if _, err := AddToken(t.Context(), signed, unseal, seal, asks); err != nil {
+		t.Fatal(err)
+	}
+	if v, err = Open(t.Context(), signed, unseal, asks); err != nil {
+		t.Fatal(err)
+	}
+	v.Close()
+	late := formatWith(t, FormatOptions{UUID: uuid, Seal: []Sealer{seal}})
+	if err := Sign(t.Context(), late, unseal, other, asks); !errors.Is(err, ErrAuth) || SignatureOf(headerOf(t, late)) != nil {
+		t.Errorf("Sign() with a bad signature = %v", err)
+	}
+	if err := Sign(t.Context(), late, unseal, sign, asks); err != nil {
+		t.Fatal(err)
+	}
+	if v, err = Open(t.Context(), late, unseal, asks); err != nil {
+		t.Fatal(err)
+	}
+	v.Close()
+	if _, err := Format(t.Context(), sectortest.New(dataOffset+1<<20), FormatOptions{SectorSize: 4096, Seal: []Sealer{seal}, Trusted: trusted}); !errors.Is(err, ErrAuth) {
+		t.Errorf("Format() without the signature that is asked for: %v", err)
+	}
+
 	// A person can say that it's right.
 	if old, now, err := Accept(t.Context(), victim, unseal, OpenOptions{Pins: pins}); err != nil || old == nil || old.Fingerprint == now.Fingerprint {
 		t.Fatalf("Accept() = %v, %v, %v", old, now, err)

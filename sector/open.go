@@ -27,6 +27,10 @@ type OpenOptions struct {
 	// another UUID too.
 	RequirePin bool
 
+	// Trusted, if not nil, are the keys of which one must have signed the volume
+	// key. That tells a forged header also on a host that never saw the volume.
+	Trusted []TrustedKey
+
 	// Handover, if not nil, keeps the DEK for the next process that serves the
 	// volume, as long as this one has it.
 	Handover *Handover
@@ -94,7 +98,7 @@ func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsea
 	if err != nil {
 		return nil, got, err
 	}
-	if err := o.checkPin(h.UUID, got); err != nil {
+	if err := o.checkOrigin(h.UUID, got); err != nil {
 		return nil, got, err
 	}
 	c, err := xts.NewCipherIn(k.schedule, k.dek)

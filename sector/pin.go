@@ -179,8 +179,12 @@ func syncDir(name string) error {
 	return f.Sync()
 }
 
-// checkPin compares an authenticated header with what this host remembers.
-func (o *OpenOptions) checkPin(volume string, got opened) error {
+// checkOrigin tells whether an authenticated header is the one that it should be:
+// by its signature, and by what this host remembers.
+func (o *OpenOptions) checkOrigin(volume string, got opened) error {
+	if err := o.checkSignature(volume, got); err != nil {
+		return err
+	}
 	if o.Pins == nil {
 		return nil
 	}

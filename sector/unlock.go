@@ -77,6 +77,7 @@ type opened struct {
 	token       int
 	fingerprint string // of the volume key
 	generation  uint64
+	signature   *Signature // that the header has, or nil
 }
 
 // unlock fills k with the volume key and the DEK of h, by any token but those of
@@ -131,7 +132,7 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 			running--
 			if a.err == nil {
 				*k.volumeKey, *k.dek = *a.keys.volumeKey, *a.keys.dek
-				return opened{a.token, a.fingerprint, v.generation()}, a.keys.free()
+				return opened{a.token, a.fingerprint, v.generation(), v.Signature}, a.keys.free()
 			}
 			failed[a.index] = a.err
 			if next < len(tokens) && ctx.Err() == nil {

@@ -100,7 +100,7 @@ func Verify(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Re
 			continue
 		}
 		if r.PinError == nil {
-			if r.PinError = o.checkPin(h.UUID, opened{t.ID, prints[i], v.generation()}); r.PinError != nil {
+			if r.PinError = o.checkOrigin(h.UUID, opened{t.ID, prints[i], v.generation(), v.Signature}); r.PinError != nil {
 				find("%v", r.PinError)
 			}
 		}

@@ -96,18 +96,19 @@ func tokenInfos(h *luks2.Header) []tokenInfo {
 
 // headerInfo is the answer of dump.
 type headerInfo struct {
-	Device     string        `json:"device"`
-	UUID       string        `json:"uuid"`
-	Label      string        `json:"label"`
-	Subsystem  string        `json:"subsystem"`
-	SequenceID uint64        `json:"sequence_id"`
-	Generation uint64        `json:"generation"` // of the changes that were made with the volume key
-	Copies     string        `json:"copies"`     // "good", or what is wrong
-	Data       []segmentInfo `json:"data"`
-	Tokens     []tokenInfo   `json:"tokens"`
-	Keyslots   []keyslotInfo `json:"keyslots"`
-	Required   []string      `json:"requirements"`
-	Flags      []string      `json:"flags"`
+	Device     string            `json:"device"`
+	UUID       string            `json:"uuid"`
+	Label      string            `json:"label"`
+	Subsystem  string            `json:"subsystem"`
+	SequenceID uint64            `json:"sequence_id"`
+	Generation uint64            `json:"generation"` // of the changes that were made with the volume key
+	Copies     string            `json:"copies"`     // "good", or what is wrong
+	Data       []segmentInfo     `json:"data"`
+	Tokens     []tokenInfo       `json:"tokens"`
+	Keyslots   []keyslotInfo     `json:"keyslots"`
+	Signature  *sector.Signature `json:"signature,omitempty"`
+	Required   []string          `json:"requirements"`
+	Flags      []string          `json:"flags"`
 }
 
 type segmentInfo struct {
@@ -156,6 +157,7 @@ func describeHeader(device string, size uint64, h *luks2.Header, copies luks2.Co
 		Copies: copies.Describe(), Tokens: tokenInfos(h), Keyslots: []keyslotInfo{},
 		Required: append([]string{}, h.Config.Requirements...), Flags: append([]string{}, h.Config.Flags...),
 	}
+	info.Signature = sector.SignatureOf(h)
 	info.Generation, _ = sector.Generation(h) // 0: a LUKS2 header that isn't ours
 	if info.Copies == "" {
 		info.Copies = "good"
@@ -198,6 +200,9 @@ func (a *app) printHeader(i headerInfo) {
 	}
 	for _, k := range i.Keyslots {
 		p(fmt.Sprintf("keyslot %d", k.ID), "%s, %s", k.Type, orNone(k.KDF))
+	}
+	if s := i.Signature; s != nil {
+		p("signature", "%s, %s; not checked here", s.KeyID, s.Algorithm)
 	}
 	if len(i.Required) > 0 {
 		p("requirements", "%s", strings.Join(i.Required, ", "))

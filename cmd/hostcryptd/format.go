@@ -23,6 +23,7 @@ func (a *app) formatCommand() *cobra.Command {
 	var (
 		keys                       keyFlags
 		key, label, uuid, recovery string
+		signKey                    string
 		sectorSize                 int
 		yes, force                 bool
 	)
@@ -81,6 +82,13 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 				UUID: uuid, Label: label, SectorSize: sectorSize, Pins: keys.pinStore(a.cliLog()),
 				Seal: []sector.Sealer{keys.sealer(key, a.cliLog())},
 			}
+			commitSigner := func() error { return nil }
+			if signKey != "" {
+				o.Sign, commitSigner = keys.signing(signKey, a.cliLog())
+			} else if keys.signer != "" {
+				return usagef("--signer is about a signature, which --sign KEY makes")
+			}
+			o.Trusted = keys.trusted
 			if recovery != "" {
 				if o.RecoveryKey, err = writeRecoveryKey(recovery); err != nil {
 					return err
@@ -102,7 +110,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			if err != nil {
 				a.warnf("%s: %v; the first host that opens the volume will trust what it finds", device, err)
 			}
-			return a.printFormatted(device, h, recovery)
+			return errors.Join(a.printFormatted(device, h, recovery), commitSigner())
 		},
 	}
 	f := c.Flags()
@@ -111,6 +119,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 	f.IntVar(&sectorSize, "sector-size", 4096, "size of an encrypted sector in `BYTES`, 512 or 4096")
 	f.StringVar(&label, "label", "", "name of the volume, for people")
 	f.StringVar(&uuid, "uuid", "", "UUID of the volume (default: a random one)")
+	f.StringVar(&signKey, "sign", "", "let this `KEY` of a vault sign the volume, so that hosts with its public key know it: https://VAULT.vault.azure.net/keys/NAME, RSA; the public key is written to the file of --signer")
 	f.StringVar(&recovery, "recovery-key", "", "write a generated recovery key to this new `FILE`, exactly as cryptsetup --key-file takes it")
 	f.BoolVar(&yes, "yes", false, "don't ask for confirmation")
 	f.BoolVar(&force, "force", false, "overwrite a device that carries a known signature")
@@ -257,6 +266,20 @@ func writeRecoveryKey(name string) ([]byte, error) {
 		return nil, errors.Join(fmt.Errorf("recovery key: %w", err), os.Remove(name))
 	}
 	return key, nil
+}
+
+// writeNew makes a file, and puts it on the disk.
+func writeNew(name string, content []byte, mode os.FileMode) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = syncDir(filepath.Dir(name))
+	}
+	return err
 }
 
 // removeUnused removes the file of a recovery key that opens nothing.

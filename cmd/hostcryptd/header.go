@@ -22,7 +22,7 @@ backup and one of the keys that were in it can open the volume, also after that
 key was removed from the volume.`,
 		Args: cobra.NoArgs,
 	}
-	c.AddCommand(a.headerBackupCommand(), a.headerRestoreCommand(), a.headerRepairCommand(), a.headerVerifyCommand(), a.headerAcceptCommand())
+	c.AddCommand(a.headerBackupCommand(), a.headerRestoreCommand(), a.headerRepairCommand(), a.headerVerifyCommand(), a.headerAcceptCommand(), a.headerSignCommand())
 	return c
 }
 
@@ -222,6 +222,57 @@ func foundErrors(n int) error {
 		return withCode(codeCheck, errors.New("the check found an error"))
 	}
 	return withCode(codeCheck, fmt.Errorf("the check found %d errors", n))
+}
+
+func (a *app) headerSignCommand() *cobra.Command {
+	var (
+		keys keyFlags
+		spec string
+	)
+	c := &cobra.Command{
+		Use:   "sign DEVICE --sign KEY",
+		Short: "let a vault's key sign the volume",
+		Long: `An RSA key wraps for everybody who has its public part, so a header can be forged
+whole. A host that has seen the volume before notices. So does one that sees it for
+the first time, if it's given the public part of a key that has signed the volume:
+commands and serve with --signer FILE refuse a volume without a good signature,
+with exit code 16.
+
+sign unseals the volume, lets KEY, an RSA key in a vault, sign which volume key it
+has (PS256; permissions get and sign), checks that, and writes it to the header.
+The public key is written to the file of --signer if that doesn't exist. A key that
+may only sign, in another vault than the one that unwraps, is best. The signature
+stays good when keys are added, removed or rewrapped; that an older header was put
+back it doesn't tell.`,
+		Example: `  hostcryptd header sign /dev/sdb --sign https://VAULT.vault.azure.net/keys/SIGN --signer signer.pem
+  hostcryptd serve /dev/sdb --signer signer.pem --attach auto`,
+		Args: oneArg("DEVICE"),
+		RunE: func(c *cobra.Command, args []string) error {
+			if spec == "" {
+				return usagef("--sign KEY says which key signs: https://VAULT.vault.azure.net/keys/NAME")
+			}
+			log := a.cliLog()
+			sign, commit := keys.signing(spec, log)
+			return withHeader(args[0], false, func(d *sector.Device) error {
+				err := sector.Sign(c.Context(), d, keys.unsealer(log), sign, keys.open(log))
+				keys.changed(c.Context(), d, audit.Header, "sign with "+spec, err)
+				if err == nil {
+					err = commit()
+				}
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printJSON(map[string]any{"device": args[0], "signed_by": spec})
+				}
+				fmt.Fprintf(a.stdout, "%s is signed by %s\n", args[0], spec)
+				return nil
+			})
+		},
+	}
+	c.Flags().StringVar(&spec, "sign", "", "`KEY` that signs: https://VAULT.vault.azure.net/keys/NAME[/VERSION]")
+	keys.add(c)
+	return a.jsonFlag(c)
 }
 
 func (a *app) headerAcceptCommand() *cobra.Command {

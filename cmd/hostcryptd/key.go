@@ -3,8 +3,12 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -29,7 +33,10 @@ type keyFlags struct {
 	identity string
 	cloud    string
 	pins     string
+	signer   string
 	auditLog string
+
+	trusted []sector.TrustedKey // of signer
 
 	// How to write it, see audit.go.
 	queue       *audit.Queue
@@ -40,6 +47,14 @@ func (k *keyFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&k.hostKey, "host-key", keyunseal.DefaultHostKey, "`FILE` with the host key")
 	c.Flags().StringVar(&k.identity, "identity", "", "`WHO` asks the vault: managed, managed:CLIENT-ID, managed-object:ID, managed-resource:ID, arc, workload:TENANT:CLIENT-ID[:FILE], or certificate:TENANT:CLIENT-ID:FILE (default: what the token was sealed with, else managed)")
 	c.Flags().StringVar(&k.cloud, "cloud", "", "`FILE` that describes a private cloud (default: "+keyunseal.DefaultCloud+", if it exists)")
+	c.Flags().StringVar(&k.signer, "signer", "", "`FILE` with public keys in PEM, of which one must have signed the volume (see 'hostcryptd header sign')")
+	c.PreRunE = func(c *cobra.Command, _ []string) error {
+		err := k.readSigner()
+		if c.Flags().Lookup("sign") != nil && errors.Is(err, fs.ErrNotExist) {
+			return nil // it will be made
+		}
+		return err
+	}
 	k.addPins(c)
 }
 
@@ -77,7 +92,39 @@ func (k *keyFlags) tpmPath() string {
 
 // open says how commands unlock a header.
 func (k *keyFlags) open(log *zap.Logger) sector.OpenOptions {
-	return sector.OpenOptions{Pins: k.pinStore(log)}
+	return sector.OpenOptions{Pins: k.pinStore(log), Trusted: k.trusted}
+}
+
+// readSigner reads the file of --signer.
+func (k *keyFlags) readSigner() (err error) {
+	if k.signer == "" {
+		return nil
+	}
+	if k.trusted, err = keyunseal.ReadPublicKeys(k.signer); err != nil {
+		return fmt.Errorf("--signer: %w", err)
+	}
+	return nil
+}
+
+// signing lets a vault's key sign volume keys. The public key goes into the file
+// of --signer if there isn't one yet; commit makes it.
+func (k *keyFlags) signing(spec string, log *zap.Logger) (sign sector.Signer, commit func() error) {
+	missing := k.signer != "" && k.trusted == nil
+	var made *keyunseal.Signature
+	sign = func(ctx context.Context, volume string, digest [sha256.Size]byte) (*sector.Signature, error) {
+		s, err := (&keyunseal.Child{Log: log}).Sign(ctx, k.options(volume, log), spec, volume, digest)
+		if err != nil {
+			return nil, err
+		}
+		made = s
+		return &sector.Signature{KeyID: s.KeyID, Algorithm: s.Algorithm, Value: base64.StdEncoding.EncodeToString(s.Value)}, nil
+	}
+	return sign, func() error {
+		if !missing {
+			return nil
+		}
+		return writeNew(k.signer, made.EncodePublicKey(), 0o644)
+	}
 }
 
 // options are those for a volume: each use of a KEK is recorded.

@@ -134,7 +134,7 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	v := d.volume
 	d.mu.Unlock()
 	o := sector.OpenOptions{
-		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinStore(d.log), RequirePin: d.opts.requirePin, Handover: d.handover,
+		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinStore(d.log), Trusted: d.opts.keys.trusted, RequirePin: d.opts.requirePin, Handover: d.handover,
 	}
 	begun := time.Now()
 	var err error
@@ -232,7 +232,7 @@ func (h *keyHost) Rotate(ctx context.Context) {
 
 func (h *keyHost) rewrap(ctx context.Context, token int, status keyunseal.KeyStatus) {
 	k := &h.d.opts.keys
-	args := []string{"rewrap", h.d.opts.device, fmt.Sprintf("--token=%d", token), "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--audit-log=" + k.auditFile()}
+	args := []string{"rewrap", h.d.opts.device, fmt.Sprintf("--token=%d", token), "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--signer=" + k.signer, "--audit-log=" + k.auditFile()}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	begun := time.Now()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strconv"
 	"strings"
@@ -245,7 +246,7 @@ func TestTab(t *testing.T) {
 			}
 			continue
 		}
-		if err != nil || got != *want {
+		if err != nil || !reflect.DeepEqual(got, *want) {
 			t.Errorf("%s: %+v, %v, want %+v", name, got, err, *want)
 		}
 	}

@@ -166,6 +166,12 @@ waits for up to an hour for 'serve' to be started again with the same volume.`,
 			if err != nil {
 				return err
 			}
+			if err := d.opts.keys.readSigner(); err != nil && goOn == nil {
+				return err
+			} else if err != nil {
+				d.log.Error("the volume goes on, and will not be unsealed again before this is mended", zap.Error(err))
+				d.opts.keys.trusted = []sector.TrustedKey{}
+			}
 			if err := d.waitDevice(ctx, wait); err != nil {
 				return err
 			}
@@ -181,6 +187,7 @@ waits for up to an hour for 'serve' to be started again with the same volume.`,
 	}
 	f := c.Flags()
 	o.keys.add(c)
+	c.PreRunE = nil // the file of --signer may be named by hostcrypttab
 	o.life.add(c)
 	f.StringVar(&o.listen, "listen", "", "offer the volume on this Unix `SOCKET`; chown it to let another user connect")
 	f.StringVar(&o.tcp, "tcp", "", "offer the volume on this TCP `ADDRESS:PORT`; needs --tls-certificates unless it is a loopback address")

@@ -97,6 +97,8 @@ func (e *tabEntry) apply(o *serveOptions) error {
 			o.keys.identity = value
 		case "tpm":
 			o.keys.tpm = value
+		case "signer":
+			o.keys.signer = value
 		case "cloud":
 			o.keys.cloud = value
 		case "timeout":

@@ -72,8 +72,10 @@ func TestVaultInside(t *testing.T) {
 	p.Setup = func(env *testscript.Env) error {
 		// Each script has a key of its own name.
 		url := vaultKey + "-" + strings.TrimPrefix(filepath.Base(env.WorkDir), "script-")
-		if _, err := double.AddKey(url, 2048); err != nil {
-			return err
+		for _, url := range []string{url, url + "-other"} {
+			if _, err := double.AddKey(url, 2048); err != nil {
+				return err
+			}
 		}
 		env.Setenv("KEY", url)
 		env.Setenv("CLIENT", double.System())
@@ -179,6 +181,8 @@ func (v *vault) command(ts *testscript.TestScript, neg bool, args []string) {
 		v.double.Permit(v.double.System(), "get")
 	case "permit":
 		v.double.Permit(v.double.System(), "get", "wrapKey", "unwrapKey")
+	case "permitsign":
+		v.double.Permit(v.double.System(), "get", "wrapKey", "unwrapKey", "sign")
 	case "throttle":
 		v.double.Inject(vaulttest.Fault{Route: "unwrapkey", Times: -1, Do: vaulttest.Throttled()})
 	case "noidentity":

@@ -66,6 +66,7 @@ const (
 	Unwrap     = "unwrap"
 	Get        = "get"
 	Probe      = "probe"
+	Sign       = "sign"
 	Unsealed   = "unsealed" // the volume opened
 	Refused    = "refused"  // it didn't, and the reason isn't an outage
 	AccessLost = "access-lost"

@@ -2,6 +2,7 @@ package vaulttest
 
 import (
 	"cmp"
+	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1"
@@ -304,6 +305,7 @@ var routes = map[string]*route{
 	"PUT rotationpolicy":  {"setpolicy", "setRotationPolicy", "rotationpolicy/write", true, "KeyUpdateRotationPolicy", (*Server).setPolicy},
 	"POST wrapkey":        {"wrapkey", "wrapKey", "wrap/action", false, "KeyWrap", (*Server).wrap},
 	"POST unwrapkey":      {"unwrapkey", "unwrapKey", "unwrap/action", false, "KeyUnwrap", (*Server).unwrap},
+	"POST sign":           {"sign", "sign", "sign/action", false, "KeySign", (*Server).sign},
 	"GET deletedkey":      {"getdeleted", "get", "read", false, "KeyGetDeleted", (*Server).getDeleted},
 	"DELETE deletedkey":   {"purge", "purge", "purge/action", true, "KeyPurge", (*Server).purgeDeleted},
 	"POST deletedrecover": {"recover", "recover", "recover/action", true, "KeyRecover", (*Server).recoverDeleted},
@@ -742,7 +744,7 @@ func (s *Server) operand(c *call, v *version) (newHash func() hash.Hash, value [
 }
 
 // usable checks what a key's attributes allow. Outside its validity a key may
-// still unwrap; when disabled it may not.
+// still unwrap, but neither wrap nor sign; when disabled it may not.
 func (s *Server) usable(v *version, op string) error {
 	forbidden := func(inner, format string, args ...any) error {
 		return &apiError{http.StatusForbidden, "Forbidden", inner, fmt.Sprintf(format, args...)}
@@ -753,9 +755,9 @@ func (s *Server) usable(v *version, op string) error {
 		return forbidden("KeyOperationForbidden", "Operation %s is not permitted on this key.", op)
 	case !v.enabled && (op != "wrapKey" || !s.opts.WrapWhenDisabled):
 		return forbidden("KeyDisabled", "Operation %s is not allowed on a disabled key.", op)
-	case op == "wrapKey" && !v.nbf.IsZero() && now.Before(v.nbf):
+	case (op == "wrapKey" || op == "sign") && !v.nbf.IsZero() && now.Before(v.nbf):
 		return forbidden("KeyNotYetValid", "Operation %s is not allowed on a key that is not yet valid.", op)
-	case op == "wrapKey" && !v.exp.IsZero() && !now.Before(v.exp):
+	case (op == "wrapKey" || op == "sign") && !v.exp.IsZero() && !now.Before(v.exp):
 		return forbidden("KeyExpired", "Operation %s is not allowed on an expired key.", op)
 	}
 	return nil
@@ -792,6 +794,38 @@ func (s *Server) wrap(c *call) (any, error) {
 		return nil, badParameter("Property value is too long for this key and algorithm.")
 	}
 	return result{k.kid(v), alg, b64(wrapped)}, nil
+}
+
+// sign signs a digest of SHA-256 with an RSA key.
+func (s *Server) sign(c *call) (any, error) {
+	k, v, err := s.lookup(c)
+	if err != nil {
+		return nil, err
+	}
+	var p operation
+	if err := json.Unmarshal(c.body, &p); err != nil {
+		return nil, badParameter("The request body is missing or not valid JSON.")
+	}
+	if v.priv == nil || p.Alg != "PS256" && p.Alg != "RS256" {
+		return nil, badParameter("Property alg has the invalid or unsupported value %q.", p.Alg)
+	}
+	digest, err := unb64(p.Value)
+	if err != nil || len(digest) != sha256.Size {
+		return nil, badParameter("Property value is not a digest of SHA-256 as a base64url string.")
+	}
+	if err := s.usable(v, "sign"); err != nil {
+		return nil, err
+	}
+	var value []byte
+	if p.Alg == "PS256" {
+		value, err = rsa.SignPSS(rand.Reader, v.priv, crypto.SHA256, digest, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash})
+	} else {
+		value, err = rsa.SignPKCS1v15(nil, v.priv, crypto.SHA256, digest)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return result{KID: k.kid(v), Value: b64(value)}, nil
 }
 
 func (s *Server) unwrap(c *call) (any, error) {

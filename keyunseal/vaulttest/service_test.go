@@ -3,12 +3,16 @@ package vaulttest
 import (
 	"bytes"
 	"context"
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"net/http"
 	"net/url"
@@ -517,6 +521,64 @@ func TestHSMAlgorithms(t *testing.T) {
 		back, err := client.UnwrapKey(t.Context(), "aes", kid[len(kid)-32:], azkeys.KeyOperationParameters{Algorithm: &tt.alg, Value: w.Result}, nil)
 		if err != nil || !bytes.Equal(back.Result, p.Value) {
 			t.Errorf("%s: unwraps to %x, %v", tt.alg, back.Result, err)
+		}
+	}
+}
+
+// TestSign checks signatures with the key that the double shows.
+func TestSign(t *testing.T) {
+	s, c := start(t, Options{})
+	s.AddKey(testKey, 2048)
+	s.Permit(s.System(), "get", "sign")
+	token := vaultToken(t, c)
+	var shown struct{ Key struct{ KID, N, E string } }
+	if err := json.Unmarshal(do(t, c, "GET", testKey+"?api-version=7.5", token, "").body, &shown); err != nil {
+		t.Fatal(err)
+	}
+	n, err1 := unb64(shown.Key.N)
+	e, err2 := unb64(shown.Key.E)
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	public := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
+	digest := sha256.Sum256([]byte("message"))
+	sign := func(alg string, digest []byte) answer {
+		return do(t, c, "POST", testKey+"/sign?api-version=7.5", token, fmt.Sprintf(`{"alg":%q,"value":%q}`, alg, b64(digest)))
+	}
+	for _, alg := range []string{"PS256", "RS256"} {
+		a := sign(alg, digest[:])
+		var got struct{ KID, Value string }
+		if err := json.Unmarshal(a.body, &got); a.status != 200 || err != nil || got.KID != shown.Key.KID {
+			t.Fatalf("%s: %d %s", alg, a.status, a.body)
+		}
+		value, err := unb64(got.Value)
+		if err == nil && alg == "PS256" {
+			err = rsa.VerifyPSS(public, crypto.SHA256, digest[:], value, &rsa.PSSOptions{SaltLength: 32})
+		} else if err == nil {
+			err = rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], value)
+		}
+		if err != nil {
+			t.Errorf("%s: %v", alg, err)
+		}
+	}
+	for _, tt := range []struct {
+		change func()
+		alg    string
+		digest []byte
+		status int
+	}{
+		{nil, "ES256", digest[:], 400}, {nil, "PS512", digest[:], 400}, {nil, "PS256", digest[:20], 400},
+		{func() { s.SetOperations(testKey, "verify") }, "PS256", digest[:], 403},
+		{func() { s.SetOperations(testKey, "sign"); s.SetEnabled(testKey, false) }, "PS256", digest[:], 403},
+		{func() { s.SetEnabled(testKey, true); s.SetValidity(testKey, time.Time{}, time.Now().Add(-time.Hour)) }, "PS256", digest[:], 403},
+		{func() { s.SetValidity(testKey, time.Now().Add(time.Hour), time.Time{}) }, "PS256", digest[:], 403},
+		{func() { s.SetValidity(testKey, time.Time{}, time.Time{}); s.Permit(s.System(), "get") }, "PS256", digest[:], 403},
+	} {
+		if tt.change != nil {
+			tt.change()
+		}
+		if a := sign(tt.alg, tt.digest); a.status != tt.status {
+			t.Errorf("%s of %d bytes: %d %s, want %d", tt.alg, len(tt.digest), a.status, a.body, tt.status)
 		}
 	}
 }
