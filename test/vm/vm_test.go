@@ -183,6 +183,8 @@ func TestVM(t *testing.T) {
 	t.Run("Kill", func(t *testing.T) { testKill(t, l) })
 	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
 	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
+	t.Run("HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) })
+	t.Run("LogWrites", func(t *testing.T) { testLogWrites(t, l) })
 	t.Run("DiskErrors", func(t *testing.T) { testDiskErrors(t, l) })
 	t.Run("SystemdBoot", func(t *testing.T) { testSystemBoot(t, l.systems(t)) })
 }

@@ -187,15 +187,15 @@ func kernelParameters() (map[string]string, error) {
 	return params, nil
 }
 
-// diskBySerial returns the device node of a virtio disk, or "".
+// diskBySerial returns the device node of a virtio or NVMe disk, or "".
 func diskBySerial(serial string) string {
-	names, err := filepath.Glob("/sys/block/vd*/serial")
-	if err != nil {
-		return ""
-	}
-	for _, n := range names {
-		if s, err := os.ReadFile(n); err == nil && strings.TrimSpace(string(s)) == serial {
-			return filepath.Join("/dev", filepath.Base(filepath.Dir(n)))
+	for _, pattern := range []string{"/sys/block/vd*/serial", "/sys/block/nvme*/device/serial"} {
+		names, _ := filepath.Glob(pattern) // of a good pattern
+		for _, n := range names {
+			if s, err := os.ReadFile(n); err == nil && strings.TrimSpace(string(s)) == serial {
+				disk, _, _ := strings.Cut(strings.TrimPrefix(n, "/sys/block/"), "/")
+				return filepath.Join("/dev", disk)
+			}
 		}
 	}
 	return ""

@@ -36,6 +36,8 @@ var scenarios = map[string]func(*machine) error{
 	"powercut-prepare": powerCutPrepare,
 	"powercut-write":   powerCutWrite,
 	"powercut-check":   powerCutCheck,
+	"headercut":        headerCut,
+	"logwrites":        logWrites,
 	"disk-errors":      diskErrors,
 
 	"system-boot": systemBoot,

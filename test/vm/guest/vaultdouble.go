@@ -79,8 +79,10 @@ func tellDouble(double *vaulttest.Server, command string) error {
 	case "enable":
 		return double.SetEnabled(keyURL, true)
 	case "rotate":
-		_, err := double.AddKey(keyURL, 2048)
-		return err
+		if _, err := double.AddKey(keyURL, 2048); err != nil {
+			return err
+		}
+		return double.Save()
 	}
 	return fmt.Errorf("unknown command %q", command)
 }

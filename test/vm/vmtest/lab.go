@@ -15,8 +15,8 @@ import (
 // modules that a guest loads, in this order, each after what it needs. A
 // kernel that has one built in does without.
 var modules = []string{
-	"virtio_pci", "virtio_blk", "virtio_console", "nbd", "ext4", "xfs",
-	"dm-crypt", "dm-flakey", "dm-delay", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
+	"virtio_pci", "virtio_blk", "nvme", "virtio_console", "nbd", "ext4", "xfs",
+	"dm-crypt", "dm-flakey", "dm-delay", "dm-log-writes", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
 }
 
 // guestTools that a guest runs, copied from the host.

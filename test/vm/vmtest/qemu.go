@@ -15,9 +15,10 @@ import (
 	"hostcryptd/test/vm/report"
 )
 
-// A Disk is a virtio disk of a guest: a raw image file, or an NBD export.
+// A Disk is a disk of a guest: a raw image file, or an NBD export.
 type Disk struct {
-	Serial   string // what the guest finds it by: /sys/block/vd*/serial; at most 20 bytes
+	Serial   string // what the guest finds it by, in /sys/block; at most 20 bytes
+	NVMe     bool   // instead of a virtio disk: it has writes with FUA
 	Path     string // of a raw image
 	Socket   string // instead of Path: Unix socket of an NBD server
 	Export   string // name of the export on Socket
@@ -173,7 +174,11 @@ func (c *Config) arguments(accel, serial, events string) []string {
 		if d.ReadOnly {
 			source += ",read-only=on"
 		}
-		args = append(args, "-blockdev", source, "-device", "virtio-blk-pci,drive="+node+",serial="+escape(d.Serial))
+		device := "virtio-blk-pci"
+		if d.NVMe {
+			device = "nvme"
+		}
+		args = append(args, "-blockdev", source, "-device", device+",drive="+node+",serial="+escape(d.Serial))
 	}
 	return args
 }
