@@ -21,6 +21,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	"github.com/AzureAD/microsoft-authentication-library-for-go/apps/managedidentity"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -219,7 +220,7 @@ func readCertificate(path string, log *zap.Logger) ([]*x509.Certificate, crypto.
 }
 
 func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
-	*c.endpoint = identityEndpoint{}
+	*c.endpoint = identityEndpoint{arc: c.op == opArc}
 	tk, err := c.next.GetToken(ctx, o)
 	if err == nil {
 		return tk, nil
@@ -233,6 +234,7 @@ func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions)
 
 // An identityEndpoint is a policy that keeps the last answer of the endpoint.
 type identityEndpoint struct {
+	arc        bool
 	status     int
 	code       string
 	message    string
@@ -242,9 +244,16 @@ type identityEndpoint struct {
 
 func (e *identityEndpoint) Do(req *policy.Request) (*http.Response, error) {
 	resp, err := req.Next()
-	*e = identityEndpoint{err: err}
+	*e = identityEndpoint{arc: e.arc, err: err}
 	if err != nil {
 		return nil, err
+	}
+	if e.arc && resp.StatusCode == http.StatusUnauthorized {
+		if err := checkArcChallenge(resp.Header.Get("WWW-Authenticate")); err != nil {
+			resp.Body.Close()
+			e.err = fmt.Errorf("the agent's challenge can't be answered: %w", err)
+			return nil, e.err
+		}
 	}
 	e.status, e.retryAfter = resp.StatusCode, retryAfter(resp.Header, time.Now())
 	if body, err := runtime.Payload(resp); err == nil && resp.StatusCode != http.StatusOK {
@@ -261,6 +270,43 @@ func (e *identityEndpoint) Do(req *policy.Request) (*http.Response, error) {
 		}
 	}
 	return resp, nil
+}
+
+// arcTokens is where the Azure Arc agent puts what it asks a client to read.
+const arcTokens = "/var/opt/azcmagent/tokens"
+
+// checkArcChallenge looks at the file that an answer of the Azure Arc agent wants
+// to have read and sent back, before the SDK does both. The SDK follows links:
+// with one in that folder, who can write there, or has taken the agent's port, which
+// is none of root's, could have any small file of root's sent to him.
+func checkArcChallenge(challenge string) error {
+	_, path, ok := strings.Cut(challenge, "Basic realm=")
+	if !ok {
+		return errors.New("it names no file")
+	}
+	if filepath.Dir(path) != arcTokens || filepath.Clean(path) != path || filepath.Ext(path) != ".key" {
+		return fmt.Errorf("it names %.100q, which is no key file in %s", path, arcTokens)
+	}
+	var dir, file unix.Stat_t
+	if err := unix.Lstat(arcTokens, &dir); err != nil {
+		return &os.PathError{Op: "stat", Path: arcTokens, Err: err}
+	}
+	if err := unix.Lstat(path, &file); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	switch {
+	case dir.Mode&unix.S_IFMT != unix.S_IFDIR || dir.Mode&0o002 != 0:
+		return fmt.Errorf("%s is no directory, or everybody may write to it", arcTokens)
+	case file.Mode&unix.S_IFMT != unix.S_IFREG:
+		return fmt.Errorf("%s is not a regular file", path)
+	case file.Uid != 0 && file.Uid != dir.Uid || file.Mode&0o002 != 0:
+		return fmt.Errorf("%s is not the agent's: it's owned by user %d and has mode %04o", path, file.Uid, file.Mode&0o7777)
+	case file.Nlink != 1:
+		return fmt.Errorf("%s has %d names", path, file.Nlink)
+	case file.Size > 4096:
+		return fmt.Errorf("%s has %d bytes, the agent's have at most 4096", path, file.Size)
+	}
+	return nil
 }
 
 // cause says what went wrong, better than the SDK's error does.

@@ -498,6 +498,7 @@ func TestArc(t *testing.T) {
 		"fault":            vaulttest.Answer(500, nil, ""),
 		"no challenge":     vaulttest.Answer(401, nil, ""),
 		"a file elsewhere": vaulttest.Answer(401, http.Header{"Www-Authenticate": {"Basic realm=/etc/shadow"}}, ""),
+		"no way out":       vaulttest.Answer(401, http.Header{"Www-Authenticate": {"Basic realm=/var/opt/azcmagent/tokens/../tokens/x.key"}}, ""),
 		"a missing file":   vaulttest.Answer(401, http.Header{"Www-Authenticate": {"Basic realm=/var/opt/azcmagent/tokens/x.key"}}, ""),
 	} {
 		s.Inject(vaulttest.Fault{Route: "arc", Times: -1, Do: do})
@@ -507,6 +508,34 @@ func TestArc(t *testing.T) {
 			t.Errorf("%s: %v", name, e)
 		}
 	}
+	// A file of the agent's name that isn't the agent's: none of its content may
+	// reach who asks for it.
+	secret := filepath.Join(t.TempDir(), "shadow")
+	if err := os.WriteFile(secret, []byte("root:secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	in := func(name string) string { return filepath.Join(dir, name) }
+	if err := errors.Join(
+		os.Symlink(secret, in("link.key")), os.Link(secret, in("hard.key")), os.Mkdir(in("dir.key"), 0o755),
+		os.WriteFile(in("large.key"), make([]byte, 4097), 0o600),
+		os.WriteFile(in("other.key"), []byte("x"), 0o600), os.Chown(in("other.key"), 12345, 12345),
+		os.WriteFile(in("loose.key"), []byte("x"), 0o600), os.Chmod(in("loose.key"), 0o666),
+	); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{
+		"link": "not a regular file", "hard": "2 names", "dir": "not a regular file", "large": "4097 bytes", "other": "not the agent's", "loose": "not the agent's",
+	} {
+		// The agent's second answer would be to a request that has the content.
+		before := s.Count("arc")
+		s.Inject(vaulttest.Fault{Route: "arc", Times: 2, Do: vaulttest.Answer(401, http.Header{"Www-Authenticate": {"Basic realm=/var/opt/azcmagent/tokens/" + name + ".key"}}, "")})
+		e := wantClass(t, onArc.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassIdentity)
+		s.ClearFaults()
+		if n := s.Count("arc") - before; n != 1 || !e.Transient() || !strings.Contains(e.Error(), want) {
+			t.Errorf("%s: %d requests, %v", name, n, e)
+		}
+	}
+
 	s.Unassign(s.System())
 	e := wantClass(t, onArc.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassIdentity)
 	if !e.Denied() {

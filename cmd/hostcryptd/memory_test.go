@@ -107,8 +107,9 @@ func TestKeysInMemory(t *testing.T) {
 	add := func(name string, key []byte) {
 		secrets[name] = key
 		secrets[name+", reversed words"] = swapWords(key)
-		secrets[name+" in hex"] = []byte(hex.EncodeToString(key))
-		secrets[name+" in base64"] = []byte(base64.StdEncoding.EncodeToString(key))[:len(key)]
+		for form, text := range textForms(key) {
+			secrets[name+" in "+form] = []byte(text)
+		}
 	}
 	add("volume key", volumeKey)
 	for i, name := range []string{"first half of the DEK", "second half of the DEK"} {
@@ -141,7 +142,9 @@ func TestKeysInMemory(t *testing.T) {
 			t.Errorf("%s is in memory: %s", name, strings.Join(places, ", "))
 		}
 	}
-	// Nor may any of them be in what was written for people and programs.
+	// Nor may any of them be in what was written for people and programs: output,
+	// log of key use, pin, header backup, and the disk itself with its header.
+	run(bin, "header", "backup", in("disk.img"), in("backup"))
 	auditLog, err := os.ReadFile(in("audit.log"))
 	if err != nil {
 		t.Fatal(err)
@@ -150,7 +153,15 @@ func TestKeysInMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for where, text := range map[string][]byte{"output": written, "audit log": auditLog, "pin": pin} {
+	backup, err := os.ReadFile(in("backup"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk2, err := os.ReadFile(in("disk.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for where, text := range map[string][]byte{"output": written, "audit log": auditLog, "pin": pin, "header backup": backup, "disk": disk2} {
 		if !bytes.Contains(text, []byte(uuid)) {
 			t.Errorf("the %s doesn't hold the volume's UUID: there is nothing to search", where)
 		}
@@ -181,6 +192,42 @@ func TestKeysInMemory(t *testing.T) {
 	}
 	if cores, _ := filepath.Glob(in("core*")); cores != nil {
 		t.Errorf("the process left %v", cores)
+	}
+}
+
+// textForms returns how text may hold a key: hexadecimal, and base64 of either
+// alphabet, also of something longer that has it inside, at each of the three
+// offsets from the group of bytes before.
+func textForms(key []byte) map[string]string {
+	forms := map[string]string{
+		"hex":            hex.EncodeToString(key),
+		"upper case hex": strings.ToUpper(hex.EncodeToString(key)),
+		"decimal":        strings.Trim(strings.ReplaceAll(fmt.Sprint(key), " ", ","), "[]"),
+		"decimal of %v":  strings.Trim(fmt.Sprint(key), "[]"),
+		"escapes of Go":  fmt.Sprintf("%q", key),
+		"separated hex":  strings.ReplaceAll(fmt.Sprintf("% x", key), " ", ":"),
+	}
+	for before := range 3 {
+		longer := append(make([]byte, before), key...)
+		// The characters that depend on nothing but the key.
+		from, to := (before*8+5)/6, len(longer)*8/6
+		forms[fmt.Sprintf("base64 after %d bytes", before)] = base64.StdEncoding.EncodeToString(longer)[from:to]
+		forms[fmt.Sprintf("base64url after %d bytes", before)] = base64.URLEncoding.EncodeToString(longer)[from:to]
+	}
+	return forms
+}
+
+// TestTextForms: the forms are what others write of a key inside of something.
+func TestTextForms(t *testing.T) {
+	key := bytes.Repeat([]byte{0xfb, 0xef, 0xbe, 0xff, 1, 2, 3}, 5)[:32]
+	forms := textForms(key)
+	for before := range 7 {
+		blob := append(append(bytes.Repeat([]byte{0xa5}, before), key...), 0x5a, 0x5a, 0x5a)
+		for name, text := range map[string]string{"base64": base64.StdEncoding.EncodeToString(blob), "base64url": base64.RawURLEncoding.EncodeToString(blob)} {
+			if form := forms[fmt.Sprintf("%s after %d bytes", name, before%3)]; len(form) < 41 || !strings.Contains(text, form) {
+				t.Errorf("%s, %d bytes before: %q is not in %q", name, before, form, text)
+			}
+		}
 	}
 }
 

@@ -24,8 +24,8 @@
 // Who can write the file can write all of it anew, or cut off its end. Against
 // that the head of the chain, the number and hash of its last record, is told to
 // who appends, to be kept where this host can't change it; [Verify] checks
-// against it. hostcryptd logs it with every record, so it's wherever the journal
-// goes.
+// against it. hostcryptd logs it with every record, and each record goes to the
+// journal too (journal.go), so both are wherever that goes.
 //
 // Nothing secret is ever in a record: callers have none to give.
 package audit
@@ -204,7 +204,9 @@ func appendTo(file string, r Record) (Head, error) {
 	if err := f.Sync(); err != nil {
 		return Head{}, err
 	}
-	return Head{r.Seq, hashOf(text)}, nil
+	h := Head{r.Seq, hashOf(text)}
+	toJournal(text, r, h)
+	return h, nil
 }
 
 // encode makes a line that isn't too long and that a terminal can show: JSON

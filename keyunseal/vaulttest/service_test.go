@@ -18,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -579,6 +580,44 @@ func TestSign(t *testing.T) {
 		}
 		if a := sign(tt.alg, tt.digest); a.status != tt.status {
 			t.Errorf("%s of %d bytes: %d %s, want %d", tt.alg, len(tt.digest), a.status, a.body, tt.status)
+		}
+	}
+}
+
+// TestSpecification compares the answers to wrap, unwrap and rotate with the
+// examples of the REST specification.
+func TestSpecification(t *testing.T) {
+	s, c := start(t, Options{})
+	s.Permit(s.System(), everything...)
+	if _, err := s.AddKey(testKey, 2048); err != nil {
+		t.Fatal(err)
+	}
+	token := vaultToken(t, c)
+	body := func(file string) map[string]any { return at(testdata(t, file), "responses", "200", "body") }
+	post := func(operation, parameters string) map[string]any {
+		t.Helper()
+		a := do(t, c, "POST", testKey+"/"+operation+"?api-version=2025-07-01", token, parameters)
+		if a.status != 200 {
+			t.Fatalf("%s: %d %s", operation, a.status, a.body)
+		}
+		return a.json(t)
+	}
+	// What is wrapped is what the example wraps, by the algorithm that it names.
+	p := at(testdata(t, "spec-wrapKey.json"), "parameters", "parameters")
+	wrapped := post("wrapkey", fmt.Sprintf(`{"alg":%q,"value":%q}`, p["alg"], p["value"]))
+	wantShape(t, "wrap", wrapped, body("spec-wrapKey.json"))
+	unwrapped := post("unwrapkey", fmt.Sprintf(`{"alg":%q,"value":%q}`, p["alg"], wrapped["value"]))
+	want := body("spec-unwrapKey.json")
+	wantShape(t, "unwrap", unwrapped, want)
+	if unwrapped["value"] != want["value"] {
+		t.Errorf("unwrapped %v, the example has %v", unwrapped["value"], want["value"])
+	}
+	rotated, want := post("rotate", ""), body("spec-RotateKey.json")
+	wantShape(t, "rotate: key", rotated["key"], want["key"])
+	// The example is older than some attributes.
+	for name, v := range at(want, "attributes") {
+		if got, ok := at(rotated, "attributes")[name]; !ok || reflect.TypeOf(got) != reflect.TypeOf(v) {
+			t.Errorf("rotate: attribute %s is %T, the example has %T", name, got, v)
 		}
 	}
 }
