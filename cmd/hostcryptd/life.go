@@ -201,12 +201,13 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 
 // Rotate looks for a newer version of the vault's key, and for its expiry, and
 // rewraps in a process of its own: this one never has the volume key's copies.
-func (h *keyHost) Rotate(ctx context.Context) {
+func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 	d := h.d
+	outcome := lifecycle.Outcome{Kind: lifecycle.Success}
 	header, _, err := sector.ReadHeader(ctx, d.device)
 	if err != nil {
 		d.log.Warn("header can't be read to look for a newer key version", zap.Error(err))
-		return
+		return outcome
 	}
 	for _, t := range sector.KeyTokens(header) {
 		if t.Type != keyunseal.TypeKeyVault || !t.Retired.IsZero() {
@@ -216,6 +217,9 @@ func (h *keyHost) Rotate(ctx context.Context) {
 		if err != nil {
 			// The permission is optional, and an outage is the heartbeat's matter.
 			d.log.Info("no look at the vault key's versions", zap.Int("token", t.ID), zap.Error(err))
+			if o := outcomeOf(err); o.Kind == lifecycle.Transient {
+				outcome = o
+			}
 			continue
 		}
 		h.mu.Lock()
@@ -225,12 +229,15 @@ func (h *keyHost) Rotate(ctx context.Context) {
 			d.log.Warn("the vault key expires; it still unseals then, but it can't be sealed with", zap.Int("token", t.ID), zap.Time("expires", status.Expires))
 		}
 		if status.Stale() && !d.opts.readOnly {
-			h.rewrap(ctx, t.ID, status)
+			if o := h.rewrap(ctx, t.ID, status); o.Kind != lifecycle.Success {
+				outcome = o
+			}
 		}
 	}
+	return outcome
 }
 
-func (h *keyHost) rewrap(ctx context.Context, token int, status keyunseal.KeyStatus) {
+func (h *keyHost) rewrap(ctx context.Context, token int, status keyunseal.KeyStatus) lifecycle.Outcome {
 	k := &h.d.opts.keys
 	args := []string{"rewrap", h.d.opts.device, fmt.Sprintf("--token=%d", token), "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--signer=" + k.signer, "--audit-log=" + k.auditFile()}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
@@ -241,9 +248,21 @@ func (h *keyHost) rewrap(ctx context.Context, token int, status keyunseal.KeySta
 		zap.Duration("took", time.Since(begun)), zap.String("output", strings.TrimSpace(string(out)))}
 	if err != nil {
 		h.d.log.Error("volume key was not rewrapped with the newer version; the old one still opens the volume and must stay enabled", append(fields, zap.Error(err))...)
-		return
+		return rewrapOutcome(cmd.ProcessState.ExitCode())
 	}
 	h.d.log.Info("volume key was rewrapped with the newer version of its key", fields...)
+	return lifecycle.Outcome{Kind: lifecycle.Success}
+}
+
+// rewrapOutcome says what the exit code of a rewrap that failed means for the
+// next: -1 is that of one which could not be started, or was killed.
+func rewrapOutcome(code int) lifecycle.Outcome {
+	o := lifecycle.Outcome{Kind: lifecycle.Misconfigured, Text: fmt.Sprintf("rewrap ended with %d", code)}
+	switch code {
+	case codeUnreachable, codeThrottled, codeIdentity, codeBusy, -1:
+		o.Kind = lifecycle.Transient
+	}
+	return o
 }
 
 func (h *keyHost) Halt(policy lifecycle.Policy) {

@@ -104,3 +104,14 @@ func TestLifeConfig(t *testing.T) {
 		}
 	}
 }
+
+func TestRewrapOutcome(t *testing.T) {
+	for code, want := range map[int]lifecycle.Kind{
+		codeThrottled: lifecycle.Transient, codeUnreachable: lifecycle.Transient, codeIdentity: lifecycle.Transient, codeBusy: lifecycle.Transient, -1: lifecycle.Transient,
+		codeUsage: lifecycle.Misconfigured, codeDenied: lifecycle.Misconfigured, codeKeyUnusable: lifecycle.Misconfigured, codeAuth: lifecycle.Misconfigured,
+	} {
+		if got := rewrapOutcome(code); got.Kind != want {
+			t.Errorf("exit code %d: %v, want %v", code, got.Kind, want)
+		}
+	}
+}

@@ -59,7 +59,7 @@ func play(t testing.TB, m *Machine, event string, now time.Time) {
 	case "probe":
 		m.Probed(now, o)
 	case "rotate":
-		m.Rotated(now)
+		m.Rotated(now, o)
 	case "halted":
 		m.Halted(now)
 	case "lifted":
@@ -108,7 +108,16 @@ func TestTransitions(t *testing.T) {
 			{1 * s, "unseal success", "unlocked: probe at 2m31s"},
 			{151 * s, "probe success", "unlocked: probe at 12m31s"},
 			{751 * s, "probe success", "unlocked: rotate at 15m1s"},
-			{901 * s, "rotate", "unlocked: probe at 22m31s"},
+			{901 * s, "rotate success", "unlocked: probe at 22m31s"},
+			{1351 * s, "probe success", "unlocked: probe at 32m31s"},
+			{1951 * s, "probe success", "unlocked: probe at 42m31s"},
+			{2551 * s, "probe success", "unlocked: probe at 52m31s"},
+			{3151 * s, "probe success", "unlocked: probe at 1h2m31s"},
+			{3751 * s, "probe success", "unlocked: probe at 1h12m31s"},
+			{4351 * s, "probe success", "unlocked: rotate at 1h15m1s"},
+			{4501 * s, "rotate throttled", "unlocked: probe at 1h22m31s"},
+			{4951 * s, "probe success", "unlocked: rotate at 1h30m1s"},
+			{5401 * s, "rotate later", "unlocked: probe at 1h32m31s"},
 		}},
 		{"outage at boot: exponential, capped", nil, []step{
 			{0, "", "acquiring: unseal at 0s"},
@@ -140,11 +149,11 @@ func TestTransitions(t *testing.T) {
 		{"outage while unlocked takes nothing away", nil, []step{
 			{0, "unseal success", "unlocked: probe at 5s"},
 			{5 * s, "probe unreachable", "degraded: rotate at 5s"},
-			{5 * s, "rotate", "degraded: probe at 10s"},
+			{5 * s, "rotate success", "degraded: probe at 10s"},
 			{10 * s, "probe unreachable", "degraded: probe at 20s"},
 			{20 * s, "probe throttled", "degraded: probe at 40s"},
 			{30 * h, "probe unreachable", "degraded: rotate at 1h0m5s"},
-			{30 * h, "rotate", "degraded: probe at 30h0m40s"},
+			{30 * h, "rotate success", "degraded: probe at 30h0m40s"},
 			{60 * h, "probe unreachable", "degraded: rotate at 31h0m0s"},
 			{60 * h, "probe success", "unlocked: rotate at 31h0m0s"},
 		}},
@@ -400,7 +409,7 @@ func TestInvariants(t *testing.T) {
 					}
 				}
 			case Rotate:
-				event = "rotate"
+				event = "rotate " + []string{"success", "unreachable", "throttled", "later", "denied"}[r.IntN(5)]
 			case Lift:
 				event = "lifted"
 			case Halt:
@@ -418,7 +427,7 @@ func TestInvariants(t *testing.T) {
 			}
 			took := time.Duration(r.IntN(2000)) * time.Millisecond
 			now = now.Add(took)
-			if !lastGood.IsZero() && denials == 0 && strings.HasSuffix(event, with) && (with == "success" || with == "expired") {
+			if action != Rotate && !lastGood.IsZero() && denials == 0 && strings.HasSuffix(event, with) && (with == "success" || with == "expired") {
 				lastGood = now
 			}
 			if denials == 1 && with == "denied" && action == Probe {

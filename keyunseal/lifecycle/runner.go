@@ -18,8 +18,9 @@ type Host interface {
 	Unseal(ctx context.Context, obtained func()) Outcome
 	// Probe looks whether the KEK still unwraps.
 	Probe(ctx context.Context) Outcome
-	// Rotate looks for a newer version of the KEK, and rewraps the volume key.
-	Rotate(ctx context.Context)
+	// Rotate looks for a newer version of the KEK, and rewraps the volume key. Not
+	// to be permitted to look is a success.
+	Rotate(ctx context.Context) Outcome
 	// Halt stops the volume as policy says: what was answered is flushed; for
 	// Stop and Freeze the keys are gone when it returns. It has no time limit.
 	Halt(policy Policy)
@@ -200,8 +201,7 @@ func (r *Runner) do(ctx context.Context, action Action) {
 			case Probe:
 				return r.host.Probe(ctx)
 			}
-			r.host.Rotate(ctx)
-			return Outcome{}
+			return r.host.Rotate(ctx)
 		})
 	}()
 	var pending *command
@@ -215,7 +215,7 @@ func (r *Runner) do(ctx context.Context, action Action) {
 	if pending != nil && o.Kind != Success {
 		// It failed because it was interrupted: that says nothing.
 		if action == Rotate {
-			r.update(r.machine.Rotated)
+			r.update(func(now time.Time) { r.machine.Rotated(now, o) })
 		}
 		r.obey(*pending)
 		return
@@ -227,7 +227,7 @@ func (r *Runner) do(ctx context.Context, action Action) {
 		case Probe:
 			r.machine.Probed(now, o)
 		case Rotate:
-			r.machine.Rotated(now)
+			r.machine.Rotated(now, o)
 		}
 	})
 	if pending != nil {

@@ -51,7 +51,7 @@ func (f *fakeHost) Unseal(ctx context.Context, obtained func()) Outcome {
 }
 
 func (f *fakeHost) Probe(ctx context.Context) Outcome { f.note("probe"); return f.probe(ctx) }
-func (f *fakeHost) Rotate(context.Context)            { f.note("rotate") }
+func (f *fakeHost) Rotate(context.Context) Outcome    { f.note("rotate"); return Outcome{Kind: Success} }
 func (f *fakeHost) Lift()                             { f.note("lift") }
 func (f *fakeHost) Halt(p Policy) {
 	f.note("halt " + p.String())

@@ -7,13 +7,18 @@
 // of 10 seconds, and 429 without Retry-After for all others. Whether refused
 // requests and challenges count against the limit is not documented; -count
 // counts the challenge.
+//
+// It ends with 1 if the last host is unlocked later than twice the time that the
+// vault needs at least.
 package main
 
 import (
 	"container/heap"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -53,6 +58,7 @@ type vault struct {
 	begun             time.Time
 	count             int
 	requests, refused int
+	turnedAway        int // operations, of one request or several
 	peak              int // of requests in a window
 }
 
@@ -70,6 +76,7 @@ func (v *vault) ask(now time.Time, n int) lifecycle.Outcome {
 	if v.count > v.perWindow {
 		v.count -= n
 		v.refused += n
+		v.turnedAway++
 		return lifecycle.Outcome{Answered: true, Text: "429"}
 	}
 	return lifecycle.Outcome{Kind: lifecycle.Success}
@@ -183,7 +190,12 @@ func rotate(l limit, n int, seed uint64) (*run, error) {
 	}
 	heap.Init(&q)
 	v := &vault{perWindow: l.perWindow}
-	r := &run{limit: l, hosts: n, from: epoch.Add(published), vault: v, minimum: time.Second}
+	r := &run{limit: l, hosts: n, from: epoch.Add(published), vault: v}
+	// What heartbeats and looks leave of the limit has to do for the rewraps; and a
+	// host looks once in an interval.
+	per := func(requests int, every time.Duration) float64 { return float64(n*requests) / every.Seconds() }
+	left := float64(l.perWindow)/window.Seconds() - per(1, lifecycle.HeartbeatFor(l.bits)) - per(look, lifecycle.DefaultRotation)
+	r.minimum = max(lifecycle.DefaultRotation, time.Duration(float64(n*rewrap)/left*float64(time.Second)))
 	for len(r.rewrap) < n {
 		h := q[0]
 		now := h.at
@@ -201,7 +213,7 @@ func rotate(l limit, n int, seed uint64) (*run, error) {
 					r.rewrap = append(r.rewrap, now.Sub(r.from))
 				}
 			}
-			h.m.Rotated(now.Add(latency))
+			h.m.Rotated(now.Add(latency), o)
 		default:
 			return nil, fmt.Errorf("a host that serves wants to %v", h.action)
 		}
@@ -235,6 +247,7 @@ func main() {
 func simulate(n, per int, seed uint64, out string) error {
 	var text strings.Builder
 	var plots []*run
+	var late []error
 	boots := func(title string, down time.Duration) error {
 		fmt.Fprintf(&text, "\n%s\n\n", title)
 		fmt.Fprintf(&text, "| key | physical minimum s | last unlocked s | factor | median s | 99 %% s | requests | refused | tries, median | tries, most |\n|---|---|---|---|---|---|---|---|---|---|\n")
@@ -249,6 +262,9 @@ func simulate(n, per int, seed uint64, out string) error {
 			if down == 0 {
 				plots = append(plots, r)
 			}
+			if r.factor() > 2 {
+				late = append(late, fmt.Errorf("%s, vault down for %v: the last of %d hosts after %.2f of the least time", l.name, down, n, r.factor()))
+			}
 		}
 		return nil
 	}
@@ -259,21 +275,23 @@ func simulate(n, per int, seed uint64, out string) error {
 		return err
 	}
 	fmt.Fprintf(&text, "\n%d hosts that run, and a new version of the key; heartbeats every 10 to 30 minutes go on:\n\n", n)
-	fmt.Fprintf(&text, "| key | half rewrapped min | last rewrapped min | most requests in 10 s | refused |\n|---|---|---|---|---|\n")
+	fmt.Fprintf(&text, "| key | least possible min | last rewrapped min | factor | half rewrapped min | most requests in 10 s | operations refused |\n|---|---|---|---|---|---|---|\n")
 	for _, l := range limits {
 		r, err := rotate(l, n, seed)
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(&text, "| %s: %d in 10 s | %.0f | %.0f | %d | %d |\n", l.name, l.perWindow,
-			percentile(r.rewrap, 0.5).Minutes(), r.rewrap[len(r.rewrap)-1].Minutes(), r.vault.peak, r.vault.refused)
+		last := r.rewrap[len(r.rewrap)-1]
+		fmt.Fprintf(&text, "| %s: %d in 10 s | %.0f | %.0f | %.2f | %.0f | %d | %d |\n", l.name, l.perWindow,
+			r.minimum.Minutes(), last.Minutes(), last.Seconds()/r.minimum.Seconds(), percentile(r.rewrap, 0.5).Minutes(), r.vault.peak, r.vault.turnedAway)
 	}
 	fmt.Print(strings.TrimPrefix(text.String(), "\n"))
 	if out == "" {
-		return nil
+		return errors.Join(late...)
 	}
 	doc := "# Many hosts and one vault\n\nWritten by `go run ./keyunseal/internal/fleet -out keyunseal/lifecycle`: the timing code of this package, a\nvirtual clock, and a vault that serves so many requests in each window of 10 seconds and answers 429 to all others.\n" +
-		text.String() + "\n![unlocked hosts over time](fleet.svg)\n"
+		text.String() + "\nA rewrap takes nine requests here. A look that finds a new version and is refused is repeated after a quarter of an hour.\n" +
+		"\nUnlocked hosts over time, after they have booted at once; the dashes are what the limit permits:\n\n![unlocked hosts over time](fleet.svg)\n"
 	if err := os.WriteFile(out+"/fleet.md", []byte(doc), 0o644); err != nil {
 		return err
 	}
@@ -284,7 +302,18 @@ func simulate(n, per int, seed uint64, out string) error {
 	if err := plot(f, plots); err != nil {
 		return err
 	}
-	return f.Close()
+	return errors.Join(append(late, f.Close())...)
+}
+
+// niceStep returns a step for some five marks up to an end.
+func niceStep(end float64) float64 {
+	step := math.Pow(10, math.Floor(math.Log10(end/4)))
+	for _, n := range []float64{1, 2, 5} {
+		if end/(n*step) <= 6 {
+			return n * step
+		}
+	}
+	return 10 * step
 }
 
 // plot draws how many hosts are unlocked over time, a panel for each limit,
@@ -292,7 +321,7 @@ func simulate(n, per int, seed uint64, out string) error {
 func plot(w io.Writer, runs []*run) error {
 	const (
 		width, height = 420, 230
-		left, bottom  = 58, 36
+		left, bottom  = 72, 36
 		top, right    = 30, 28
 	)
 	var b strings.Builder
@@ -303,16 +332,22 @@ func plot(w io.Writer, runs []*run) error {
 	for i, r := range runs {
 		x0, y0 := (i%cols)*width, (i/cols)*height
 		pw, ph := float64(width-left-right), float64(height-top-bottom)
-		end := max(r.last(), r.minimum).Seconds()
+		step := niceStep(max(r.last(), r.minimum).Seconds())
+		end := math.Ceil(max(r.last(), r.minimum).Seconds()/step) * step
 		px := func(t float64) float64 { return float64(x0+left) + t/end*pw }
 		py := func(n float64) float64 { return float64(y0+top) + ph - n/float64(r.hosts)*ph }
 		fmt.Fprintf(&b, `<text x="%d" y="%d" font-weight="bold">%s, %d in 10 s</text>`+"\n", x0+left, y0+18, r.limit.name, r.limit.perWindow)
-		fmt.Fprintf(&b, `<rect x="%d" y="%d" width="%.0f" height="%.0f" fill="none" stroke="#999"/>`+"\n", x0+left, y0+top, pw, ph)
-		for k := range 5 {
-			t, n := end*float64(k)/4, float64(r.hosts)*float64(k)/4
+		for t := 0.0; t <= end; t += step {
+			fmt.Fprintf(&b, `<line x1="%.1f" x2="%.1f" y1="%d" y2="%.1f" stroke="#e4e4e4"/>`+"\n", px(t), px(t), y0+top, float64(y0+top)+ph)
 			fmt.Fprintf(&b, `<text x="%.0f" y="%d" text-anchor="middle" fill="#444">%.0f s</text>`+"\n", px(t), y0+height-bottom+16, t)
+		}
+		for k := range 5 {
+			n := float64(r.hosts) * float64(k) / 4
+			fmt.Fprintf(&b, `<line x1="%d" x2="%.1f" y1="%.1f" y2="%.1f" stroke="#e4e4e4"/>`+"\n", x0+left, float64(x0+left)+pw, py(n), py(n))
 			fmt.Fprintf(&b, `<text x="%d" y="%.0f" text-anchor="end" fill="#444">%.0f</text>`+"\n", x0+left-6, py(n)+4, n)
 		}
+		fmt.Fprintf(&b, `<text transform="translate(%d,%d) rotate(-90)" text-anchor="middle" fill="#444">unlocked hosts</text>`+"\n", x0+14, y0+top+int(ph)/2)
+		fmt.Fprintf(&b, `<rect x="%d" y="%d" width="%.0f" height="%.0f" fill="none" stroke="#999"/>`+"\n", x0+left, y0+top, pw, ph)
 		// What could be: a window's worth at the beginning of each.
 		var ideal strings.Builder
 		for n, t := 0, 0.0; n < r.hosts; t += window.Seconds() {
@@ -322,8 +357,7 @@ func plot(w io.Writer, runs []*run) error {
 		}
 		fmt.Fprintf(&b, `<polyline points="%s" fill="none" stroke="#888" stroke-dasharray="5 3"/>`+"\n", strings.TrimSpace(ideal.String()))
 		var line strings.Builder
-		step := max(1, r.hosts/400)
-		for n := 0; n < r.hosts; n += step {
+		for n := 0; n < r.hosts; n += max(1, r.hosts/400) {
 			fmt.Fprintf(&line, "%.1f,%.1f ", px(r.unlocked[n].Seconds()), py(float64(n+1)))
 		}
 		fmt.Fprintf(&line, "%.1f,%.1f", px(r.last().Seconds()), py(float64(r.hosts)))

@@ -29,8 +29,40 @@ func TestFleet(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if last := r.rewrap[n-1]; last > 6*time.Hour {
-			t.Errorf("%s: the last is rewrapped after %v", l.name, last)
+		if last := r.rewrap[n-1]; last > 3*r.minimum/2 {
+			t.Errorf("%s: the last is rewrapped after %v, at best it's %v", l.name, last, r.minimum)
+		}
+	}
+}
+
+// TestTenThousand is that of a whole fleet. What an outage adds is the same for
+// all limits, and takes long to simulate: only the one with the worst factor has it.
+func TestTenThousand(t *testing.T) {
+	const n = 10_000
+	for i, l := range limits {
+		outages := []time.Duration{0}
+		if i == 0 {
+			outages = append(outages, 30*time.Minute)
+		}
+		for _, down := range outages {
+			r, err := boot(l, n, 1, down, 1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(r.unlocked) != n || r.factor() > 2 {
+				t.Errorf("%s, down for %v: %d of %d hosts unlocked, the last after %.2f of the minimum of %v", l.name, down, len(r.unlocked), n, r.factor(), r.minimum)
+			}
+			// None starves: who has bad luck has it for a fraction of the crowd's time.
+			if late := r.last() - percentile(r.unlocked, 0.99); late > r.minimum/2 {
+				t.Errorf("%s, down for %v: the last comes %v after 99 of 100 others", l.name, down, late)
+			}
+		}
+		r, err := rotate(l, n, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if last := r.rewrap[n-1]; last > 5*r.minimum/4 {
+			t.Errorf("%s: the last is rewrapped after %v, at best it's %v", l.name, last, r.minimum)
 		}
 	}
 }
