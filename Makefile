@@ -56,8 +56,8 @@ test-unit: ## unit tests with the race detector, and interop with other people's
 test-vm: build ## boot QEMU with a real kernel and run the scenarios; RUN=Boot for one
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 20m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
 
-soak: build ## the long runs: 50 power cuts
-	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/PowerCut$$' ./test/vm
+soak: build ## the long runs: 50 power cuts, 5 minutes without the vault at boot
+	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 HOSTCRYPTD_VM_OUTAGE=5m $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/(PowerCut|Outage)$$' ./test/vm
 
 fuzz: ## run each fuzz target for FUZZTIME
 	@for p in $$($(GO) list ./...); do \

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"text/tabwriter"
@@ -180,6 +181,7 @@ func TestVM(t *testing.T) {
 		l.row("InUse", time.Since(begun), r)
 	})
 	t.Run("Revoke", func(t *testing.T) { testRevoke(t, l) })
+	t.Run("Outage", func(t *testing.T) { testOutage(t, l) })
 	t.Run("Kill", func(t *testing.T) { testKill(t, l) })
 	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
 	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
@@ -197,8 +199,36 @@ func testRevoke(t *testing.T, l *lab) {
 	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
 		t.Fatal(err)
 	}
-	r := l.boot(t, "revoke", nil, vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state})
+	tools := filepath.Join(l.Dir, "tools.img")
+	if err := vmtest.ToolsDisk(t.Context(), tools, "fio"); err != nil {
+		t.Fatal(err)
+	}
+	r := l.boot(t, "revoke", nil, vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state}, vmtest.Disk{Serial: "tools", Path: tools, ReadOnly: true})
 	l.row("Revoke", time.Since(begun), r)
+}
+
+// testOutage boots while the vault is down, with disks of its own.
+func testOutage(t *testing.T, l *lab) {
+	length := 40 * time.Second
+	if s := os.Getenv("HOSTCRYPTD_VM_OUTAGE"); s != "" {
+		var err error
+		if length, err = time.ParseDuration(s); err != nil || length < 10*time.Second {
+			t.Fatalf("HOSTCRYPTD_VM_OUTAGE: %q is no time of 10s or more", s)
+		}
+	}
+	begun := time.Now()
+	volume, state := filepath.Join(l.Dir, "outage.img"), filepath.Join(l.Dir, "outage-state.img")
+	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
+		t.Fatal(err)
+	}
+	longer := *l.Lab
+	longer.BootLimit = length + 4*time.Minute
+	r, err := longer.Boot(t.Context(), "outage", map[string]string{"outage": strconv.Itoa(int(length.Seconds()))}, func(e report.Event) { t.Log(e) },
+		vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.row("Outage", time.Since(begun), r)
 }
 
 // testKill kills the server under load, with a disk of its own.

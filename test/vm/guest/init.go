@@ -153,6 +153,7 @@ func runFromCommandLine(w *report.Writer) (err error) {
 		disk:    diskBySerial("volume"),
 		payload: diskBySerial("payload"),
 		mnt:     "/mnt",
+		tools:   diskBySerial("tools"),
 	}
 	if state := diskBySerial("state"); state != "" {
 		if err := mountState(state, "/state"); err != nil {

@@ -32,6 +32,7 @@ type machine struct {
 	payload string // a tar archive, or the disk that holds one
 	state   string // a folder that outlives the boot
 	mnt     string // where the file system is mounted
+	tools   string // the disk with tools that the initramfs has no room for
 	shared  bool   // this is a host, whose files must stay as they are
 	// The scenario breaks its disk, so the kernel is expected to complain.
 	brokenDisk bool
@@ -170,29 +171,44 @@ func (s *server) readNotify() {
 // kernel device, and waits for its readiness notification. If the process
 // ends before, the server is returned without a device, for its exit code.
 func (m *machine) serve(args ...string) (*server, error) {
-	dev, err := freeDevice()
+	s, dev, err := m.launch(args...)
 	if err != nil {
-		return nil, err
-	}
-	notify, err := listenNotify()
-	if err != nil {
-		return nil, err
-	}
-	words := append([]string{"serve", m.disk, "--attach", dev}, args...)
-	m.typed(append([]string{"hostcryptd"}, append(words, "&")...)...)
-	s := &server{m: m, cmd: command("hostcryptd", words...), begun: time.Now(), ready: make(chan struct{}), logged: make(chan struct{}), ended: make(chan struct{})}
-	s.notify = notify
-	s.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify.LocalAddr().String())
-	if err := s.start(); err != nil {
-		notify.Close()
 		return nil, err
 	}
 	if err := s.waitReady(); err != nil {
 		return s, err
 	}
+	return s, s.attached(dev)
+}
+
+// launch is serve without the waiting.
+func (m *machine) launch(args ...string) (s *server, dev string, err error) {
+	dev, err = freeDevice()
+	if err != nil {
+		return nil, "", err
+	}
+	notify, err := listenNotify()
+	if err != nil {
+		return nil, "", err
+	}
+	words := append([]string{"serve", m.disk, "--attach", dev}, args...)
+	m.typed(append([]string{"hostcryptd"}, append(words, "&")...)...)
+	s = &server{m: m, cmd: command("hostcryptd", words...), begun: time.Now(), ready: make(chan struct{}), logged: make(chan struct{}), ended: make(chan struct{})}
+	s.notify = notify
+	s.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify.LocalAddr().String())
+	if err := s.start(); err != nil {
+		notify.Close()
+		return nil, "", err
+	}
+	return s, dev, nil
+}
+
+// attached checks the device of a server that is ready, if it still runs.
+func (s *server) attached(dev string) error {
+	m := s.m
 	if s.running() {
 		if size, err := deviceSize(dev); err != nil || size == 0 {
-			return s, errors.Join(fmt.Errorf("hostcryptd said that it is ready, but %s has %d bytes", dev, size), err, s.kill())
+			return errors.Join(fmt.Errorf("hostcryptd said that it is ready, but %s has %d bytes", dev, size), err, s.kill())
 		}
 		s.dev = dev
 		m.figure("serve until ready", time.Since(s.begun).Seconds(), "s")
@@ -202,7 +218,7 @@ func (m *machine) serve(args ...string) (*server, error) {
 		case <-time.After(500 * time.Millisecond):
 		}
 	}
-	return s, nil
+	return nil
 }
 
 // start starts the process and three goroutines that end with it.

@@ -25,7 +25,9 @@ const (
 type keyStatus struct {
 	State      string    `json:"state"`
 	Wiped      bool      `json:"wiped"`
+	Attempts   int       `json:"attempts"`
 	LastGood   time.Time `json:"last_good"`
+	NextTry    time.Time `json:"next_try"`
 	AccessLost time.Time `json:"access_lost"`
 	Stopped    time.Time `json:"stopped"`
 	Reason     string    `json:"reason"`
@@ -151,9 +153,10 @@ func (m *machine) tellVault(what string) error {
 	return err
 }
 
-// revoke disables the vault's key under a volume that is being written to: the
-// volume stops in time and its keys are wiped, nothing that was answered is
-// lost, and it goes on when the key is back.
+// revoke disables the vault's key under a volume that fio reads and writes, and
+// beside it a writer that knows what was answered: the volume stops in time and
+// its keys are wiped, nothing that was answered is lost, and it goes on when the
+// key is back.
 func revoke(m *machine) error {
 	m.brokenDisk = true // the kernel reports the errors that it's given
 	if err := m.format(); err != nil {
@@ -175,6 +178,12 @@ func revoke(m *machine) error {
 		return err
 	}
 	defer w.f.Close()
+	onTheRest := []string{"--name=load", "--filename=" + s.dev, "--offset=32M", "--size=64M", "--rw=randrw", "--bs=4k",
+		"--ioengine=libaio", "--iodepth=8", "--direct=1", "--time_based"}
+	fio, err := m.startFIO(append(onTheRest, "--runtime=600")...)
+	if err != nil {
+		return err
+	}
 	if _, err := m.waitKey("unlocked", 30*time.Second); err != nil {
 		return err
 	}
@@ -182,6 +191,8 @@ func revoke(m *machine) error {
 	select {
 	case <-w.done:
 		return fmt.Errorf("writing failed while all was well: %w", w.err)
+	case <-fio.ended:
+		return fmt.Errorf("fio ended while all was well: %w: %s", fio.err, fio.out.String())
 	default:
 	}
 
@@ -209,6 +220,20 @@ func revoke(m *machine) error {
 	if w.failed.Sub(key.LastGood) < revokeGrace {
 		return fmt.Errorf("the volume stopped %v after the last success, want %v at least", w.failed.Sub(key.LastGood), revokeGrace)
 	}
+	if err := fio.wait(); err != nil {
+		return err
+	}
+	job := fio.result.Jobs[0]
+	if n := unix.Errno(job.Error); n != unix.EIO && n != unix.ESHUTDOWN || job.Read.TotalIOs == 0 || job.Write.TotalIOs == 0 {
+		return fmt.Errorf("fio ended with %v after %d reads and %d writes, want EIO", n, job.Read.TotalIOs, job.Write.TotalIOs)
+	}
+	// What the volume promises: a look, its confirmation, and the grace period,
+	// which counts from the last success. Each look takes a moment here.
+	bound := revokeHeartbeat*6/5 + revokeConfirm*6/5 + revokeGrace + emulated
+	if took := key.Stopped.Sub(begun); took > bound {
+		return fmt.Errorf("keys were wiped %v after the key was disabled, want %v at most", took, bound)
+	}
+	m.figure("fio: requests until it was refused", float64(job.Read.TotalIOs+job.Write.TotalIOs), "")
 	m.figure("key disabled until access was known to be lost", key.AccessLost.Sub(begun).Seconds(), "s")
 	m.figure("key disabled until keys wiped", key.Stopped.Sub(begun).Seconds(), "s")
 	m.figure("keys wiped after the last write was refused", key.Stopped.Sub(w.failed).Seconds(), "s")
@@ -233,6 +258,15 @@ func revoke(m *machine) error {
 		return err
 	}
 	m.figure("pages verified", float64(checked), "")
+	if fio, err = m.startFIO(append(onTheRest, "--runtime=3", "--verify=crc32c", "--verify_fatal=1")...); err != nil {
+		return err
+	}
+	if err := fio.wait(); err != nil {
+		return err
+	}
+	if job := fio.result.Jobs[0]; fio.err != nil || job.Error != 0 || job.Write.TotalIOs == 0 {
+		return fmt.Errorf("fio after the key is back: %w, error %d, %d writes", fio.err, job.Error, job.Write.TotalIOs)
+	}
 	w.f.Close()
 	if _, err := m.run("hostcryptd", "audit", "verify"); err != nil {
 		return err

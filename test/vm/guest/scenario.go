@@ -26,6 +26,7 @@ var scenarios = map[string]func(*machine) error{
 	"stolen":        stolen,
 	"leave":         leave,
 	"revoke":        revoke,
+	"outage":        outage,
 	"kill":          kill,
 	"export-write":  exportWrite,
 	"export-verify": exportVerify,

@@ -1,6 +1,7 @@
 package vmtest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -30,6 +31,9 @@ type Lab struct {
 	Kernel     *Kernel
 	Initrd     string
 	Hostcryptd string // the program under test, on the host
+
+	// BootLimit is how long one boot may take; 4 minutes if zero.
+	BootLimit time.Duration
 }
 
 // NewLab fetches the kernel of a series, see [Series], builds the programs,
@@ -80,7 +84,7 @@ func (l *Lab) Boot(ctx context.Context, scenario string, params map[string]strin
 		Initrd:  l.Initrd,
 		Append:  words,
 		Disks:   disks,
-		Timeout: 4 * time.Minute,
+		Timeout: cmp.Or(l.BootLimit, 4*time.Minute),
 		OnEvent: onEvent,
 	})
 	if err != nil {

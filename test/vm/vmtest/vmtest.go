@@ -45,6 +45,7 @@ var tools = map[string]string{
 	"mmdebstrap":         "mmdebstrap",
 	"modprobe":           "kmod",
 	"nbdkit":             "nbdkit",
+	"fio":                "fio",
 	"qemu-io":            "qemu-utils",
 	"qemu-system-x86_64": "qemu-system-x86",
 	"rm":                 "coreutils",
