@@ -71,8 +71,9 @@ device as an NBD server and encrypts every sector with AES-256-XTS; the kernel
 attaches it as /dev/nbdN, and QEMU or any libnbd client uses a Unix socket.
 
 The data key is stored wrapped in the disk's LUKS2 header. It is unwrapped with a
-key in Azure Key Vault that never leaves it, or with a host key file that needs
-no configuration. With its recovery key cryptsetup opens the same disk.`
+key in Azure Key Vault or a Managed HSM that never leaves it, or with the platform's
+key that needs no configuration: the TPM's, or a key file's on a host without a TPM.
+With its recovery key cryptsetup opens the same disk.`
 
 const rootExample = `  hostcryptd format /dev/sdb --recovery-key sdb.recovery
   hostcryptd serve /dev/sdb --attach auto

@@ -127,8 +127,8 @@ func (p *printer) next(took time.Duration) {
     # hostcryptd status
     # hostcryptd detach /dev/DISK
 
-With no --key, the key that opens the disk is in a file of this host. With
---key https://VAULT.vault.azure.net/keys/KEY it stays in your own vault, as
-above. Keep recovery.key somewhere else.
+With no --key, what opens the disk is this host's TPM, or a key file where there
+is none. With --key https://VAULT.vault.azure.net/keys/KEY the key stays in your
+own vault, as above. Keep recovery.key somewhere else.
 `)
 }
