@@ -99,7 +99,7 @@ func (a *app) keep(inherited []net.Listener) (err error) {
 	defer k.program.Close()
 	// What is needed when the device below is dead must not have to come from
 	// it. What the heap still grows by is locked when it is used.
-	if err := errors.Join(unix.Mlockall(unix.MCL_CURRENT), unix.Mlockall(unix.MCL_FUTURE|unix.MCL_ONFAULT)); err != nil {
+	if err := lockMemory(); err != nil {
 		k.log.Warn("the keeper's memory can't be locked (LimitMEMLOCK=); a volume that is used for swap may not survive the death of its server", zap.Error(err))
 	}
 	signals := make(chan os.Signal, 4)
