@@ -51,8 +51,9 @@ import (
 // KeySize is the length of a volume key in bytes.
 const KeySize = 32
 
-// DefaultHostKey is the host key file that an empty [Options.HostKey] means.
-const DefaultHostKey = "/var/lib/hostcryptd/host.key"
+// DefaultHostKey is the host key file that an empty [Options.HostKey] means. It is
+// not in /var, which may be on a volume that needs it.
+const DefaultHostKey = "/etc/hostcryptd/host.key"
 
 // Token types, the "type" member of the JSON object.
 const (

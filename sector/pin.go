@@ -38,8 +38,9 @@ type Pins interface {
 	Set(volume string, p Pin) error
 }
 
-// DefaultPins is where a host keeps its pins.
-const DefaultPins PinDir = "/var/lib/hostcryptd/pins"
+// DefaultPins is where a host keeps its pins. It is not in /var, which may be on
+// a volume: a pin must be there before that is opened.
+const DefaultPins PinDir = "/etc/hostcryptd/pins"
 
 // A PinDir keeps pins in files of a directory, named by UUID, mode 0600.
 type PinDir string
