@@ -105,7 +105,7 @@ func (k *keyFlags) startAudit(log *zap.Logger) (stop func()) {
 	if file == "none" {
 		return func() {}
 	}
-	q := audit.NewQueue(file, func(r audit.Record, h audit.Head, err error) {
+	q := audit.NewQueue(file, logMounted, func(r audit.Record, h audit.Head, err error) {
 		if err != nil {
 			log.Error("log of key use can't be written; records wait in memory", zap.Error(err))
 			return
@@ -114,6 +114,18 @@ func (k *keyFlags) startAudit(log *zap.Logger) (stop func()) {
 	})
 	k.queue = q
 	return q.Close
+}
+
+// logMounted tells whether /var/log is what it is going to be. Before that, a
+// record would be written below where it is mounted, out of everybody's sight.
+// The journal has the same question, and systemd has a service that answers it.
+func logMounted() bool {
+	const journal = "/run/systemd/journal"
+	if _, err := os.Stat(filepath.Join(journal, "socket")); err != nil {
+		return true // systemd isn't here to say
+	}
+	_, err := os.Stat(filepath.Join(journal, "flushed"))
+	return err == nil
 }
 
 // record writes to the log of key use. That it can't is told once, and nothing

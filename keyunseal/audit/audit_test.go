@@ -307,7 +307,7 @@ func TestQueue(t *testing.T) {
 	file := filepath.Join(dir, "log", "audit.log")
 	var mu sync.Mutex
 	failures, written := 0, 0
-	q := NewQueue(file, func(_ Record, h Head, err error) {
+	q := NewQueue(file, nil, func(_ Record, h Head, err error) {
 		mu.Lock()
 		defer mu.Unlock()
 		if err != nil {

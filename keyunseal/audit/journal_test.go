@@ -80,7 +80,7 @@ func TestJournalInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := NewQueue(file, nil)
+	q := NewQueue(file, nil, nil)
 	q.Append(Record{Event: Wiped, Outcome: OK, Volume: "v2"})
 	q.Close()
 

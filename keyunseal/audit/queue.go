@@ -14,8 +14,9 @@ const queueLength = 256
 // never waits for a disk. What finds no room in the queue is dropped, and a
 // record tells later how many were.
 type Queue struct {
-	file string
-	told func(Record, Head, error)
+	file  string
+	ready func() bool
+	told  func(Record, Head, error)
 
 	mu      sync.Mutex
 	waiting []Record
@@ -28,10 +29,11 @@ type Queue struct {
 // retryAfter is how long a Queue waits after a failure. Tests change it.
 var retryAfter = 5 * time.Second
 
-// NewQueue returns a queue for a log. told, if it isn't nil, hears of each record
-// when it was written, and of the first failure of a row.
-func NewQueue(file string, told func(Record, Head, error)) *Queue {
-	q := &Queue{file: file, told: told, wake: make(chan struct{}, 1), done: make(chan struct{})}
+// NewQueue returns a queue for a log. Nothing is written as long as ready, if it
+// isn't nil, returns false. told, if it isn't nil, hears of each record when it was
+// written, and of the first failure of a row.
+func NewQueue(file string, ready func() bool, told func(Record, Head, error)) *Queue {
+	q := &Queue{file: file, ready: ready, told: told, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go q.run()
 	return q
 }
@@ -105,6 +107,10 @@ func (q *Queue) run() {
 				return
 			}
 			<-q.wake
+			continue
+		}
+		if q.ready != nil && !closed && !q.ready() {
+			time.Sleep(min(retryAfter, time.Second))
 			continue
 		}
 		head, err := Append(q.file, r)
