@@ -8,6 +8,7 @@ DESTDIR     ?=
 PREFIX      ?= /usr
 FUZZTIME    ?= 20s
 RUN         ?=
+BIN         ?= bin/hostcryptd
 
 # What building and testing takes, by Debian's package names. Go itself is not
 # among them: Debian 12 has an older one than go.mod asks for.
@@ -86,15 +87,21 @@ check-generate: ## fail if generated files are not up to date
 man: build ## write the manual pages to dist/man
 	bin/hostcryptd man dist/man
 
-install: build man ## install binary, manual, completions and units under DESTDIR
-	install -D -m 755 bin/hostcryptd $(DESTDIR)$(PREFIX)/sbin/hostcryptd
+install: build ## install binary, manual, completions, units and udev rules under DESTDIR
+	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/hostcryptd
 	install -d $(DESTDIR)$(PREFIX)/share/man/man8
-	install -m 644 dist/man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8
-	install -D -m 644 systemd/hostcryptd@.service $(DESTDIR)$(PREFIX)/lib/systemd/system/hostcryptd@.service
+	$(BIN) man $(DESTDIR)$(PREFIX)/share/man/man8
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system systemd/hostcryptd@.service systemd/hostcryptd.target
+	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/systemd/system-generators
+	ln -sf ../../../sbin/hostcryptd $(DESTDIR)$(PREFIX)/lib/systemd/system-generators/hostcryptd-generator
+	install -D -m 755 systemd/hostcryptd.shutdown $(DESTDIR)$(PREFIX)/lib/systemd/system-shutdown/hostcryptd
+	install -D -m 644 systemd/hostcryptd.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/90-hostcryptd.rules
+	install -D -m 644 systemd/hostcryptd.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/hostcryptd.conf
+	install -d -m 700 $(DESTDIR)/etc/hostcryptd
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	bin/hostcryptd completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hostcryptd
-	bin/hostcryptd completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hostcryptd
-	bin/hostcryptd completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hostcryptd.fish
+	$(BIN) completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hostcryptd
+	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hostcryptd
+	$(BIN) completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hostcryptd.fish
 
 clean: ## remove what was built
 	rm -rf bin dist

@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"errors"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -62,22 +63,94 @@ func TestUnit(t *testing.T) {
 	}
 }
 
-// TestEnable enables the unit as README says.
-func TestEnable(t *testing.T) {
-	root := t.TempDir()
-	dir := filepath.Join(root, "usr/lib/systemd/system")
+// TestSecurity has systemd judge how much the service could do if it were taken
+// over: at most 2.0 of 10 as the unit is, and with what the generator opens for
+// volumes that need more.
+func TestSecurity(t *testing.T) {
 	b, err := os.ReadFile("hostcryptd@.service")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hostcryptd@.service"), b, 0o644)); err != nil {
+	for _, tt := range []struct {
+		name, open string
+		limit      string // of ten times 10
+	}{
+		{"closed", "", "20"}, {"network", openNetwork, "22"}, {"swap", openSwap, "25"},
+	} {
+		unit := filepath.Join(t.TempDir(), "hostcryptd@"+tt.name+".service")
+		text := strings.ReplaceAll(string(b), "%i", tt.name) + tt.open
+		if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.Command("systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold="+tt.limit, unit).CombinedOutput()
+		_, score, _ := strings.Cut(string(out), "Overall exposure level")
+		t.Logf("%s: %s", tt.name, strings.TrimSpace(score))
+		if err != nil || score == "" {
+			t.Errorf("%s: above %s of 100: %v\n%s", tt.name, tt.limit, err, out)
+		}
+	}
+}
+
+// TestInstall installs and looks whether all of it, and nothing else, is there.
+func TestInstall(t *testing.T) {
+	dir := t.TempDir()
+	bin := filepath.Join(t.TempDir(), "hostcryptd")
+	if out, err := exec.Command("go", "build", "-o", bin, "hostcryptd/cmd/hostcryptd").CombinedOutput(); err != nil {
+		t.Fatalf("building: %v\n%s", err, out)
+	}
+	out, err := exec.Command("make", "-s", "-C", "..", "-o", "build", "install", "BIN="+bin, "DESTDIR="+dir).CombinedOutput()
+	if err != nil {
+		t.Fatalf("make install: %v\n%s", err, out)
+	}
+	want := map[string]string{ // name to mode, or to what a link leads to
+		"etc/hostcryptd":                                         "drwx------",
+		"usr/sbin/hostcryptd":                                    "-rwxr-xr-x",
+		"usr/share/man/man8/hostcryptd.8":                        "-rw-r--r--",
+		"usr/share/bash-completion/completions/hostcryptd":       "-rw-r--r--",
+		"usr/share/zsh/site-functions/_hostcryptd":               "-rw-r--r--",
+		"usr/share/fish/vendor_completions.d/hostcryptd.fish":    "-rw-r--r--",
+		"usr/lib/systemd/system/hostcryptd@.service":             "-rw-r--r--",
+		"usr/lib/systemd/system/hostcryptd.target":               "-rw-r--r--",
+		"usr/lib/systemd/system-generators/hostcryptd-generator": "../../../sbin/hostcryptd",
+		"usr/lib/systemd/system-shutdown/hostcryptd":             "-rwxr-xr-x",
+		"usr/lib/udev/rules.d/90-hostcryptd.rules":               "-rw-r--r--",
+		"usr/lib/tmpfiles.d/hostcryptd.conf":                     "-rw-r--r--",
+	}
+	seen := map[string]bool{}
+	err = filepath.WalkDir(dir, func(name string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, _ := filepath.Rel(dir, name)
+		got, ok := want[rel]
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		seen[rel] = true
+		switch {
+		case e.IsDir() && !ok, strings.HasPrefix(rel, "usr/share/man/man8/hostcryptd-"): // one page per command
+		case !ok:
+			t.Errorf("%s is installed", rel)
+		case e.Type() == fs.ModeSymlink:
+			if to, _ := os.Readlink(name); to != got {
+				t.Errorf("%s leads to %s, want %s", rel, to, got)
+			}
+		case info.Mode().String() != got:
+			t.Errorf("%s has mode %v, want %s", rel, info.Mode(), got)
+		}
+		return nil
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command("systemctl", "--root="+root, "enable", "hostcryptd@data").CombinedOutput()
-	if err != nil {
-		t.Errorf("systemctl enable (Debian package systemd; make deps): %v\n%s", err, out)
+	for name := range want {
+		if !seen[name] {
+			t.Errorf("%s is not installed", name)
+		}
 	}
-	if links, _ := filepath.Glob(filepath.Join(root, "etc/systemd/system/*.wants/hostcryptd@data.service")); len(links) != 1 {
-		t.Errorf("enabling made links %v", links)
+	// The generator's link must lead to the program, wherever it is installed.
+	if a, err := os.Stat(filepath.Join(dir, "usr/lib/systemd/system-generators/hostcryptd-generator")); err != nil || a.Size() == 0 {
+		t.Errorf("the generator: %v", err)
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -50,6 +51,7 @@ type status struct {
 	Keeper   int    `json:"keeper,omitempty"` // process that replaces the server if it dies
 	State    string `json:"state"`            // unsealing, serving, stopping
 	Reason   string `json:"reason,omitempty"`
+	Name     string `json:"name,omitempty"` // in hostcrypttab
 	UUID     string `json:"uuid"`
 	Label    string `json:"label"`
 	Device   string `json:"device"`
@@ -251,7 +253,7 @@ func (d *daemon) status() *status {
 	defer d.mu.Unlock()
 	s := &status{
 		Version: version(), PID: os.Getpid(), State: d.state, Reason: d.stateErr,
-		UUID: d.uuid, Label: d.label, Device: d.opts.device, Uptime: int64(time.Since(d.started).Seconds()),
+		Name: d.opts.name, UUID: d.uuid, Label: d.label, Device: d.opts.device, Uptime: int64(time.Since(d.started).Seconds()),
 		Control: d.opts.control, Listen: d.opts.listen, TCP: d.tcp, Attached: d.attached,
 		Memory: memoryNow(),
 	}
@@ -407,7 +409,7 @@ func running(ctx context.Context, which string) ([]*status, error) {
 }
 
 func (s *status) is(which string) bool {
-	if which == s.UUID || which == s.Label || which == s.Device || which == s.Attached || which == s.Listen {
+	if which == s.UUID || s.Name != "" && which == s.Name || which == s.Label || which == s.Device || which == s.Attached || which == s.Listen {
 		return true
 	}
 	a, err1 := os.Stat(which)
@@ -415,8 +417,8 @@ func (s *status) is(which string) bool {
 	return err1 == nil && err2 == nil && os.SameFile(a, b)
 }
 
-const whichHelp = `The volume is named by its label or UUID, its backing or kernel device, or by the
-daemon's control socket.`
+const whichHelp = `The volume is named by its name in hostcrypttab, its label or UUID, its backing or
+kernel device, or by the daemon's control socket.`
 
 func (a *app) statusCommand() *cobra.Command {
 	c := &cobra.Command{
@@ -460,8 +462,8 @@ func (s *status) print(w io.Writer) {
 		fmt.Fprintln(w, printable(fmt.Sprintf("%-10s "+format, append([]any{name + ":"}, args...)...)))
 	}
 	name := s.UUID
-	if s.Label != "" {
-		name = s.Label + " (" + s.UUID + ")"
+	if known := cmp.Or(s.Name, s.Label); known != "" {
+		name = known + " (" + s.UUID + ")"
 	}
 	p("volume", "%s", name)
 	p("device", "%s", s.Device)

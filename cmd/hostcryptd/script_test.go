@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"reflect"
 	"regexp"
 	"strconv"
 	"strings"
@@ -217,39 +216,6 @@ func cmdMeasure(ts *testscript.TestScript, neg bool, args []string) {
 		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: sum[:]}}},
 	}.Execute(tpm)
 	ts.Check(err)
-}
-
-func TestTab(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "tab")
-	text := "# comment\n\ndata\t/dev/sdx  - tpm=/t,cloud=/c,read-only,attach=/dev/nbd3,x-systemd.device-timeout=5 # more\n" +
-		"qemu UUID=12-34 /root/hk listen=/run/q.sock\nboth /dev/sdy none attach=/dev/nbd1,listen=/s\n" +
-		"plain /dev/sdz\nbad /dev/sdz - read-only=no\nbad2 /dev/sdz - bogus\nbad3 sdz\nbad4 /dev/sdz - attach\nbad5 /dev/x - a b\n"
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]*serveOptions{
-		"data":  {device: "/dev/sdx", name: "data", readOnly: true, attach: "/dev/nbd3", keys: keyFlags{tpm: "/t", cloud: "/c"}},
-		"qemu":  {device: "/dev/disk/by-uuid/12-34", name: "qemu", listen: "/run/q.sock", keys: keyFlags{hostKey: "/root/hk"}},
-		"both":  {device: "/dev/sdy", name: "both", attach: "/dev/nbd1", listen: "/s"},
-		"plain": {device: "/dev/sdz", name: "plain", attach: "auto"},
-		"bad":   nil, "bad2": nil, "bad3": nil, "bad4": nil, "bad5": nil, "none": nil,
-	} {
-		var got serveOptions
-		e, err := lookup(file, name)
-		if err == nil {
-			got.device = e.device
-			err = e.apply(&got)
-		}
-		if want == nil {
-			if err == nil {
-				t.Errorf("%s: accepted as %+v", name, got)
-			}
-			continue
-		}
-		if err != nil || !reflect.DeepEqual(got, *want) {
-			t.Errorf("%s: %+v, %v, want %+v", name, got, err, *want)
-		}
-	}
 }
 
 func TestExitCodes(t *testing.T) {

@@ -60,8 +60,8 @@ func (a *app) serveCommand() *cobra.Command {
 		Use:   "serve DEVICE|NAME",
 		Short: "serve a volume, in the foreground",
 		Long: `serve unseals the volume on DEVICE and serves it until SIGTERM or 'hostcryptd
-detach'. An argument without a slash that is no file either is a NAME in
-` + tabFile + `.
+detach'. An argument without a slash is a NAME in ` + tabFile + `, if it is
+there; a file of that name is ./NAME.
 
 --listen offers the volume on a Unix socket, for QEMU and libnbd clients; --attach
 makes it a device of this kernel; --tcp lets other hosts connect, by TLS and with
@@ -84,7 +84,18 @@ With --attach there are two processes: a keeper, which was started, and its chil
 the server. If the server is killed or crashes, the keeper starts another one, which
 needs neither the vault nor the program's file; I/O waits meanwhile, and no request
 fails. Clients of --listen and --tcp have to connect again. If both are killed, I/O
-waits for up to an hour for 'serve' to be started again with the same volume.`,
+waits for up to an hour for 'serve' to be started again with the same volume.
+
+A line of ` + tabFile + ` has the form of crypttab(5): name, device (a path, UUID=,
+LABEL=, PARTUUID= or PARTLABEL=), key and options. The key is the path of the host key
+file, /dev/urandom for --random-key, or - for what the header says. Options are flags
+without their dashes, such as on-revocation=freeze or read-only, and words of crypttab:
+nofail and noauto; _netdev for what is only needed after local-fs.target; timeout=TIME,
+which is --unseal-timeout; x-systemd.device-timeout=TIME for the device; swap and
+tmp[=TYPE], which make swap or a file system on a volume that holds neither. A line
+without attach, listen or tcp is attached. hostcryptd-generator makes a service of each
+line, 'systemctl status hostcryptd@NAME', and orders what uses /dev/hostcryptd/NAME
+after it. At shutdown the service goes on until the last file system is unmounted.`,
 		Example: `  hostcryptd serve /dev/sdb --attach auto
   hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control
   hostcryptd serve /dev/disk/by-partlabel/swap --random-key --attach /dev/nbd8`,
@@ -93,16 +104,15 @@ waits for up to an hour for 'serve' to be started again with the same volume.`,
 			o.device = args[0]
 			wait := time.Duration(0)
 			if !strings.Contains(o.device, "/") {
-				if _, err := os.Stat(o.device); err != nil {
-					e, err := lookup(tabFile, o.device)
-					if err != nil {
-						return err
-					}
-					o.device = e.device
-					if err := e.apply(&o); err != nil {
-						return err
-					}
-					wait = tabDeviceWait
+				e, err := lookup(tabFile, o.device)
+				if err == nil {
+					o.device, o.name, wait = e.unit.Device, e.unit.Name, tabDeviceWait
+					err = e.apply(c.Flags())
+				} else if _, serr := os.Stat(o.device); serr == nil && exitCode(err) == codeDevice {
+					err = nil // a file, and no name
+				}
+				if err != nil {
+					return err
 				}
 			}
 			inherited, err := systemd.Listeners()
@@ -430,6 +440,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		}
 		if k != nil {
 			err = errors.Join(err, k.detach(claimed))
+			d.forgetUdev(k.index)
 		}
 		stopServing(errStopping)
 		serving.Wait()
@@ -460,6 +471,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
+		d.waitUdev(ctx, k.index)
 	}
 
 	size, _ := d.volume.Size()
@@ -536,6 +548,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		d.log.Warn("going on with a kernel device whose server has died", zap.String("attached", nbdnl.Path(found)))
 		d.index = found
 	}
+	d.tellUdev()
 	k := &kernelDevice{conn: conn, index: d.index}
 	again := d.index >= 0
 	if again {

@@ -5,122 +5,399 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
+
+	"github.com/spf13/pflag"
+
+	"hostcryptd/systemd"
 )
 
 // tabFile lists volumes by name, in the form of crypttab(5): a name, a device,
-// a key and options, separated by blanks, with # before a comment.
+// a key and options, separated by blanks. As there, # begins a comment only
+// where a line begins, and nothing is quoted but what follows UUID= and its like.
 const tabFile = "/etc/hostcrypttab"
 
 // A tabEntry is one line of it.
 type tabEntry struct {
-	name, device string
-	hostKey      string // "" and "-" are the default
-	options      []string
+	line int
+	unit systemd.Volume // what concerns who starts the service; Name and Device are set
+	// flags of serve that the line sets, in its order.
+	flags []tabFlag
+	// err says what is wrong with the line, whose name is known.
+	err error
+}
+
+type tabFlag struct{ name, value string }
+
+// A tabWord is what a word of the fourth field means: a flag of serve, or
+// something for who starts the service.
+type tabWord struct {
+	flag  string
+	value int // noValue and so on
+	set   func(e *tabEntry, value string) error
+	no    string // why it is refused
+}
+
+// What a word is followed by.
+const (
+	noValue = iota
+	someText
+	someTime // of systemd.time(7); a number alone is in seconds, as in crypttab
+	maybeText
+)
+
+// tabWords are the words of crypttab(5) that make sense here, and the flags of
+// serve.
+var tabWords = map[string]tabWord{
+	"defaults": {}, "luks": {},
+	"noauto":  {set: func(e *tabEntry, _ string) error { e.unit.NoAuto = true; return nil }},
+	"nofail":  {set: func(e *tabEntry, _ string) error { e.unit.NoFail = true; return nil }},
+	"_netdev": {set: func(e *tabEntry, _ string) error { e.unit.NetDev = true; return nil }},
+	"x-systemd.device-timeout": {value: someTime, set: func(e *tabEntry, value string) error {
+		d, err := parseSpan(value)
+		e.unit.DeviceTimeout = &d
+		return err
+	}},
+	"read-only": {flag: "read-only"}, "readonly": {flag: "read-only"},
+	"discard": {flag: "discard"},
+	"timeout": {flag: "unseal-timeout", value: someTime},
+	"swap": {set: func(e *tabEntry, _ string) error {
+		e.unit.Swap = true
+		return e.makeFS("swap")
+	}},
+	"tmp": {value: maybeText, set: func(e *tabEntry, value string) error {
+		if value == "" {
+			value = "ext4"
+		}
+		return e.makeFS(value)
+	}},
+	"header": {no: "a detached header isn't supported; the header is at the start of the device"},
+	"offset": {no: "the header says where the data begins"}, "skip": {no: "the header says where the data begins"},
+	"size": {no: "it is in the header"}, "cipher": {no: "it is always aes-xts-plain64"}, "hash": {no: "there is no passphrase"},
+	"plain": {no: "there is no volume without a header; for a key that is drawn at each boot, the key is /dev/urandom"},
+
+	"attach": {flag: "attach", value: someText}, "listen": {flag: "listen", value: someText},
+	"tcp": {flag: "tcp", value: someText}, "tls-certificates": {flag: "tls-certificates", value: someText},
+	"connections": {flag: "connections", value: someText}, "direct": {flag: "direct"},
+	"sector-size": {flag: "sector-size", value: someText}, "control": {flag: "control", value: someText},
+	"identity": {flag: "identity", value: someText}, "tpm": {flag: "tpm", value: someText}, "cloud": {flag: "cloud", value: someText},
+	"require-pin": {flag: "require-pin"}, "signer": {flag: "signer", value: someText}, "pins": {flag: "pins", value: someText}, "audit-log": {flag: "audit-log", value: someText},
+	"on-revocation": {flag: "on-revocation", value: someText}, "expired-key": {flag: "expired-key", value: someText},
+	"heartbeat": {flag: "heartbeat", value: someTime}, "grace": {flag: "grace", value: someTime},
+	"max-offline": {flag: "max-offline", value: someTime}, "confirm": {flag: "confirm", value: someTime},
+	"rotate-check": {flag: "rotate-check", value: someTime},
+}
+
+// randomKeys are the key files of crypttab that stand for a key of this boot.
+var randomKeys = map[string]bool{"random": true, "/dev/urandom": true, "/dev/random": true, "/dev/hw_random": true}
+
+// readTab reads a table. What is wrong with a line is the error of its entry,
+// or, if it has no name, in bad.
+func readTab(file string) (entries []*tabEntry, bad []error, err error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, nil, err
+	}
+	entries, bad = parseTab(string(b))
+	for _, e := range entries {
+		if e.err != nil {
+			e.err = usagef("%s line %d: %w", file, e.line, e.err)
+		}
+	}
+	for i, err := range bad {
+		bad[i] = usagef("%s %w", file, err)
+	}
+	return entries, bad, nil
+}
+
+func parseTab(text string) (entries []*tabEntry, bad []error) {
+	first := map[string]*tabEntry{}
+	n := 0
+	for line := range strings.Lines(text) {
+		n++
+		f := strings.Fields(line)
+		if len(f) == 0 || strings.HasPrefix(f[0], "#") {
+			continue
+		}
+		name := f[0]
+		if err := checkTabName(name); err != nil {
+			bad = append(bad, fmt.Errorf("line %d: %w", n, err))
+			continue
+		}
+		e := &tabEntry{line: n, unit: systemd.Volume{Name: name}}
+		e.err = e.parse(f[1:])
+		if before := first[name]; before != nil {
+			// Which of the two is meant is nobody's to guess.
+			before.err = errors.Join(before.err, fmt.Errorf("line %d has the name %s too", n, name))
+			continue
+		}
+		first[name] = e
+		entries = append(entries, e)
+	}
+	return entries, bad
+}
+
+// checkTabName allows what can be part of a unit's and of a file's name as it is.
+func checkTabName(name string) error {
+	ok := len(name) <= 64 && name != "." && name != ".." && name[0] != '-'
+	for _, c := range name {
+		ok = ok && (c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("_.-", c))
+	}
+	if !ok {
+		return fmt.Errorf("%q is no name for a volume: that is up to 64 letters, digits and _ . -", name)
+	}
+	return nil
+}
+
+// parse reads the fields after the name.
+func (e *tabEntry) parse(f []string) error {
+	if len(f) == 0 {
+		return errors.New("no device; a line is: name device [key [options]]")
+	}
+	// crypttab ignores what is behind the fourth field, which is most often a
+	// comment. Here it has to be one.
+	if len(f) > 3 && !strings.HasPrefix(f[3], "#") {
+		return fmt.Errorf("%d fields; a line is: name device [key [options]]", 1+len(f))
+	}
+	var err error
+	if e.unit.Device, err = tabDevice(f[0]); err != nil {
+		return err
+	}
+	// All of it is read, whatever is wrong with a part: what waits for the volume
+	// is to fail with it, and not after a timeout.
+	var errs []error
+	if len(f) > 2 {
+		for word := range strings.SplitSeq(f[2], ",") {
+			if err := e.option(word); err != nil {
+				errs = append(errs, fmt.Errorf("option %q: %w", word, err))
+			}
+		}
+	}
+	errs = append(errs, e.where())
+	e.unit.Network = true
+	if len(f) > 1 {
+		errs = append(errs, e.key(f[1]))
+	}
+	for _, f := range e.flags {
+		e.unit.Network = e.unit.Network || f.name == "tcp"
+	}
+	return errors.Join(errs...)
+}
+
+// key reads the third field.
+func (e *tabEntry) key(s string) error {
+	switch {
+	case s == "-" || s == "none":
+		return nil
+	case randomKeys[s]:
+		e.unit.Network = false
+		e.flags = append(e.flags, tabFlag{"random-key", "true"})
+		return nil
+	case strings.HasPrefix(s, "https://"):
+		return fmt.Errorf("key %q: which vault opens a volume is in its header; here it is -", s)
+	case !filepath.IsAbs(s):
+		return fmt.Errorf("key %q: it is the path of the host key file, /dev/urandom for a key of this boot, or -", s)
+	}
+	e.unit.KeyFile = s
+	e.flags = append(e.flags, tabFlag{"host-key", s})
+	return nil
+}
+
+// option reads a word of the fourth field.
+func (e *tabEntry) option(word string) error {
+	name, value, hasValue := strings.Cut(word, "=")
+	w, ok := tabWords[name]
+	switch {
+	case name == "" && !hasValue:
+		return nil
+	case !ok && strings.HasPrefix(name, "x-"):
+		return nil // for others, as in crypttab
+	case !ok:
+		return errors.New("it is not known")
+	case w.no != "":
+		return errors.New(w.no)
+	case w.value == noValue && hasValue:
+		return errors.New("it takes no value")
+	case (w.value == someText || w.value == someTime) && value == "", w.value == maybeText && hasValue && value == "":
+		return errors.New("it needs a value")
+	}
+	if w.set != nil {
+		return w.set(e, value)
+	}
+	switch {
+	case w.flag == "":
+		return nil
+	case w.value == noValue:
+		value = "true"
+	case value == "infinity" && (name == "grace" || name == "confirm"):
+		return errors.New("it has an end")
+	case w.value == someTime:
+		d, err := parseSpan(value)
+		if err != nil {
+			return err
+		}
+		value = d.String()
+	}
+	e.flags = append(e.flags, tabFlag{w.flag, value})
+	return nil
+}
+
+func (e *tabEntry) makeFS(kind string) error {
+	if e.unit.MakeFS != "" {
+		return fmt.Errorf("there is to be %s on it already", e.unit.MakeFS)
+	}
+	for _, c := range kind {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+			return fmt.Errorf("%q is no type of file system", kind)
+		}
+	}
+	e.unit.MakeFS = kind
+	return nil
+}
+
+// where decides where the volume is to appear: as a kernel device, unless the
+// line says something else.
+func (e *tabEntry) where() error {
+	elsewhere := false
+	for _, f := range e.flags {
+		switch f.name {
+		case "attach":
+			e.unit.Attach = f.value
+		case "listen", "tcp":
+			elsewhere = true
+		}
+	}
+	if e.unit.Attach == "" && !elsewhere {
+		e.unit.Attach = "auto"
+		e.flags = append(e.flags, tabFlag{"attach", "auto"})
+	}
+	if e.unit.Attach == "" && e.unit.MakeFS != "" {
+		return errors.New("swap and tmp need a kernel device: attach=auto")
+	}
+	return nil
+}
+
+// apply sets the flags of serve that the line says, unless the command line has
+// them too.
+func (e *tabEntry) apply(flags *pflag.FlagSet) error {
+	if e.err != nil {
+		return e.err
+	}
+	given := map[string]bool{}
+	flags.Visit(func(f *pflag.Flag) { given[f.Name] = true })
+	if given["attach"] || given["listen"] || given["tcp"] {
+		given["attach"], given["listen"], given["tcp"] = true, true, true
+	}
+	for _, f := range e.flags {
+		if given[f.name] {
+			continue
+		}
+		if err := flags.Set(f.name, f.value); err != nil {
+			return usagef("volume %s: %w", e.unit.Name, err)
+		}
+	}
+	return nil
 }
 
 // lookup finds a name in a table.
 func lookup(file, name string) (*tabEntry, error) {
-	b, err := os.ReadFile(file)
+	entries, bad, err := readTab(file)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, withCode(codeDevice, fmt.Errorf("%q is no path, and there is no %s to look the name up in", name, file))
 	}
 	if err != nil {
 		return nil, err
 	}
-	n := 0
-	for line := range strings.Lines(string(b)) {
-		n++
-		line, _, _ = strings.Cut(line, "#")
-		f := strings.Fields(line)
-		if len(f) == 0 || f[0] != name {
-			continue
+	for _, e := range entries {
+		if e.unit.Name == name {
+			return e, e.err
 		}
-		if len(f) < 2 || len(f) > 4 {
-			return nil, usagef("%s line %d: %d fields; a line is: name device [key [options]]", file, n, len(f))
-		}
-		e := &tabEntry{name: f[0]}
-		if e.device, err = tabDevice(f[1]); err != nil {
-			return nil, usagef("%s line %d: %w", file, n, err)
-		}
-		if len(f) > 2 && f[2] != "-" && f[2] != "none" {
-			e.hostKey = f[2]
-		}
-		if len(f) > 3 {
-			e.options = strings.Split(f[3], ",")
-		}
-		return e, nil
 	}
-	return nil, withCode(codeDevice, fmt.Errorf("%s has no volume %q", file, name))
+	return nil, withCode(codeDevice, errors.Join(append([]error{fmt.Errorf("%s has no volume %q", file, name)}, bad...)...))
 }
 
 // tabDevice makes a path of the second field.
 func tabDevice(s string) (string, error) {
 	for tag, dir := range map[string]string{"UUID": "by-uuid", "LABEL": "by-label", "PARTUUID": "by-partuuid", "PARTLABEL": "by-partlabel"} {
 		if v, ok := strings.CutPrefix(s, tag+"="); ok {
-			return filepath.Join("/dev/disk", dir, strings.Trim(v, `"`)), nil
+			if n := len(v); n > 1 && (v[0] == '"' || v[0] == '\'') && v[n-1] == v[0] {
+				v = v[1 : n-1]
+			}
+			if v == "" {
+				return "", fmt.Errorf("device %q names nothing", s)
+			}
+			return filepath.Join("/dev/disk", dir, udevName(v)), nil
 		}
 	}
 	if !filepath.IsAbs(s) {
-		return "", fmt.Errorf("device %q is no absolute path and no UUID= or LABEL=", s)
+		return "", fmt.Errorf("device %q is no absolute path and no UUID=, LABEL=, PARTUUID= or PARTLABEL=", s)
 	}
-	return s, nil
+	return filepath.Clean(s), nil
 }
 
-// apply puts the options of an entry into those of serve. Words that concern
-// only who starts the service, not the service, are skipped; a word that
-// nobody knows is an error.
-func (e *tabEntry) apply(o *serveOptions) error {
-	o.name = e.name
-	if e.hostKey != "" {
-		o.keys.hostKey = e.hostKey
-	}
-	attach, listen := "", ""
-	for _, word := range e.options {
-		name, value, hasValue := strings.Cut(word, "=")
-		var err error
-		switch name {
-		case "", "defaults", "noauto", "nofail", "_netdev", "luks":
-		case "read-only", "readonly":
-			o.readOnly = true
-		case "discard":
-			o.discard = true
-		case "require-pin":
-			o.requirePin = true
-		case "attach":
-			attach = value
-		case "listen":
-			listen = value
-		case "identity":
-			o.keys.identity = value
-		case "tpm":
-			o.keys.tpm = value
-		case "signer":
-			o.keys.signer = value
-		case "cloud":
-			o.keys.cloud = value
-		case "timeout":
-			o.unsealTimeout, err = time.ParseDuration(value)
+// udevName writes a label as udev does in the name of a link: what isn't plain
+// becomes \xNN.
+func udevName(label string) string {
+	var b strings.Builder
+	for len(label) > 0 {
+		r, n := utf8.DecodeRuneInString(label)
+		c := label[0]
+		switch {
+		case n > 1, c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.ContainsRune("#+-.:=@_", r):
+			b.WriteString(label[:n])
 		default:
-			if strings.HasPrefix(name, "x-") {
-				continue // for who starts the service, as in crypttab
-			}
-			err = errors.New("it is not known")
+			fmt.Fprintf(&b, `\x%02x`, c)
 		}
-		if takesValue := slices.Contains([]string{"attach", "listen", "identity", "tpm", "cloud", "timeout"}, name); err == nil && takesValue != (hasValue && value != "") {
-			err = map[bool]error{true: errors.New("it needs a value"), false: errors.New("it takes no value")}[takesValue]
-		}
-		if err != nil {
-			return usagef("%s: volume %s: option %q: %w", tabFile, e.name, word, err)
-		}
+		label = label[n:]
 	}
-	if attach == "" && listen == "" {
-		attach = "auto"
-	}
-	if o.attach == "" && o.listen == "" {
-		o.attach, o.listen = attach, listen
-	}
-	return nil
+	return b.String()
 }
+
+// parseSpan reads a time span of systemd.time(7): numbers with units, of which
+// seconds can be left out. Infinity is 0, which to the flags means never.
+func parseSpan(s string) (time.Duration, error) {
+	if s == "infinity" {
+		return 0, nil
+	}
+	var total time.Duration
+	rest := strings.TrimSpace(s)
+	if rest == "" {
+		return 0, errors.New("it needs a time")
+	}
+	for rest != "" {
+		n := strings.IndexFunc(rest, func(r rune) bool { return (r < '0' || r > '9') && r != '.' })
+		if n < 0 {
+			n = len(rest)
+		}
+		number, tail := rest[:n], strings.TrimLeft(rest[n:], " ")
+		n = strings.IndexFunc(tail, func(r rune) bool { return r < 'a' || r > 'z' })
+		if n < 0 {
+			n = len(tail)
+		}
+		unit, ok := spanUnits[tail[:n]]
+		v, err := strconv.ParseFloat(number, 64)
+		if !ok || err != nil || v > float64(1<<62)/float64(unit) {
+			return 0, fmt.Errorf("%q is no time: 30, 90s, 1min 30s, 2h", s)
+		}
+		total += time.Duration(v * float64(unit))
+		rest = strings.TrimLeft(tail[n:], " ")
+	}
+	return total, nil
+}
+
+var spanUnits = func() map[string]time.Duration {
+	m := map[string]time.Duration{}
+	for unit, names := range map[time.Duration]string{
+		time.Microsecond: "us usec", time.Millisecond: "ms msec", time.Second: "s sec second seconds",
+		time.Minute: "m min minute minutes", time.Hour: "h hr hour hours", 24 * time.Hour: "d day days", 7 * 24 * time.Hour: "w week weeks",
+	} {
+		for name := range strings.FieldsSeq(names) {
+			m[name] = unit
+		}
+	}
+	m[""] = time.Second
+	return m
+}()

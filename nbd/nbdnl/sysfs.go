@@ -121,6 +121,20 @@ func SetRequestTimer(index int, d time.Duration) error {
 	return nil
 }
 
+// Announce has the kernel tell udev that the device has changed. It does so by
+// itself when the size changes, which is before all attributes are there.
+func Announce(index int) error {
+	f, err := os.OpenFile(attribute(index, "uevent"), os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteString("change")
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("nbdnl: announcing %s: %w", Path(index), err)
+	}
+	return nil
+}
+
 // Find returns the index of the device that was attached with a backend string,
 // or FirstFree.
 func Find(backend string) int {

@@ -59,7 +59,8 @@ const (
 var masked = []string{
 	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
 	"fstrim.timer", "getty@tty1.service", "serial-getty@ttyS0.service", "ldconfig.service",
-	"systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-update-utmp.service",
+	"systemd-hwdb-update.service", "systemd-journal-catalog-update.service", "systemd-update-utmp.service", "systemd-update-utmp-runlevel.service",
+	"kexec-load.service", "kexec.service", "dracut-shutdown.service", "systemd-logind.service", "systemd-binfmt.service", "proc-sys-fs-binfmt_misc.automount",
 }
 
 const agentUnit = `[Unit]
@@ -71,6 +72,13 @@ Type=exec
 ExecStart=` + SystemDir + `/guest agent
 StandardOutput=journal+console
 StandardError=journal+console
+`
+
+// emergencyDropIn is for a boot that has failed: nobody will log in.
+const emergencyDropIn = `[Service]
+ExecStartPre=
+ExecStart=
+ExecStart=` + SystemDir + `/guest emergency
 `
 
 // A System is a machine whose PID 1 is systemd: Debian's own, with hostcryptd
@@ -119,6 +127,9 @@ func (l *Lab) System(ctx context.Context, logf func(format string, args ...any))
 	s.base.AddFile(path.Join(SystemDir, "guest"), guest, 0o755)
 	s.base.AddBytes(path.Join(unitDir, AgentUnit), []byte(agentUnit), 0o644)
 	s.base.AddSymlink(path.Join(wants, AgentUnit), "../"+AgentUnit)
+	for _, unit := range []string{"emergency.service", "rescue.service"} {
+		s.base.AddBytes(path.Join(unitDir, unit+".d", "test.conf"), []byte(emergencyDropIn), 0o644)
+	}
 	for _, unit := range masked {
 		s.base.AddSymlink(path.Join(unitDir, unit), "/dev/null")
 	}
@@ -136,14 +147,10 @@ func (s *System) install(ctx context.Context) error {
 		return err
 	}
 	dir := filepath.Join(s.lab.Dir, "install")
-	if _, err := Run(ctx, filepath.Dir(strings.TrimSpace(string(mod))), "make", "-s", "install", "DESTDIR="+dir); err != nil {
+	if _, err := Run(ctx, filepath.Dir(strings.TrimSpace(string(mod))), "make", "-s", "-o", "build", "install", "BIN="+s.lab.Hostcryptd, "DESTDIR="+dir); err != nil {
 		return err
 	}
-	if err := s.base.AddTree("/", dir); err != nil {
-		return err
-	}
-	s.base.AddFile("/usr/sbin/hostcryptd", s.lab.Hostcryptd, 0o755)
-	return nil
+	return s.base.AddTree("/", dir)
 }
 
 // NewRoot makes a disk with a root file system of its own, at name. It may be

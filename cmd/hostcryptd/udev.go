@@ -1,0 +1,80 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+
+	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/systemd"
+)
+
+// udev gives the kernel device its names, by systemd/hostcryptd.rules. What the
+// rules can't know is in a file, which is there before the device is.
+
+// udevFile is read by the rules: the device's backend attribute is in its name.
+func (d *daemon) udevFile() string { return filepath.Join(runDir, d.backend()+".udev") }
+
+// tellUdev writes the file. A device without names works too.
+func (d *daemon) tellUdev() {
+	if os.Geteuid() != 0 {
+		return
+	}
+	text := fmt.Sprintf("HOSTCRYPTD_UUID=%s\n", d.uuid)
+	if d.opts.name != "" {
+		text += fmt.Sprintf("HOSTCRYPTD_NAME=%s\n", d.opts.name)
+	}
+	err := os.MkdirAll(runDir, 0o700)
+	if err == nil {
+		err = os.WriteFile(d.udevFile(), []byte(text), 0o600)
+	}
+	if err != nil {
+		d.log.Warn("udev was not told the device's names", zap.Error(err))
+	}
+}
+
+// udevLimit bounds the wait for udev, whose queue is long early in boot.
+const udevLimit = 30 * time.Second
+
+// waitUdev waits until the device has its name: what is ordered after the
+// service opens it by that.
+func (d *daemon) waitUdev(ctx context.Context, index int) {
+	if os.Geteuid() != 0 {
+		return
+	}
+	// The kernel says that the device has a size before it shows its backend.
+	if err := nbdnl.Announce(index); err != nil {
+		d.log.Warn("udev was not told of the device", zap.Error(err))
+	}
+	if _, err := os.Stat("/run/udev/control"); err != nil || d.opts.name == "" {
+		return
+	}
+	link, want := filepath.Join(systemd.VolumeDir, d.opts.name), nbdnl.Path(index)
+	for begun := time.Now(); time.Since(begun) < udevLimit; {
+		if got, err := filepath.EvalSymlinks(link); err == nil && got == want {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	d.log.Warn("udev has not made the device's name; are hostcryptd's udev rules installed?", zap.String("name", link))
+}
+
+// forgetUdev has udev take the names away.
+func (d *daemon) forgetUdev(index int) {
+	if os.Geteuid() != 0 {
+		return
+	}
+	err := os.Remove(d.udevFile())
+	if err = errors.Join(err, nbdnl.Announce(index)); err != nil {
+		d.log.Debug("udev was not told that the device is gone", zap.Error(err))
+	}
+}
