@@ -3,10 +3,15 @@
 package vm
 
 import (
+	"bytes"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
+	"hostcryptd/test/vm/evidence"
 	"hostcryptd/test/vm/report"
 	"hostcryptd/test/vm/vmtest"
 )
@@ -63,9 +68,154 @@ func (l *systemLab) bootSystem(t *testing.T, b vmtest.SystemBoot) *vmtest.Result
 	return r
 }
 
-func testSystemBoot(t *testing.T, l *systemLab) {
+// volumeDisks are the disks of a machine whose /var, swap and /data are volumes.
+func (l *systemLab) volumeDisks(t *testing.T) []vmtest.Disk {
+	return []vmtest.Disk{l.sparse(t, "var", 256<<20), l.sparse(t, "data", 64<<20), l.sparse(t, "swap", 64<<20)}
+}
+
+// volumeFiles are what the administrator of such a machine has written. The key
+// of data is in a vault that comes up late.
+func volumeFiles() *vmtest.Image {
+	f := vmtest.NewFiles()
+	f.AddBytes("/etc/hostcrypttab", []byte(`# name device key options
+var   UUID=11111111-1111-4111-8111-111111111111  /etc/hostcryptd/host.key  discard
+data  /dev/disk/by-id/virtio-data  -  x-systemd.device-timeout=30,timeout=infinity
+swap  /dev/disk/by-id/virtio-swap  /dev/urandom  swap
+`), 0o600)
+	f.AddBytes("/etc/fstab", []byte(`/dev/hostcryptd/var  /var  ext4 defaults 0 2
+/dev/hostcryptd/data /data ext4 defaults 0 2
+/dev/hostcryptd/swap none  swap sw       0 0
+`), 0o644)
+	f.AddBytes("/etc/systemd/system/late-vault.service", []byte(`[Unit]
+DefaultDependencies=no
+[Service]
+ExecStart=`+vmtest.SystemDir+`/guest late-vault
+`), 0o644)
+	f.AddSymlink("/etc/systemd/system/sysinit.target.wants/late-vault.service", "../late-vault.service")
+	return f
+}
+
+// A volumeSystem is a machine with volumes in its tables, which SystemdBoot makes
+// and Shutdown uses.
+type volumeSystem struct {
+	*systemLab
+	disks []vmtest.Disk
+}
+
+// make boots a machine that makes its volumes, once.
+func (s *volumeSystem) make(t *testing.T) *vmtest.Result {
+	t.Helper()
+	if s.disks != nil {
+		return nil
+	}
+	disks := append(s.volumeDisks(t), s.root(t, "volumes"))
+	r := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-prepare", Disks: disks})
+	s.disks = disks
+	return r
+}
+
+// testSystemBoot boots it with its volumes in its tables.
+func testSystemBoot(t *testing.T, s *volumeSystem) {
 	begun := time.Now()
-	root := l.root(t, "system-boot")
-	r := l.bootSystem(t, vmtest.SystemBoot{Scenario: "system-boot", Disks: []vmtest.Disk{root}})
-	l.row("SystemdBoot", time.Since(begun), r)
+	first := s.make(t)
+	if first == nil {
+		t.Fatal("it is not the first")
+	}
+	second := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-volumes", Files: volumeFiles(), Disks: s.disks})
+	s.row("SystemdBoot", time.Since(begun), first, second)
+}
+
+// testShutdown powers it off while /var can't be unmounted, and looks at the file
+// systems at the next boot.
+func testShutdown(t *testing.T, s *volumeSystem) {
+	begun := time.Now()
+	s.make(t)
+	params := map[string]string{"canary": newCanary()}
+	first := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-busy", Params: params, Files: volumeFiles(), Disks: s.disks})
+	console, err := os.ReadFile(filepath.Join(s.Dir, "system-busy.serial.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(console, []byte("Failed unmounting")) {
+		t.Error("/var was unmounted before the last moment, so nothing was shown")
+	}
+	// Said by what runs last: all keys are wiped.
+	if n := bytes.Count(console, []byte("is detached")); n != 3 {
+		t.Errorf("%d volumes were detached after the last unmount, want 3", n)
+	}
+	second := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-after", Params: params, Files: volumeFiles(), Disks: s.disks})
+	s.row("Shutdown", time.Since(begun), first, second)
+}
+
+// testLogs has a machine write logs and a core dump to /var, which is a volume,
+// and searches its disks for what was in them; and then the same where /var is a
+// plain file system.
+func testLogs(t *testing.T, l *systemLab) {
+	begun := time.Now()
+	const uuid = "33333333-3333-4333-8333-333333333333"
+	keyFile := filepath.Join(l.Dir, "logs.key")
+	encrypted := []vmtest.Disk{l.sparse(t, "var", 256<<20), l.root(t, "logs")}
+	out, err := exec.CommandContext(t.Context(), l.Hostcryptd, "format", encrypted[0].Path, "--uuid", uuid, "--host-key", keyFile,
+		"--recovery-key", keyFile+".recovery", "--yes", "--audit-log", "none", "--pins", filepath.Join(l.Dir, "logs-pins")).CombinedOutput()
+	if err != nil {
+		t.Fatalf("hostcryptd format: %v: %s", err, out)
+	}
+	params := map[string]string{"canary": newCanary()}
+	files := vmtest.NewFiles()
+	files.AddFile("/etc/hostcryptd/host.key", keyFile, 0o600)
+	// The core dump as it is, so that it can be searched.
+	files.AddBytes("/etc/systemd/coredump.conf", []byte("[Coredump]\nCompress=no\n"), 0o644)
+	files.AddBytes("/etc/systemd/journald.conf", []byte("[Journal]\nStorage=persistent\nCompress=no\n"), 0o644)
+	files.AddBytes("/etc/hostcrypttab", []byte("var UUID="+uuid+" /etc/hostcryptd/host.key tmp=ext4\n"), 0o600)
+	files.AddBytes("/etc/fstab", []byte("/dev/hostcryptd/var /var ext4 defaults 0 2\n"), 0o644)
+	first := l.bootSystem(t, vmtest.SystemBoot{Scenario: "system-logs", Params: params, Files: files, Disks: encrypted})
+	bytes, hits := searchDisks(t, params["canary"], encrypted)
+	if slices.Max(hits) > 0 {
+		t.Errorf("on the raw disks the canaries are there %v times", hits)
+	}
+
+	plain := []vmtest.Disk{l.sparse(t, "plain", 256<<20), l.root(t, "logs-plain")}
+	if _, err := vmtest.Run(t.Context(), "", "mkfs.ext4", "-q", plain[0].Path); err != nil {
+		t.Fatal(err)
+	}
+	files.AddBytes("/etc/hostcrypttab", nil, 0o600)
+	files.AddBytes("/etc/fstab", []byte("/dev/disk/by-id/virtio-plain /var ext4 defaults 0 2\n"), 0o644)
+	second := l.bootSystem(t, vmtest.SystemBoot{Name: "system-logs-plain", Scenario: "system-logs", Params: params, Files: files, Disks: plain})
+	plainBytes, control := searchDisks(t, params["canary"], plain)
+	if slices.Min(control) == 0 {
+		t.Errorf("control: on plain disks the canaries are there %v times, want all of them", control)
+	}
+	t.Logf("whole-host search: %d disks, %d bytes written, canaries in journal, application log and core dump: %v hits; control: %d bytes, %v hits",
+		len(encrypted), bytes, hits, plainBytes, control)
+	l.row("Logs", time.Since(begun), first, second)
+}
+
+// searchDisks counts the canaries of the scenario system-logs on raw disks, and the
+// bytes that were looked at: all that were ever written.
+func searchDisks(t *testing.T, canary string, disks []vmtest.Disk) (size int64, hits []int) {
+	t.Helper()
+	needles := [][]byte{[]byte(canary + "-IN-THE-JOURNAL"), []byte(canary + "-OF-AN-APPLICATION"), []byte(canary + "-IN-A-CORE-DUMP")}
+	hits = make([]int, len(needles))
+	for _, d := range disks {
+		f, err := os.Open(d.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		extents, err := evidence.Extents(f, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		counts, err := evidence.Search(f, extents, needles...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, n := range counts {
+			hits[i] += n
+		}
+		for _, e := range extents {
+			size += e.Len
+		}
+	}
+	return size, hits
 }

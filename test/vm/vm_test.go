@@ -188,7 +188,10 @@ func TestVM(t *testing.T) {
 	t.Run("HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) })
 	t.Run("LogWrites", func(t *testing.T) { testLogWrites(t, l) })
 	t.Run("DiskErrors", func(t *testing.T) { testDiskErrors(t, l) })
-	t.Run("SystemdBoot", func(t *testing.T) { testSystemBoot(t, l.systems(t)) })
+	volumes := &volumeSystem{}
+	t.Run("SystemdBoot", func(t *testing.T) { volumes.systemLab = l.systems(t); testSystemBoot(t, volumes) })
+	t.Run("Shutdown", func(t *testing.T) { volumes.systemLab = l.systems(t); testShutdown(t, volumes) })
+	t.Run("Logs", func(t *testing.T) { testLogs(t, l.systems(t)) })
 }
 
 // testRevoke takes the key away from a volume that is being written to. It has

@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"hostcryptd/test/vm/report"
 )
 
 func main() {
@@ -46,7 +48,13 @@ func subcommand(args []string) error {
 	case insideNamespaces:
 		return runInNamespaces(args[1:])
 	case "agent":
-		return runAgent()
+		return runAgent(runFromCommandLine)
+	case "emergency":
+		return runAgent(func(*report.Writer) error { return errors.New("the boot has failed: systemd is in emergency mode") })
+	case "busy":
+		return runBusy()
+	case "late-vault":
+		return runLateVault()
 	case "vault":
 		return runVault(args[1:])
 	}

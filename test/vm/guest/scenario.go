@@ -41,7 +41,11 @@ var scenarios = map[string]func(*machine) error{
 	"logwrites":        logWrites,
 	"disk-errors":      diskErrors,
 
-	"system-boot": systemBoot,
+	"system-prepare": systemPrepare,
+	"system-volumes": systemVolumes,
+	"system-busy":    systemBusy,
+	"system-after":   systemAfter,
+	"system-logs":    systemLogs,
 }
 
 func (m *machine) runScenario(name string) error {

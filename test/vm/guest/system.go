@@ -9,7 +9,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -102,13 +105,13 @@ func copyTree(to, from string) error {
 }
 
 // runAgent is what the unit runs: a scenario of a machine with systemd.
-func runAgent() error {
+func runAgent(scenario func(*report.Writer) error) error {
 	events, err := openEventPort()
 	if err != nil {
 		return err
 	}
 	w := report.NewWriter(events, uptime)
-	if err := runFromCommandLine(w); err != nil {
+	if err := scenario(w); err != nil {
 		// What the units have said is the reason, most often.
 		log, _ := exec.Command("journalctl", "-b", "--no-pager", "-n", "400", "-o", "short-monotonic").Output()
 		if console, cerr := os.OpenFile("/dev/console", os.O_WRONLY, 0); cerr == nil {
@@ -169,21 +172,370 @@ func (m *machine) checkSystem() error {
 	return errors.Join(bad...)
 }
 
-// systemBoot shows that the machine with systemd works.
-func systemBoot(m *machine) error {
+// The volumes of a machine with systemd, as the overlay's /etc/hostcrypttab has
+// them, by the serials of their disks. The UUIDs of those with a header are
+// fixed, so that a table can name them.
+const (
+	systemHostKey = "/etc/hostcryptd/host.key"
+	vaultState    = "/opt/hostcryptd-test" // on the root, also where /var is a volume
+)
+
+// systemPrepare makes the volumes var and data, with file systems and, on var,
+// what the root file system has in /var. data's key is in the vault, whose double
+// stays behind as a unit that comes up late: see runLateVault.
+func systemPrepare(m *machine) error {
 	if err := m.checkSystem(); err != nil {
 		return err
-	}
-	out, err := m.run("systemd-analyze", "time")
-	if err != nil {
-		return err
-	}
-	if !strings.Contains(out, "userspace") {
-		return errors.New("systemd doesn't say that the boot is finished")
 	}
 	if _, err := m.run("modprobe", "nbd"); err != nil {
 		return err
 	}
-	_, err = m.run("hostcryptd", "version")
-	return err
+	// Below /var, nothing is to be there but what a boot has written there.
+	if err := os.Setenv("HOSTCRYPTD_AUDIT_LOG", "none"); err != nil {
+		return err
+	}
+	m.state = vaultState
+	defer func() { m.state = "" }()
+	for _, v := range []struct{ serial, uuid string }{
+		{"var", "11111111-1111-4111-8111-111111111111"}, {"data", "22222222-2222-4222-8222-222222222222"},
+	} {
+		m.disk = diskBySerial(v.serial)
+		if m.disk == "" {
+			return fmt.Errorf("no disk with the serial %s", v.serial)
+		}
+		key := []string{"--host-key", systemHostKey}
+		if v.serial == "data" {
+			if err := m.startVault(); err != nil {
+				return err
+			}
+			key = append(key, "--key", keyURL)
+		}
+		args := append([]string{"format", m.disk, "--uuid", v.uuid, "--recovery-key", "/run/" + v.serial + ".recovery", "--yes"}, key...)
+		if _, err := m.run("hostcryptd", args...); err != nil {
+			return err
+		}
+		s, err := m.serve("--host-key", systemHostKey)
+		if err != nil {
+			return err
+		}
+		if !s.running() {
+			return fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, s.log.String())
+		}
+		if _, err := m.run("mkfs.ext4", "-q", s.dev); err != nil {
+			return err
+		}
+		if err := m.mount(s.dev); err != nil {
+			return err
+		}
+		if v.serial == "var" {
+			if _, err := m.run("cp", "-a", "/var/.", m.mnt); err != nil {
+				return err
+			}
+		}
+		if err := m.unmount(); err != nil {
+			return err
+		}
+		if err := s.detach(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// runLateVault is the process of a unit: the network to the vault, and the vault,
+// which come up some seconds after the volume that needs them was asked for.
+func runLateVault() error {
+	m := &machine{Writer: report.NewWriter(os.Stderr, uptime), state: vaultState}
+	time.Sleep(5 * time.Second)
+	if err := m.startVault(); err != nil {
+		return err
+	}
+	return m.vault.Wait()
+}
+
+// systemVolumes looks at a machine that has booted with /var, swap and a data
+// volume in its tables.
+func systemVolumes(m *machine) error {
+	if err := m.checkSystem(); err != nil {
+		return err
+	}
+	m.step(1, "Everything is where the tables say")
+	for _, name := range []string{"var", "swap", "data"} {
+		dev, err := filepath.EvalSymlinks("/dev/hostcryptd/" + name)
+		if err != nil {
+			return err
+		}
+		u, err := m.unit("hostcryptd@"+name+".service", "ActiveState", "ActiveEnterTimestampMonotonic", "StatusText", "NRestarts", "MainPID")
+		if err != nil {
+			return err
+		}
+		m.say("%s is %s: %v", name, dev, u)
+		if u["ActiveState"] != "active" || u["NRestarts"] != "0" {
+			return fmt.Errorf("hostcryptd@%s.service is %v", name, u)
+		}
+		d, err := m.unit(`dev-hostcryptd-`+name+`.device`, "JobTimeoutUSec", "JobRunningTimeoutUSec", "ActiveState")
+		if err != nil {
+			return err
+		}
+		if d["JobTimeoutUSec"] != "infinity" || d["JobRunningTimeoutUSec"] != "infinity" || d["ActiveState"] != "active" {
+			return fmt.Errorf("the device unit of %s is %v, want no timeout", name, d)
+		}
+		user := map[string]string{"var": "var.mount", "data": "data.mount", "swap": `dev-hostcryptd-swap.swap`}[name]
+		w, err := m.unit(user, "ActiveState", "InactiveExitTimestampMonotonic", "Job")
+		if err != nil {
+			return err
+		}
+		begun, _ := strconv.Atoi(w["InactiveExitTimestampMonotonic"])
+		ready, _ := strconv.Atoi(u["ActiveEnterTimestampMonotonic"])
+		if w["ActiveState"] != "active" || begun < ready || ready == 0 {
+			return fmt.Errorf("%s is %v, and its volume was ready at %d us", user, w, ready)
+		}
+		m.figure(name+" ready", float64(ready)/1e6, "s")
+		// No watch of udev's.
+		stat, err := os.Stat(dev)
+		if err != nil {
+			return err
+		}
+		rdev := stat.Sys().(*syscall.Stat_t).Rdev
+		if _, err := os.Lstat(fmt.Sprintf("/run/udev/watch/b%d:%d", unix.Major(rdev), unix.Minor(rdev))); err == nil {
+			return fmt.Errorf("udev watches %s", dev)
+		}
+	}
+	if _, err := os.Stat("/dev/disk/by-hostcryptd-uuid/22222222-2222-4222-8222-222222222222"); err != nil {
+		return err
+	}
+	// The control for the watch: udev has one on a disk that isn't ours.
+	if names, _ := filepath.Glob("/run/udev/watch/b*"); len(names) == 0 {
+		return errors.New("control: udev watches nothing")
+	}
+	if out, err := m.run("cat", "/proc/swaps"); err != nil || !strings.Contains(out, "/dev/nbd") {
+		return errors.Join(errors.New("the volume isn't swapped on"), err)
+	}
+
+	m.step(2, "What is state is where it can be found again")
+	if _, err := m.run("hostcryptd", "audit", "verify"); err != nil {
+		return err
+	}
+	log, err := os.ReadFile("/var/log/hostcryptd/audit.log")
+	if err != nil {
+		return err
+	}
+	if n := strings.Count(string(log), `"event":"unsealed"`); n < 2 {
+		return fmt.Errorf("the audit log has %d records of a volume that was opened, want at least 2: %s", n, log)
+	}
+	if _, err := os.Stat("/etc/hostcryptd/pins/11111111-1111-4111-8111-111111111111.json"); err != nil {
+		return err
+	}
+	// Below the mounted /var.
+	if _, err := m.run("mount", "--bind", "/", m.mnt); err != nil {
+		return err
+	}
+	hidden, _ := filepath.Glob(m.mnt + "/var/log/hostcryptd/*")
+	if err := m.unmount(); err != nil {
+		return err
+	}
+	if len(hidden) > 0 {
+		return fmt.Errorf("below the mounted /var there is %v", hidden)
+	}
+
+	m.step(3, "The sandbox")
+	for _, name := range []string{"var", "swap", "data"} {
+		b, err := exec.Command("hostcryptd", "status", name, "--json").Output()
+		if err != nil {
+			return fmt.Errorf("hostcryptd status %s: %w", name, err)
+		}
+		var status struct {
+			Volume struct {
+				KeyMemory string `json:"key_memory"`
+			} `json:"volume"`
+			Server struct {
+				Engine string `json:"engine"`
+			} `json:"server"`
+		}
+		if err := json.Unmarshal(b, &status); err != nil {
+			return err
+		}
+		if status.Volume.KeyMemory != "memfd_secret" || status.Server.Engine != "io_uring" {
+			return fmt.Errorf("%s has its key in %q and an engine %q", name, status.Volume.KeyMemory, status.Server.Engine)
+		}
+		warnings, err := exec.Command("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "hostcryptd@"+name+".service", "-g", `"level":"(warn|error)"`).Output()
+		if len(warnings) > 0 {
+			m.say("%s warns: %s", name, warnings)
+		} else if _, none := errors.AsType[*exec.ExitError](err); err != nil && !none {
+			return err
+		}
+		out, err := exec.Command("systemd-analyze", "security", "--no-pager", "hostcryptd@"+name+".service").Output()
+		if err != nil {
+			return fmt.Errorf("systemd-analyze security: %w", err)
+		}
+		_, score, _ := strings.Cut(string(out), "Overall exposure level for hostcryptd@"+name+".service: ")
+		score, _, _ = strings.Cut(score, " ")
+		v, err := strconv.ParseFloat(score, 64)
+		if err != nil {
+			return fmt.Errorf("systemd-analyze security: %w: %s", err, out)
+		}
+		m.figure("exposure of "+name, v, "")
+	}
+	return nil
+}
+
+// Of system-busy: the file that is open until the last moment, and how far it
+// was when the power-off was asked for.
+const (
+	busyFile = "/var/busy"
+	busyMark = "/var/busy-at-power-off"
+)
+
+// runBusy writes numbered lines to a file for as long as it lives, each of them
+// on the disk before the next one.
+func runBusy() error {
+	f, err := os.OpenFile(busyFile, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	for n := 1; ; n++ {
+		if _, err := fmt.Fprintln(f, n); err != nil {
+			return err
+		}
+		if err := f.Sync(); err != nil {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func lastLine(name string) (int, error) {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return 0, err
+	}
+	lines := strings.Fields(string(b))
+	for i, l := range lines {
+		if l != strconv.Itoa(i+1) {
+			return 0, fmt.Errorf("%s has %q in line %d", name, l, i+1)
+		}
+	}
+	return len(lines), nil
+}
+
+// systemBusy leaves a process behind that has a file of /var open, that no unit
+// stops, and that ends only when systemd-shutdown kills what is left. So /var is
+// unmounted after that.
+func systemBusy(m *machine) error {
+	if err := m.checkSystem(); err != nil {
+		return err
+	}
+	if _, err := m.run("systemd-run", "--quiet", "--unit=busy", "--property=DefaultDependencies=no", "--property=KillMode=none", vmtest.SystemDir+"/guest", "busy"); err != nil {
+		return err
+	}
+	time.Sleep(2 * time.Second)
+	n, err := lastLine(busyFile)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile("/data/written", []byte(m.canary), 0o600); err != nil {
+		return err
+	}
+	return os.WriteFile(busyMark, []byte(strconv.Itoa(n)), 0o600)
+}
+
+// systemAfter finds what systemBusy's machine has left: file systems that need no
+// repair, with all that was written.
+func systemAfter(m *machine) error {
+	if err := m.checkSystem(); err != nil {
+		return err
+	}
+	for _, name := range []string{"var", "data"} {
+		out, err := m.run("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "systemd-fsck@dev-hostcryptd-"+name+".service")
+		if err != nil {
+			return err
+		}
+		if !strings.Contains(out, ": clean,") || strings.Contains(out, "recovering journal") {
+			return fmt.Errorf("fsck found %s to be: %s", name, out)
+		}
+	}
+	out, err := m.run("journalctl", "-b", "--no-pager", "-o", "cat", "-k", "-g", "EXT4-fs")
+	if err != nil {
+		return err
+	}
+	if strings.Contains(out, "recovery complete") || strings.Contains(out, "orphan") {
+		return errors.New("a file system had to be recovered: it was not unmounted")
+	}
+	if got, err := os.ReadFile("/data/written"); err != nil || string(got) != m.canary {
+		return errors.Join(fmt.Errorf("/data/written holds %q", got), err)
+	}
+	mark, err := os.ReadFile(busyMark)
+	if err != nil {
+		return err
+	}
+	before, err := strconv.Atoi(string(mark))
+	if err != nil {
+		return err
+	}
+	n, err := lastLine(busyFile)
+	if err != nil {
+		return err
+	}
+	m.figure("lines before the power-off was asked for", float64(before), "")
+	m.figure("lines after", float64(n-before), "")
+	if n <= before {
+		return errors.New("nothing was written after the power-off was asked for, so nothing was shown")
+	}
+	return nil
+}
+
+// The canaries of systemLogs, by who writes it to /var.
+func logCanaries(canary string) map[string]string {
+	return map[string]string{"journal": canary + "-IN-THE-JOURNAL", "application": canary + "-OF-AN-APPLICATION", "core": canary + "-IN-A-CORE-DUMP"}
+}
+
+// systemLogs has the system's own services write the canary to /var: journald,
+// an application with its log, and systemd-coredump.
+func systemLogs(m *machine) error {
+	if err := m.checkSystem(); err != nil {
+		return err
+	}
+	c := logCanaries(m.canary)
+	if _, err := m.run("systemd-cat", "echo", c["journal"]); err != nil {
+		return err
+	}
+	if err := os.WriteFile("/var/log/application.log", []byte(strings.Repeat(c["application"]+"\n", 100)), 0o600); err != nil {
+		return err
+	}
+	// It has the canary in its memory, as this process has.
+	if _, err := m.run("systemd-run", "--quiet", "--wait", "--property=LimitCORE=infinity", "--property=SuccessExitStatus=ABRT", "sh", "-c", "secret="+c["core"]+"; kill -ABRT $$"); err != nil {
+		return err
+	}
+	var dump string
+	for begun := time.Now(); dump == ""; time.Sleep(100 * time.Millisecond) {
+		if names, _ := filepath.Glob("/var/lib/systemd/coredump/core.sh.*"); len(names) > 0 {
+			dump = names[0]
+		} else if time.Since(begun) > 30*time.Second {
+			return errors.New("systemd-coredump has written no dump")
+		}
+	}
+	if _, err := m.run("journalctl", "--sync"); err != nil {
+		return err
+	}
+	unix.Sync()
+	// The control: through the file systems, all three are there.
+	journals, err := filepath.Glob("/var/log/journal/*/*.journal")
+	if err != nil || len(journals) == 0 {
+		return errors.Join(errors.New("there is no journal in /var"), err)
+	}
+	for who, names := range map[string][]string{"journal": journals, "application": {"/var/log/application.log"}, "core": {dump}} {
+		n := 0
+		for _, name := range names {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				return err
+			}
+			n += strings.Count(string(b), c[who])
+		}
+		if n == 0 {
+			return fmt.Errorf("control: %v don't have the canary of the %s", names, who)
+		}
+		m.figure("canary in "+who, float64(n), "")
+	}
+	return nil
 }
