@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -66,6 +67,9 @@ type status struct {
 		Token   *int      `json:"token,omitempty"`  // the one that opened the volume
 		Random  bool      `json:"random,omitempty"` // the key is stored nowhere
 		Expires time.Time `json:"expires,omitzero"` // the vault's key
+		// Tokens are those that the header has now: an old version of a key may be
+		// disabled when none of any volume names it.
+		Tokens []tokenInfo `json:"tokens,omitempty"`
 	} `json:"key"`
 
 	Volume *volumeStatus `json:"volume,omitempty"` // once it is unsealed
@@ -123,6 +127,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
+		d.readTokens()
 		json.NewEncoder(w).Encode(d.status())
 	})
 	mux.HandleFunc("POST /v1/detach", func(w http.ResponseWriter, r *http.Request) {
@@ -248,6 +253,36 @@ func (d *daemon) requestDetach() error {
 	return nil
 }
 
+// readTokens notes which tokens the header has. A disk that hangs is not waited
+// for: what was noted before stays, and nobody else asks the disk meanwhile.
+func (d *daemon) readTokens() {
+	if !d.readingTokens.CompareAndSwap(false, true) {
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer d.readingTokens.Store(false)
+		ctx, cancel := context.WithTimeout(context.Background(), tokensTimeout)
+		defer cancel()
+		h, _, err := sector.ReadHeader(ctx, d.device)
+		if err != nil {
+			return
+		}
+		list := slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
+		d.mu.Lock()
+		d.tokens = list
+		d.mu.Unlock()
+	}()
+	select {
+	case <-done:
+	case <-time.After(tokensTimeout):
+	}
+}
+
+// tokensTimeout is less than what a client waits for a status.
+const tokensTimeout = time.Second
+
 func (d *daemon) status() *status {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -260,6 +295,7 @@ func (d *daemon) status() *status {
 	if d.link != nil {
 		s.Keeper = os.Getppid()
 	}
+	s.Key.Tokens = d.tokens
 	if d.life != nil {
 		s.Key.Snapshot = d.life.Snapshot()
 		d.lifeHost.mu.Lock()
@@ -533,6 +569,9 @@ func (s *status) printKey(p func(name, format string, args ...any)) {
 	}
 	if !k.NextTry.IsZero() {
 		p("next try", "in %v, after %d tries", max(0, time.Until(k.NextTry)).Round(time.Second), k.Attempts)
+	}
+	for _, t := range k.Tokens {
+		p(fmt.Sprintf("token %d", t.ID), "%s", t.text())
 	}
 	if !k.Expires.IsZero() {
 		p("expires", "%s", k.Expires.Format(time.DateOnly))

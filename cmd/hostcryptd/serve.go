@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode/utf8"
@@ -250,6 +251,9 @@ type daemon struct {
 	attached string // "/dev/nbd0"
 	index    int    // of that, or nbdnl.FirstFree
 	left     serverState
+	tokens   []tokenInfo // that the header had when it was last looked at
+
+	readingTokens atomic.Bool
 }
 
 // States of a daemon, as status shows them.

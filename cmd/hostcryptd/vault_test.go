@@ -98,6 +98,7 @@ func TestVaultInside(t *testing.T) {
 		double.ClearFaults()
 		double.Permit(double.System(), "get", "wrapKey", "unwrapKey")
 	}
+	t.Run("RewrapLatency", func(t *testing.T) { testRewrapLatency(t, double) })
 }
 
 // enterNetwork makes the namespace look like a machine in Azure.
