@@ -255,6 +255,9 @@ func (e *Error) hint() string {
 		case errors.Is(e.Err, fs.ErrPermission):
 			return "only root may use the TPM"
 		}
+		if strings.HasSuffix(e.Op, " pin") {
+			return "a reboot may bring the TPM back; --tpm none goes on without it, if that the TPM doesn't work is no attack"
+		}
 		return "a reboot may bring the TPM back; the key host-key needs none"
 	case ClassTPMBusy:
 		return "try again; /dev/tpmrm0 is shared, /dev/tpm0 is not"

@@ -1176,3 +1176,52 @@ func TestTokensAfterCryptsetup(t *testing.T) {
 		t.Errorf("after cryptsetup removed a token: %v", err)
 	}
 }
+
+// otherPins are pins that fail, or are none.
+type otherPins struct {
+	err    error
+	raised []Pin
+}
+
+func (p *otherPins) Load(string) (*Pin, error)   { return nil, p.err }
+func (p *otherPins) Raise(_ string, v Pin) error { p.raised = append(p.raised, v); return nil }
+func (p *otherPins) Set(_ string, v Pin) error   { return p.Raise("", v) }
+
+// TestPinsOutOfReach: pins that can't be had now are no attack, others that can't
+// be read are, and a host may be told to serve only what it knows.
+func TestPinsOutOfReach(t *testing.T) {
+	a := &kek{name: "a"}
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+	before := d.Bytes()
+	for _, tt := range []struct {
+		err     error
+		require bool
+		auth    bool
+	}{
+		{fmt.Errorf("%w: busy", ErrNoPins), false, false},
+		{errors.New("damaged"), false, true},
+		{nil, true, true},
+	} {
+		pins := &otherPins{err: tt.err}
+		o := OpenOptions{Pins: pins, RequirePin: tt.require}
+		_, adding := AddToken(t.Context(), d, ring(a).unseal, a.seal, o)
+		for _, err := range []error{opens(t, d, ring(a), o), adding} {
+			if err == nil || errors.Is(err, ErrAuth) != tt.auth || errors.Is(err, ErrNoPins) == tt.auth {
+				t.Errorf("pins with %v, required %v: %v", tt.err, tt.require, err)
+			}
+		}
+		if r, err := Verify(t.Context(), d, ring(a).unseal, o); err != nil || r.Opens || len(r.Findings) != 1 {
+			t.Errorf("pins with %v, required %v: Verify() = %+v, %v", tt.err, tt.require, r, err)
+		}
+		if pins.raised != nil {
+			t.Errorf("pins with %v were raised", tt.err)
+		}
+	}
+	if !bytes.Equal(before, d.Bytes()) {
+		t.Error("the header was changed")
+	}
+	pins := &otherPins{}
+	if err := opens(t, d, ring(a), OpenOptions{Pins: pins}); err != nil || len(pins.raised) != 1 || pins.raised[0].Generation != 1 {
+		t.Errorf("at first sight: %v, %v", err, pins.raised)
+	}
+}
