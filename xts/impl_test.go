@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"unsafe"
 )
 
 // cpuFlags says, for each tier of any build, which words of the flags (amd64) or
@@ -15,8 +14,8 @@ import (
 // what the tier's own detection should find out, from an independent source.
 var cpuFlags = map[string][]string{
 	generic.name:          {},
-	"zmm (AVX-512, VAES)": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "vaes", "vpclmulqdq"},
-	"ymm (AVX2, VAES)":    {"avx2", "vaes", "vpclmulqdq"},
+	"zmm (AVX-512, VAES)": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "vaes", "vpclmulqdq"},
+	"ymm (AVX2, VAES)":    {"avx2", "bmi2", "vaes"},
 	"xmm (AVX, AES-NI)":   {"avx", "aes", "pclmulqdq"},
 	"neon (arm64 AES)":    {"aes"},
 }
@@ -70,7 +69,7 @@ func newTestCipher(t testing.TB, tr *tier, key *[64]byte) *Cipher {
 	t.Helper()
 	const guard = alignment
 	b := bytes.Repeat([]byte{0xa5}, guard+Size+guard+alignment)
-	b = b[-addr(b)%alignment:][:guard+Size+guard]
+	b = b[-address(b)%alignment:][:guard+Size+guard]
 	c, err := newCipher(tr, b[guard:guard+Size], key)
 	if err != nil {
 		t.Fatal(err)
@@ -83,8 +82,6 @@ func newTestCipher(t testing.TB, tr *tier, key *[64]byte) *Cipher {
 	})
 	return c
 }
-
-func addr(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }
 
 // TestChoose checks what HOSTCRYPTD_XTS means.
 func TestChoose(t *testing.T) {

@@ -36,8 +36,8 @@ func (v *vector) run(t *testing.T, tr *tier) {
 	}
 	n := len(v.plaintext)
 	tests := []direction{
-		{"encrypt", v.plaintext, v.ciphertext, func(dst, src []byte) { c.encrypt(dst, src, lo, hi, n) }},
-		{"decrypt", v.ciphertext, v.plaintext, func(dst, src []byte) { c.decrypt(dst, src, lo, hi, n) }},
+		{"encrypt", v.plaintext, v.ciphertext, func(dst, src []byte) { c.tier.encrypt(c, &dst[0], src, n, lo, hi) }},
+		{"decrypt", v.ciphertext, v.plaintext, func(dst, src []byte) { c.tier.decrypt(c, &dst[0], src, n, lo, hi) }},
 	}
 	if hi == 0 {
 		tests = append(tests,

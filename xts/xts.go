@@ -54,7 +54,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/bits"
 	"os"
 	"slices"
 	"strings"
@@ -233,28 +232,21 @@ func Implementation() string { return chosen.name }
 //
 // While the call runs dst holds intermediate values: nobody else may see it.
 func (c *Cipher) EncryptSectors(dst, src []byte, first uint64, sectorSize int) {
-	c.encrypt(dst, src, first, 0, sectorSize)
+	if c.tier == nil || !simple(dst, src, sectorSize) {
+		c.check(dst, src, sectorSize)
+	}
+	if len(src) != 0 {
+		c.tier.encrypt(c, unsafe.SliceData(dst), src, sectorSize, first, 0)
+	}
 }
 
 // DecryptSectors is the inverse of [Cipher.EncryptSectors], with the same rules.
 func (c *Cipher) DecryptSectors(dst, src []byte, first uint64, sectorSize int) {
-	c.decrypt(dst, src, first, 0, sectorSize)
-}
-
-// encrypt is EncryptSectors with all 16 bytes of the first tweak, which published
-// test vectors need.
-func (c *Cipher) encrypt(dst, src []byte, lo, hi uint64, sectorSize int) {
-	c.check(dst, src, sectorSize)
-	if len(src) != 0 {
-		c.tier.encrypt(c, &dst[0], src, sectorSize, lo, hi)
+	if c.tier == nil || !simple(dst, src, sectorSize) {
+		c.check(dst, src, sectorSize)
 	}
-}
-
-// decrypt is DecryptSectors with all 16 bytes of the first tweak.
-func (c *Cipher) decrypt(dst, src []byte, lo, hi uint64, sectorSize int) {
-	c.check(dst, src, sectorSize)
 	if len(src) != 0 {
-		c.tier.decrypt(c, &dst[0], src, sectorSize, lo, hi)
+		c.tier.decrypt(c, unsafe.SliceData(dst), src, sectorSize, first, 0)
 	}
 }
 
@@ -263,17 +255,22 @@ func step(sectorSize int) uint64 {
 	return uint64(max(1, sectorSize/tweakUnit))
 }
 
-// divide returns n/d and n%d, of which d > 0 is a sector size. Those of disks are
-// powers of two, and the division instruction takes as long as several rounds of AES.
-func divide(n, d int) (quotient, remainder int) {
-	if d&(d-1) == 0 {
-		return n >> (bits.TrailingZeros(uint(d)) & 63), n & (d - 1)
-	}
-	return n / d, n % d
+// simple reports whether the arguments of EncryptSectors are as documented, and the
+// sector size is a power of two as that of any disk is. It saves the call of check: with
+// 4 KiB, ten instructions are half a percent, as the last rounds of one call leave no
+// room for them beside the first of the next.
+func simple(dst, src []byte, sectorSize int) bool {
+	d, s, n := address(dst), address(src), uintptr(len(src))
+	return uint(sectorSize-blockSize) <= maxSectorSize-blockSize && // for anything negative it is huge
+		(len(src)|sectorSize)&(sectorSize-1) == 0 &&
+		len(dst) >= len(src) &&
+		(d == s || d-s+n-1 >= 2*n-1) // that is, not -n < d-s < n
 }
 
-// check panics if the arguments of EncryptSectors are not as documented. It is
-// the only check there is: the tiers, assembly above all, rely on it.
+func address(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }
+
+// check panics if the arguments of EncryptSectors are not as documented. With simple it
+// is the only check there is: the tiers, assembly above all, rely on it.
 func (c *Cipher) check(dst, src []byte, sectorSize int) {
 	if c.tier == nil {
 		panic("xts: use of a wiped cipher")
@@ -281,7 +278,7 @@ func (c *Cipher) check(dst, src []byte, sectorSize int) {
 	if sectorSize <= 0 || sectorSize > maxSectorSize || sectorSize%blockSize != 0 {
 		panic(fmt.Sprintf("xts: sector size %d is not a multiple of %d from %[2]d to %d", sectorSize, blockSize, maxSectorSize))
 	}
-	if _, rest := divide(len(src), sectorSize); rest != 0 {
+	if len(src)%sectorSize != 0 {
 		panic(fmt.Sprintf("xts: %d bytes are not a whole number of sectors of %d bytes", len(src), sectorSize))
 	}
 	if len(dst) < len(src) {
@@ -295,9 +292,7 @@ func (c *Cipher) check(dst, src []byte, sectorSize int) {
 // partialOverlap reports whether the first len(src) bytes of dst share memory
 // with src other than by being the same. dst is not shorter than src.
 func partialOverlap(dst, src []byte) bool {
-	d := uintptr(unsafe.Pointer(unsafe.SliceData(dst)))
-	s := uintptr(unsafe.Pointer(unsafe.SliceData(src)))
-	n := uintptr(len(src))
+	d, s, n := address(dst), address(src), uintptr(len(src))
 	// Unsigned: of two different starts one difference is the distance and the
 	// other is huge, unless n is 0 and then neither is less.
 	return d != s && (d-s < n || s-d < n)

@@ -16,22 +16,21 @@ var tiers = []*tier{
 // for support by the system, too.
 func hasZMM() bool {
 	x := &cpu.X86
-	return x.HasAVX512F && x.HasAVX512BW && x.HasAVX512VL && x.HasAVX512DQ &&
+	return x.HasAVX512F && x.HasAVX512BW && x.HasAVX512VL && x.HasAVX512DQ && x.HasAVX512VBMI &&
 		x.HasAVX512VAES && x.HasAVX512VPCLMULQDQ && hasYMM()
 }
 
-// hasYMM looks for VAES and VPCLMULQDQ itself, as the package cpu does so only on
-// machines with AVX-512.
+// hasYMM looks for VAES itself, as the package cpu does so only on machines with AVX-512.
 func hasYMM() bool {
-	const vaes, vpclmulqdq = 1 << 9, 1 << 10 // CPUID leaf 7, ECX
-	if !cpu.X86.HasAVX2 || !hasXMM() {
+	const vaes = 1 << 9 // CPUID leaf 7, ECX
+	if !cpu.X86.HasAVX2 || !cpu.X86.HasBMI2 || !hasXMM() {
 		return false // also if the system doesn't save the registers
 	}
 	if last, _, _, _ := cpuid(0, 0); last < 7 {
 		return false
 	}
 	_, _, c, _ := cpuid(7, 0)
-	return c&vaes != 0 && c&vpclmulqdq != 0
+	return c&vaes != 0
 }
 
 // hasXMM asks for AVX because of its instructions with three operands. The few

@@ -4,6 +4,7 @@ package xts
 
 import (
 	"encoding/binary"
+	"math/bits"
 	"unsafe"
 )
 
@@ -47,24 +48,27 @@ func newAssembly(name string, supported bool, body int, encrypt, decrypt kernel)
 func newCrypt(body int, k kernel, inverse bool) cryptFunc {
 	return func(c *Cipher, dst *byte, src []byte, sectorSize int, lo, hi uint64) {
 		s := c.schedules()
-		if sectorSize&(body-1) != 0 || sectorSize > maxCall {
-			s.blockwise(dst, src, sectorSize, lo, hi, inverse)
-			return
-		}
 		data := &s.encrypt
 		if inverse {
 			data = &s.decrypt
 		}
+		if len(src) <= maxCall && sectorSize&(body-1) == 0 && sectorSize&(sectorSize-1) == 0 {
+			sectors := len(src) >> (bits.TrailingZeros(uint(sectorSize)) & 63)
+			k(dst, unsafe.SliceData(src), sectors, sectorSize, data, &s.tweak, lo, hi, step(sectorSize))
+			return
+		}
+		if sectorSize&(body-1) != 0 || sectorSize > maxCall {
+			s.blockwise(dst, src, sectorSize, lo, hi, inverse)
+			return
+		}
 		step := step(sectorSize)
-		for len(src) > maxCall {
-			sectors := maxCall / sectorSize
+		for len(src) > 0 {
+			sectors := min(maxCall, len(src)) / sectorSize
 			k(dst, &src[0], sectors, sectorSize, data, &s.tweak, lo, hi, step)
 			n := sectors * sectorSize
 			dst, src = (*byte)(unsafe.Add(unsafe.Pointer(dst), n)), src[n:]
 			lo += uint64(sectors) * step
 		}
-		sectors, _ := divide(len(src), sectorSize)
-		k(dst, &src[0], sectors, sectorSize, data, &s.tweak, lo, hi, step)
 	}
 }
 

@@ -83,7 +83,7 @@ func (sc *sectorsCase) run(t *testing.T, c *Cipher, srcOff, dstOff int) {
 func guarded(n, off int) (b []byte, intact func() bool) {
 	const guard = 192
 	all := bytes.Repeat([]byte{0x5a}, guard+off+n+guard+alignment)
-	start := guard + off + int(-addr(all)%alignment)
+	start := guard + off + int(-address(all)%alignment)
 	untouched := func(b []byte) bool { return bytes.Count(b, []byte{0x5a}) == len(b) }
 	return all[start : start+n : start+n], func() bool { return untouched(all[:start]) && untouched(all[start+n:]) }
 }
@@ -202,11 +202,11 @@ func TestWideTweak(t *testing.T) {
 			plaintext := testData(9, 37*sectorSize)
 			want := reference(t, key, plaintext, tweak, sectorSize, false)
 			got := make([]byte, len(want))
-			c.encrypt(got, plaintext, lo, hi, sectorSize)
+			c.tier.encrypt(c, &got[0], plaintext, sectorSize, lo, hi)
 			if !bytes.Equal(got, want) {
 				t.Errorf("encrypt in sectors of %d differs from reference", sectorSize)
 			}
-			c.decrypt(got, got, lo, hi, sectorSize)
+			c.tier.decrypt(c, &got[0], got, sectorSize, lo, hi)
 			if !bytes.Equal(got, plaintext) {
 				t.Errorf("decrypt in sectors of %d differs from reference", sectorSize)
 			}
@@ -349,7 +349,7 @@ func TestNewCipherIn(t *testing.T) {
 	}
 	b := allocate()
 	b = append(b, make([]byte, 2*alignment)...)
-	b = b[-addr(b)%alignment:]
+	b = b[-address(b)%alignment:]
 	for _, tt := range []struct {
 		name   string
 		mem    []byte
@@ -372,8 +372,8 @@ func TestNewCipherIn(t *testing.T) {
 		}
 	}
 	for range 100 { // wherever the heap puts it
-		if b := allocate(); len(b) != Size || addr(b)%alignment != 0 {
-			t.Fatalf("allocate() = %d bytes at %#x", len(b), addr(b))
+		if b := allocate(); len(b) != Size || address(b)%alignment != 0 {
+			t.Fatalf("allocate() = %d bytes at %#x", len(b), address(b))
 		}
 	}
 }

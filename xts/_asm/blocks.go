@@ -97,8 +97,8 @@ func invert(t *text) {
 }
 
 // block is XTS of blocks that follow each other in one sector, a block per iteration.
-// X1 is its mask, e·x^i; multiplication by x is in x86.go, timesPoly. The processor
-// runs iterations in parallel, as only the mask goes from one to the next.
+// X1 is its mask, e·x^i. The processor runs iterations in parallel, as only the mask
+// goes from one to the next.
 func block(t *text, name, aes string) {
 	t.raw("\n// func %sBlocks(dst, src *byte, blocks int, data *schedule, mask *[16]byte)", name)
 	t.raw("TEXT ·%sBlocks(SB), NOSPLIT, $0-40", name)

@@ -2,9 +2,10 @@
 //
 //	go generate ./xts
 //
-// and read it in this order: x86.go is the algorithm, once for three vector widths;
-// blocks.go the rest of what amd64 needs; arm.go the same algorithm for arm64;
-// ceiling.go the loops that the benchmark compares with.
+// and read it in this order: x86.go is the algorithm for all vector widths; wide.go what
+// zmm does, and narrow.go what ymm and xmm do; blocks.go the rest of what amd64 needs;
+// arm.go the same algorithm for arm64; ceiling.go the loops that the benchmark compares
+// with.
 //
 // It is a program that prints text, and not one for a register allocator like avo,
 // because every register is in use and pinned, and because what makes the code
