@@ -78,9 +78,15 @@ type waiter struct {
 	next    *waiter
 }
 
-func newArena(size int64) (*arena, error) {
-	pages := int((size + pageSize - 1) / pageSize)
-	mem, err := unix.Mmap(-1, 0, pages*pageSize, unix.PROT_READ|unix.PROT_WRITE,
+// Memory is what an arena is made of, mapped before there is a server.
+type Memory struct{ mem []byte }
+
+// NewMemory maps size bytes, of which the first locked are put into memory now
+// and stay there. Short requests use these first. The rest may be had when it is
+// used, and given back when it isn't.
+func NewMemory(size, locked int64) (*Memory, error) {
+	size = (size + pageSize - 1) &^ (pageSize - 1)
+	mem, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return nil, fmt.Errorf("nbd: mapping an arena of %d bytes: %w", size, os.NewSyscallError("mmap", err))
@@ -88,7 +94,18 @@ func newArena(size int64) (*arena, error) {
 	// It holds plaintext. Old kernels may refuse; then the process's own
 	// setting has to do.
 	_ = unix.Madvise(mem, unix.MADV_DONTDUMP)
+	if locked > 0 {
+		if err := unix.Mlock(mem[:min(locked, size)]); err != nil {
+			_ = unix.Munmap(mem)
+			return nil, fmt.Errorf("nbd: locking %d bytes of an arena: %w", locked, os.NewSyscallError("mlock", err))
+		}
+	}
+	return &Memory{mem}, nil
+}
 
+func newArena(m *Memory) *arena {
+	mem := m.mem
+	pages := len(mem) / pageSize
 	words := (pages + 63) / 64
 	a := &arena{
 		mem:      mem,
@@ -101,7 +118,7 @@ func newArena(size int64) (*arena, error) {
 	}
 	a.timer = time.AfterFunc(time.Hour, a.trim)
 	a.timer.Stop()
-	return a, nil
+	return a
 }
 
 // close unmaps the memory. Nothing may be out.

@@ -10,10 +10,11 @@ import (
 
 func newTestArena(t testing.TB, pages int) *arena {
 	t.Helper()
-	a, err := newArena(int64(pages) * pageSize)
+	m, err := NewMemory(int64(pages)*pageSize, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
+	a := newArena(m)
 	t.Cleanup(func() {
 		if err := a.close(); err != nil {
 			t.Error(err)

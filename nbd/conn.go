@@ -86,6 +86,10 @@ const (
 // errDisconnect means that the peer sent DISC.
 var errDisconnect = errors.New("disconnect")
 
+// ErrLeave is the cause of a cancellation after which another process goes on
+// with the connection, see [Server.ServeTransmission].
+var ErrLeave = errors.New("nbd: connection is left to another server")
+
 // A request is one command, or one piece of a long write. Requests belong to a
 // connection and are reused.
 type request struct {
@@ -173,8 +177,9 @@ type conn struct {
 	slots []request // all that there are
 	ring  *ringLoop // nil with the portable engine
 
-	ctx   context.Context // done when no more requests should be taken
-	abort context.CancelCauseFunc
+	parent context.Context // of run; done before ctx is
+	ctx    context.Context // done when no more requests should be taken
+	abort  context.CancelCauseFunc
 
 	// Used by the reader only: the worker that has set reading.
 	reader struct {
@@ -194,6 +199,7 @@ type conn struct {
 		accepted int         // how many requests this round has found
 		waiter   waiter      // for the arena
 		starved  *time.Timer // runs while waiting for the arena
+		leaveBy  time.Time   // of a connection that is to be left: when the rest must have come
 
 		// readv; only for sockets.
 		raw  syscall.RawConn
@@ -253,6 +259,7 @@ func newConn(ctx context.Context, s *Server, ses session, in *input) (*conn, err
 		idle:  make([]*worker, 0, s.cfg.InFlight),
 		freed: make(chan struct{}, 1),
 	}
+	c.parent = ctx
 	c.ctx, c.abort = context.WithCancelCause(ctx)
 	c.rescued.L = &c.mu
 	c.rescue = time.AfterFunc(time.Hour, c.onRescue)
@@ -651,13 +658,72 @@ func (c *conn) receive() error {
 	}
 }
 
+// leaving reports whether the connection is to be left between two requests.
+func (c *conn) leaving() bool { return c.ses.leaves && context.Cause(c.parent) == ErrLeave }
+
+// rest returns how many bytes are still to come of what was read in part, or 0
+// between two requests. What it returns may not be all.
+func (c *conn) rest() int {
+	rd := &c.reader
+	switch {
+	case rd.refused != nil:
+		return rd.skip
+	case rd.piece != nil:
+		return len(rd.piece.buf) - rd.pieceLen
+	case rd.long != nil:
+		return int(min(chunkSize, rd.long.length-rd.longDone))
+	}
+	b, head := rd.in.buffered(), c.ses.mode.requestSize()
+	if len(b) == 0 {
+		return 0
+	}
+	if len(b) < head {
+		return head - len(b)
+	}
+	h, err := parseHeader(b, c.ses.mode)
+	if err != nil {
+		return 1 // parse has seen that
+	}
+	return max(1, head+int(h.payload(c.ses.mode))-len(b))
+}
+
+// readRest is read for a connection that is to be left: it reads no further than
+// to the end of a request.
+func (c *conn) readRest() error {
+	rd := &c.reader
+	n := c.rest()
+	if n == 0 {
+		return ErrLeave
+	}
+	if rd.leaveBy.IsZero() {
+		rd.leaveBy = time.Now().Add(c.s.cfg.Grace)
+	}
+	_ = c.nc.SetReadDeadline(rd.leaveBy)
+	var err error
+	if rd.piece != nil {
+		err = c.readPayload(0)
+	} else {
+		err = rd.in.fill(n)
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) && time.Now().Before(rd.leaveBy) {
+		return nil // that was the interruption of an earlier read
+	}
+	if err != nil {
+		return fmt.Errorf("nbd: reading the rest of a request: %w", err)
+	}
+	return nil
+}
+
 // read reads once.
 func (c *conn) read() error {
 	rd := &c.reader
+	if c.leaving() {
+		return c.readRest()
+	}
 	var err error
 	if rd.piece != nil {
 		c.payloadSince.Store(c.s.now())
-		err = c.readPayload()
+		err = c.readPayload(afterPayload)
 		c.payloadSince.Store(0)
 		// Where one long write came from, another may follow.
 		rd.window = afterPayload
@@ -671,6 +737,10 @@ func (c *conn) read() error {
 	switch {
 	case err == nil:
 		return nil
+	case c.leaving() && errors.Is(err, os.ErrDeadlineExceeded):
+		return nil // come again, for the rest
+	case errors.Is(err, os.ErrDeadlineExceeded) && c.parent.Err() != nil:
+		return context.Cause(c.parent) // which ctx may not know yet
 	case c.ctx.Err() != nil:
 		return context.Cause(c.ctx)
 	case err == io.EOF && (rd.piece != nil || rd.long != nil || rd.refused != nil || len(rd.in.buffered()) > 0):
@@ -679,9 +749,9 @@ func (c *conn) read() error {
 	return fmt.Errorf("nbd: reading request: %w", err)
 }
 
-// readPayload reads once into piece, and what follows it into the receive
-// buffer, which is empty.
-func (c *conn) readPayload() error {
+// readPayload reads once into piece, and up to more bytes of what follows it into
+// the receive buffer, which is empty.
+func (c *conn) readPayload(more int) error {
 	rd := &c.reader
 	dst := rd.piece.buf[rd.pieceLen:]
 	if rd.raw == nil {
@@ -699,7 +769,7 @@ func (c *conn) readPayload() error {
 	rd.iovs[0].Base = unsafe.SliceData(dst)
 	rd.iovs[0].SetLen(len(dst))
 	rd.iovs[1].Base = unsafe.SliceData(rd.in.buf)
-	rd.iovs[1].SetLen(afterPayload)
+	rd.iovs[1].SetLen(more)
 	if err := rd.raw.Read(rd.fn); err != nil {
 		return err
 	}
@@ -929,11 +999,16 @@ func (c *conn) waitForArena(size int) []byte {
 	}
 	rd.starved.Reset(c.s.cfg.StallTimeout)
 	defer rd.starved.Stop()
+	done := c.ctx.Done()
 	for {
 		select {
 		case <-rd.waiter.granted:
 			return rd.waiter.buf
-		case <-c.ctx.Done():
+		case <-done:
+			if c.leaving() {
+				done = nil // what was read in part is taken; memory comes back
+				continue
+			}
 			if buf := c.s.arena.cancel(&rd.waiter); buf != nil {
 				c.s.arena.release(buf)
 			}

@@ -111,6 +111,10 @@ type session struct {
 	// leave them unread. The kernel would take the error for one of the disk;
 	// when there is no reply, it sends them again on the next socket.
 	refuseLate bool
+
+	// leaves ends a session whose cancellation has the cause [ErrLeave] between
+	// two requests.
+	leaves bool
 }
 
 // A handshake is the state of one.

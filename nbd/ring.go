@@ -414,7 +414,7 @@ func (l *ringLoop) news(ctx context.Context) {
 	if !c.stopped {
 		if c.failed != nil {
 			c.accept(c.failed)
-		} else if ctx.Err() != nil {
+		} else if ctx.Err() != nil && !c.leaving() {
 			c.accept(context.Cause(ctx))
 		}
 		if c.stopped {
@@ -432,7 +432,14 @@ func (l *ringLoop) receive() {
 	}
 	var err error
 	for {
-		if err = c.parse(); err != nil || rd.short || !l.readable {
+		if err = c.parse(); err != nil || rd.short {
+			break
+		}
+		if c.leaving() && c.rest() == 0 {
+			err = ErrLeave
+			break
+		}
+		if !l.readable {
 			break
 		}
 		if err = l.recv(); err != nil {
@@ -454,19 +461,23 @@ func (l *ringLoop) receive() {
 func (l *ringLoop) recv() error {
 	c := l.c
 	rd := &c.reader
+	more, window := afterPayload, rd.window
+	if c.leaving() {
+		more, window = 0, c.rest() // receive has seen that it isn't 0
+	}
 	var dst []byte
 	if rd.piece != nil {
 		dst = rd.piece.buf[rd.pieceLen:]
 		rd.in.r, rd.in.w = 0, 0 // parsePayload has taken everything
 		rd.iovs[1].Base = unsafe.SliceData(rd.in.buf)
-		rd.iovs[1].SetLen(afterPayload)
+		rd.iovs[1].SetLen(more)
 		rd.window = afterPayload
 	} else {
 		if rd.in.r > 0 {
 			rd.in.w = copy(rd.in.buf, rd.in.buf[rd.in.r:rd.in.w])
 			rd.in.r = 0
 		}
-		dst = rd.in.buf[rd.in.w:min(len(rd.in.buf), rd.in.w+rd.window)]
+		dst = rd.in.buf[rd.in.w:min(len(rd.in.buf), rd.in.w+window)]
 		rd.iovs[1].SetLen(0)
 	}
 	rd.iovs[0].Base = unsafe.SliceData(dst)

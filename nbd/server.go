@@ -27,6 +27,9 @@ type Config struct {
 	// [MaxPayload]. Zero is 64 MiB. It costs nothing until it is used.
 	Arena int64
 
+	// Memory, if not nil, is the arena. The server takes it over.
+	Memory *Memory
+
 	// MaxConnections is how many connections may be served at the same time.
 	// Zero is 128. Each costs 250 KiB when idle and up to 1 MiB when it has
 	// been busy, besides the arena.
@@ -148,6 +151,9 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 	if cfg.AllowPeer == nil {
 		cfg.AllowPeer = ownOrRoot
 	}
+	if cfg.Memory != nil {
+		cfg.Arena = int64(len(cfg.Memory.mem))
+	}
 	orDefault(&cfg.Arena, 64<<20)
 	orDefault(&cfg.MaxConnections, 128)
 	orDefault(&cfg.MaxPerPeer, cfg.MaxConnections)
@@ -180,10 +186,12 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	a, err := newArena(cfg.Arena)
-	if err != nil {
-		return nil, err
+	if cfg.Memory == nil {
+		if cfg.Memory, err = NewMemory(cfg.Arena, 0); err != nil {
+			return nil, err
+		}
 	}
+	a := newArena(cfg.Memory)
 	return &Server{
 		cfg:     cfg,
 		exports: append([]Export(nil), exports...),
@@ -291,6 +299,12 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
 // ServeTransmission is Serve without a handshake. It is for the other end of a
 // socket that the kernel got from package nbdnl. What came after ctx was done
 // is left unread: the kernel sends it again on the next socket.
+//
+// With [ErrLeave] as the cause of ctx, the socket stays fit for use: the request
+// of which a part was read is read to its end, everything that was read is
+// answered, and ErrLeave is returned. What is read from conn next is the first
+// byte of a request, so another process can serve it. Any other error means that
+// conn has to be closed. It takes no longer than Config.Grace.
 func (s *Server) ServeTransmission(ctx context.Context, conn net.Conn, exportName string) error {
 	e := s.export(exportName)
 	if e == nil {
@@ -300,7 +314,7 @@ func (s *Server) ServeTransmission(ctx context.Context, conn net.Conn, exportNam
 		return err
 	}
 	defer s.leave(peerKey{}, false)
-	return s.transmission(ctx, session{export: e, flags: e.transmissionFlags()}, &input{nc: conn})
+	return s.transmission(ctx, session{export: e, flags: e.transmissionFlags(), leaves: true}, &input{nc: conn})
 }
 
 // ServeListener serves the connections that ln accepts until ctx is done or ln
@@ -451,7 +465,7 @@ func (s *Server) transmission(ctx context.Context, ses session, in *input) error
 	delete(s.conns, c)
 	s.counts.merge(&c.counts)
 	s.mu.Unlock()
-	if ctx.Err() != nil {
+	if ctx.Err() != nil && !(ses.leaves && context.Cause(ctx) == ErrLeave) {
 		return context.Cause(ctx)
 	}
 	return err
