@@ -1,7 +1,9 @@
 package sector
 
 import (
+	"errors"
 	"fmt"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -18,11 +20,31 @@ const (
 
 // buffers is a bounded pool; get waits when it is empty.
 type buffers struct {
-	mem          []byte
+	mem          []byte // all of it
 	small, large chan []byte
 }
 
+// spare are the buffers of Preallocate.
+var spare atomic.Pointer[buffers]
+
+// Preallocate makes the buffers of the next volume of this process, and locks them
+// in memory.
+func Preallocate() error {
+	p, err := newBuffers()
+	if err != nil {
+		return err
+	}
+	if err := unix.Mlock(p.mem); err != nil {
+		return errors.Join(fmt.Errorf("sector: buffers: %w", err), p.free())
+	}
+	spare.Store(p)
+	return nil
+}
+
 func newBuffers() (*buffers, error) {
+	if p := spare.Swap(nil); p != nil {
+		return p, nil
+	}
 	mem, err := unix.Mmap(-1, 0, smallBuffer*smallBuffers+largeBuffer*largeBuffers,
 		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {

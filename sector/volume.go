@@ -481,3 +481,14 @@ func (v *Volume) Close() error {
 	defer v.open.Unlock()
 	return errors.Join(v.wipe(), v.bufs.free())
 }
+
+// Leave is Close, and the key stays in the [Handover] for the next process.
+func (v *Volume) Leave() error {
+	if !v.gate.set(gateClosed) {
+		return nil
+	}
+	v.open.Lock()
+	defer v.open.Unlock()
+	v.handover = nil
+	return errors.Join(v.wipe(), v.bufs.free())
+}

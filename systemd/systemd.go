@@ -12,8 +12,9 @@ import (
 
 // States for [Notify], of sd_notify(3).
 const (
-	Ready    = "READY=1"
-	Stopping = "STOPPING=1"
+	Ready     = "READY=1"
+	Reloading = "RELOADING=1" // with MONOTONIC_USEC=
+	Stopping  = "STOPPING=1"
 )
 
 // Status is the state that 'systemctl status' shows as a line of text.

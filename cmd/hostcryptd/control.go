@@ -35,6 +35,8 @@ import (
 //	GET  /v1/status   the daemon's state, a [status]
 //	POST /v1/lock     wipe the keys now; 204 when they are gone
 //	POST /v1/unlock   undo that, or try to unseal now; 204 at once
+//	POST /v1/reload   have the program that is on disk take over: 202 when this
+//	                  server leaves, 409 with the reason if it stays
 //	POST /v1/detach   stop, and answer when the volume is closed: 204 if all is
 //	                  well, 500 with the reason if something was lost, 409 if
 //	                  the kernel device is in use and nothing was done
@@ -74,6 +76,7 @@ type status struct {
 
 	Volume *volumeStatus `json:"volume,omitempty"` // once it is unsealed
 	Server *serverStatus `json:"server,omitempty"`
+	Swap   *swapStatus   `json:"swap,omitempty"` // with --swap
 	Memory memoryStatus  `json:"memory"`
 }
 
@@ -115,7 +118,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		}
 		name = filepath.Join(dir, d.uuid+".sock")
 	}
-	l, err := listenUnix(name)
+	l, err := d.listenControl(name)
 	if err != nil {
 		if exitCode(err) == codeBusy {
 			err = fmt.Errorf("%w; is this volume served already?", err)
@@ -141,6 +144,27 @@ func (d *daemon) serveControl() (stop func(), err error) {
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)
+	})
+	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
+		if d.link == nil {
+			http.Error(w, "without --attach there is nothing to reload: its clients have to connect again in any case, so stop the server and start it", http.StatusConflict)
+			return
+		}
+		select {
+		case <-d.link.refused: // of another time
+		default:
+		}
+		if err := d.link.send(keeperMessage{Reload: true}, nil); err != nil {
+			http.Error(w, "the keeper is not there any more: "+err.Error(), http.StatusConflict)
+			return
+		}
+		select {
+		case why := <-d.link.refused:
+			http.Error(w, why, http.StatusConflict)
+		case <-d.link.leaving():
+			w.WriteHeader(http.StatusAccepted)
+		case <-r.Context().Done():
+		}
 	})
 	for path, command := range map[string]struct {
 		event string
@@ -180,6 +204,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		server.Serve(&peerListener{l})
 	}()
 	return func() {
+		l.SetUnlinkOnClose(!d.leaving)
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		if server.Shutdown(ctx) != nil {
@@ -187,6 +212,23 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		}
 		<-done
 	}, nil
+}
+
+// listenControl makes the control socket, or goes on with that of the server
+// before.
+func (d *daemon) listenControl(name string) (*net.UnixListener, error) {
+	held, err := d.link.heldListener(heldControl)
+	if held != nil {
+		return held.(*net.UnixListener), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	l, err := listenUnix(name)
+	if err != nil {
+		return nil, err
+	}
+	return l, d.link.holdListener(heldControl, l)
 }
 
 // controlDir is runDir, or for an ordinary user the place that systemd gives
@@ -296,6 +338,9 @@ func (d *daemon) status() *status {
 		s.Keeper = os.Getppid()
 	}
 	s.Key.Tokens = d.tokens
+	if d.opts.swap {
+		s.Swap = d.swapNow()
+	}
 	if d.life != nil {
 		s.Key.Snapshot = d.life.Snapshot()
 		d.lifeHost.mu.Lock()
@@ -543,6 +588,11 @@ func (s *status) print(w io.Writer) {
 		p("clients", "%d connections, %d requests in flight, %s engine", n.Connections, n.InFlight, n.Engine)
 		p("buffers", "%s of %s, peak %s", bytesText(uint64(n.ArenaUsed)), bytesText(uint64(n.ArenaSize)), bytesText(uint64(n.ArenaPeak)))
 	}
+	if s.Swap != nil && s.Swap.Safe {
+		p("swap", "safe")
+	} else if s.Swap != nil {
+		p("swap", "NOT SAFE: %s", strings.Join(s.Swap.Problems, "; "))
+	}
 	p("memory", "%s, peak %s", bytesText(s.Memory.Resident), bytesText(s.Memory.Peak))
 }
 
@@ -614,6 +664,51 @@ func (a *app) postCommand(name, short, long, done string) *cobra.Command {
 			}
 			fmt.Fprintf(a.stdout, "%s %s\n", s.Device, done)
 			return nil
+		},
+	}
+	return a.jsonFlag(c)
+}
+
+func (a *app) reloadCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "reload VOLUME",
+		Short: "have the installed version take over a volume that is in use",
+		Long: `reload has the program that is installed now take over a volume with a kernel
+device, from the server and its keeper. Both go on with the state of the old ones:
+I/O pauses for a moment, no request fails, and no key is asked for; clients of --listen
+and --tcp have to connect again. If the new program can't run, or can't go on with that
+state, everything stays as it was. SIGHUP to the keeper does the same.
+
+` + whichHelp,
+		Args: oneArg("VOLUME"),
+		RunE: func(c *cobra.Command, args []string) error {
+			list, err := running(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if len(list) > 1 {
+				return usagef("%d volumes are called %q; name one by its UUID", len(list), args[0])
+			}
+			before := list[0]
+			client := newControlClient(before.Control)
+			if err := client.do(c.Context(), "POST", "/v1/reload", nil); err != nil {
+				return err
+			}
+			for {
+				var now status
+				if err := client.do(c.Context(), "GET", "/v1/status", &now); err == nil && now.PID != before.PID && now.State == stateServing {
+					if a.json {
+						return a.printJSON(map[string]any{"uuid": now.UUID, "device": now.Device, "version": now.Version, "pid": now.PID})
+					}
+					fmt.Fprintf(a.stdout, "%s is served by version %s now\n", now.Device, now.Version)
+					return nil
+				}
+				select {
+				case <-c.Context().Done():
+					return c.Context().Err()
+				case <-time.After(20 * time.Millisecond):
+				}
+			}
 		},
 	}
 	return a.jsonFlag(c)

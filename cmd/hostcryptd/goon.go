@@ -5,15 +5,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
 	"hostcryptd/keyunseal/lifecycle"
+	"hostcryptd/nbd"
 	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/sector"
 )
@@ -21,6 +22,11 @@ import (
 // A serverState is what a server with a kernel device leaves to the next one,
 // with what the keeper holds. It has no key.
 type serverState struct {
+	// Version is that of this struct and of what it means, and of what is held.
+	// A server that doesn't know it doesn't take over. It changes when an older
+	// version could misunderstand a state: what it doesn't know, it ignores.
+	Version int `json:"version"`
+
 	Volume sector.State       `json:"volume"`
 	Life   lifecycle.Snapshot `json:"life"`
 	Bits   int                `json:"bits"`   // of the largest RSA key in a vault
@@ -28,21 +34,19 @@ type serverState struct {
 	Index  int                `json:"index"`  // of the kernel device
 }
 
-// takeState returns the state to go on with, or nil.
-func (k *keeperLink) takeState() (*serverState, error) {
-	if k == nil || k.held[heldState] == nil {
+const serverStateVersion = 1
+
+// parseState returns the state to go on with, or nil.
+func parseState(b []byte) (*serverState, error) {
+	if len(b) == 0 || string(b) == "null" {
 		return nil, nil
-	}
-	f := k.held[heldState]
-	defer f.Close()
-	delete(k.held, heldState)
-	b, err := io.ReadAll(io.NewSectionReader(f, 0, maxKeeperMessage))
-	if err != nil {
-		return nil, err
 	}
 	s := &serverState{}
 	if err := json.Unmarshal(b, s); err != nil {
 		return nil, fmt.Errorf("state of the server before: %w", err)
+	}
+	if s.Version != serverStateVersion {
+		return nil, fmt.Errorf("the server before has left a state of version %d; this program, %s, knows version %d: stop the volume with the program that serves it, and start it again", s.Version, version(), serverStateVersion)
 	}
 	return s, nil
 }
@@ -57,7 +61,7 @@ func (d *daemon) pushState() {
 	d.mu.Lock()
 	s, known := d.left, d.index >= 0 && d.volume != nil
 	if known {
-		s.Volume, s.Index = d.volume.State(), d.index
+		s.Version, s.Volume, s.Index = serverStateVersion, d.volume.State(), d.index
 	}
 	d.mu.Unlock()
 	if !known {
@@ -79,7 +83,7 @@ func (d *daemon) openDevice(ctx context.Context) (*sector.Device, error) {
 	if d.link == nil {
 		return sector.OpenDevice(d.opts.device, o)
 	}
-	held := d.link.held[heldDevice]
+	held := d.link.take(heldDevice)
 	if held == nil {
 		dev, err := sector.OpenDevice(d.opts.device, o)
 		if err != nil {
@@ -113,7 +117,7 @@ func (d *daemon) openHandover() (err error) {
 	if d.link == nil {
 		return nil
 	}
-	if f := d.link.held[heldKey]; f != nil {
+	if f := d.link.take(heldKey); f != nil {
 		d.handover, err = sector.OpenHandover(f)
 		return err
 	}
@@ -128,9 +132,6 @@ func (d *daemon) goOn(s *serverState) error {
 	mode := sector.SuspendRefuse
 	if s.Life.Policy == lifecycle.Freeze && !s.Life.Locked {
 		mode = sector.SuspendWait
-	}
-	if d.handover == nil || d.link.held[heldKey] == nil {
-		return errors.New("the keeper has no memory with the key")
 	}
 	v, err := sector.Continue(d.device, s.Volume, d.handover, mode)
 	if err != nil {
@@ -147,11 +148,12 @@ func (d *daemon) goOn(s *serverState) error {
 
 // heldListener returns a listener that the server before has opened, or nil.
 func (k *keeperLink) heldListener(name string) (net.Listener, error) {
-	if k == nil || k.held[name] == nil {
+	f := k.take(name)
+	if f == nil {
 		return nil, nil
 	}
-	l, err := net.FileListener(k.held[name])
-	k.held[name].Close()
+	l, err := net.FileListener(f)
+	f.Close()
 	if u, ok := l.(*net.UnixListener); ok {
 		u.SetUnlinkOnClose(true)
 	}
@@ -173,18 +175,52 @@ func (k *keeperLink) holdListener(name string, l net.Listener) error {
 
 // inheritedListeners are those that the service manager gave to the keeper.
 func (k *keeperLink) inheritedListeners() (list []net.Listener, err error) {
-	for name, f := range k.held {
+	for name := range k.held {
 		if !strings.HasPrefix(name, heldInherited) {
 			continue
 		}
-		l, err := net.FileListener(f)
-		f.Close()
+		l, err := k.heldListener(name)
 		if err != nil {
 			return nil, err
+		}
+		if u, ok := l.(*net.UnixListener); ok {
+			u.SetUnlinkOnClose(false)
 		}
 		list = append(list, l)
 	}
 	return list, nil
+}
+
+// leaveVolume leaves the volume to the next server: the key's life, the clients, which
+// have to connect again, and last the kernel's sockets, so that its I/O waits
+// for no more than is on the device. What the next one needs is with the keeper
+// when it returns.
+func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, clients, kernel *sync.WaitGroup) error {
+	d.leaving = true
+	d.log.Info("leaving the volume to another server")
+	d.stopLife()
+	stopClients(errStopping)
+	clients.Wait()
+	begun := time.Now()
+	if !d.volume.Suspended() {
+		stopKernel(nbd.ErrLeave)
+		kernel.Wait()
+	} // else requests may wait for a key; the kernel sends them again when its sockets die
+	drained := time.Since(begun)
+	d.pushState()
+	var errs []error
+	for i, c := range d.leftSockets {
+		f, err := c.File()
+		if err == nil {
+			err = d.link.send(keeperMessage{Hold: fmt.Sprintf("%s%d", heldKernel, i)}, f)
+			f.Close()
+		}
+		errs = append(errs, err, c.Close())
+	}
+	// The fence opens with it.
+	errs = append(errs, d.device.Close(), d.link.send(keeperMessage{Left: true}, nil))
+	d.log.Info("the volume is left", zap.Int("kernel_sockets", len(d.leftSockets)), zap.Duration("drained", drained))
+	return errors.Join(errs...)
 }
 
 const (

@@ -8,9 +8,10 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"os/signal"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -25,28 +26,45 @@ import (
 
 // With --attach there are two processes. The keeper, which the service manager
 // started, does no I/O and opens nothing: it holds what a server needs to go on
-// where another was killed, and starts the next. Its child, the server, does
-// everything else. What is held are descriptors by name (held below), and a
-// serverState. They talk over a socket pair: each message is a keeperMessage in
-// one packet, with the descriptor that it is about.
+// where another ended, and starts the next. Its child, the server, does everything
+// else. What is held are descriptors by name (held below), and a serverState. They
+// talk over a socket pair, in packets, each with at most one descriptor:
+// keeperOrder goes down and keeperMessage up.
+//
+// A server that was started stands by: it prepares what it can, says so, and
+// waits for its turn (keeperLink.standBy).
 //
 // How a killed server is replaced:
 //
 //  1. Its sockets are closed with it. The kernel finds that its device's
 //     connection is dead, and lets requests wait (Config.DeadConnTimeout).
-//  2. The keeper starts the next server from its own copy of the program, which
-//     is locked in memory: the file may be on the device that is to be recovered.
+//  2. It is the turn of the next server: with --swap one stands by all the time,
+//     else it is started, from a copy of the program that is locked in memory, as
+//     the file may be on the device that is to be recovered.
 //  3. That opens the backing device anew and waits for the fence: until the last
 //     I/O of the dead one has ended. See sector.Device.Fence.
 //  4. It takes the key from the secret memory, and neither asks a vault nor reads
 //     the header.
 //  5. It gives the kernel new sockets, and the kernel sends again what had not
 //     been answered.
+//
+// How a running server is replaced by one of another version (reload):
+//
+//  1. A server of the program that is now on disk is started. It is shown the
+//     state that it will have to go on with, and says that it can; else nothing
+//     was changed.
+//  2. The server that runs is told to leave. It goes on to the end of a request,
+//     answers what it has, and gives the kernel's sockets to the keeper. The kernel
+//     sees nothing of it.
+//  3. The new one gets them, passes the fence, takes the key and serves. If it dies
+//     before it does, the one before is started again.
+//  4. The keeper executes the new program itself, which keeps its process and what
+//     it holds.
 
-// Environment of a server that has a keeper: the names of the descriptors from
-// keeperFD+1 on.
+// Environment of processes that are part of this.
 const (
-	keeperEnv = "HOSTCRYPTD_HELD"
+	serverEnv = "HOSTCRYPTD_SERVER" // of a server: it has a keeper, at keeperFD
+	keeperEnv = "HOSTCRYPTD_KEEPER" // of a keeper: the descriptor of a keeperState
 	keeperFD  = 3
 )
 
@@ -54,37 +72,109 @@ const (
 const (
 	heldDevice    = "device"    // the backing device, opened exclusively; no I/O is done on it
 	heldKey       = "key"       // a sector.Handover
+	heldControl   = "control"   // the control socket
 	heldListener  = "listen"    // the socket of --listen
 	heldTCP       = "tcp"       // that of --tcp
 	heldInherited = "inherited" // and a number: from the service manager
-	heldState     = "state"     // a serverState, of a server that is to go on
+	heldKernel    = "kernel"    // and a number: sockets of the kernel device, while no server has them
 )
 
-// A keeperMessage goes from the server to its keeper.
+// A keeperMessage goes from a server to its keeper.
 type keeperMessage struct {
-	Hold   string          `json:"hold,omitempty"`   // keep the descriptor under this name
-	State  json.RawMessage `json:"state,omitempty"`  // a serverState
-	Notify []string        `json:"notify,omitempty"` // tell the service manager
-	Ready  bool            `json:"ready,omitempty"`  // it serves
-	Over   bool            `json:"over,omitempty"`   // it ends because it wants to
+	Standby bool            `json:"standby,omitempty"` // it is prepared
+	Version string          `json:"version,omitempty"` // with Standby
+	Hold    string          `json:"hold,omitempty"`    // keep the descriptor under this name
+	State   json.RawMessage `json:"state,omitempty"`   // a serverState
+	Notify  []string        `json:"notify,omitempty"`  // tell the service manager
+	Ready   bool            `json:"ready,omitempty"`   // it serves
+	Reload  bool            `json:"reload,omitempty"`  // it wants to be replaced
+	Left    bool            `json:"left,omitempty"`    // it has left: nothing of it is under way
+	Over    bool            `json:"over,omitempty"`    // it ends because it wants to
+}
+
+// A keeperOrder goes from the keeper to a server.
+type keeperOrder struct {
+	Prepare bool            `json:"prepare,omitempty"` // with the State of now, if there is one
+	Hold    string          `json:"hold,omitempty"`    // here is what is held under this name
+	Go      bool            `json:"go,omitempty"`      // serve, with State if there is one
+	State   json.RawMessage `json:"state,omitempty"`
+	Leave   bool            `json:"leave,omitempty"`   // leave everything to the next server
+	Refused string          `json:"refused,omitempty"` // why a reload came to nothing
 }
 
 // maxKeeperMessage bounds a packet.
 const maxKeeperMessage = 64 << 10
 
+const (
+	// prepareTimeout is how long a server may take to stand by.
+	prepareTimeout = time.Minute
+
+	// leaveTimeout is how long one may take to leave. A server of an image file
+	// may have to wait for its last requests; then it was too slow for Grace.
+	leaveTimeout = 30 * time.Second
+)
+
 // A keeper holds what servers leave to each other. One goroutine uses it.
 type keeper struct {
 	log     *zap.Logger
-	program *os.File // a sealed copy
+	swap    bool
+	program *program // what servers are started from
+	path    string   // of the installed program
 	args    []string
 	held    map[string]*os.File
+	kernel  []*os.File      // sockets that a server has left
 	state   json.RawMessage // nil before there is something to go on with
+
+	active  *child    // serves, or is about to; nil between two
+	standby *child    // or nil
+	next    *program  // of a reload or restart under way, else nil
+	storing bool      // it is a restart: what is held goes to the service manager
+	since   time.Time // of the reload
+
+	events chan keeperEvent
+	alarm  *time.Timer // then wake is due
+	wake   func()
+	deaths []time.Time
+
+	pending os.Signal    // for the next server
+	wanted  bool         // a reload, as soon as one serves
+	exit    func() error // what ends the keeper; nil as long as nothing does
+}
+
+// A child is a server process.
+type child struct {
+	process  *os.Process
+	link     *net.UnixConn
+	done     chan struct{} // closed when nothing more comes from link
+	program  *program
+	version  string
+	prepared bool
+	ready    bool
+	told     bool // to leave
+	over     bool
+	state    json.RawMessage // as it said last
+}
+
+// A keeperEvent is a message from a child, or the end of one.
+type keeperEvent struct {
+	from *child
+	m    keeperMessage
+	f    *os.File // or nil
+	end  bool
+}
+
+// A program is a copy of an executable file in memory that nobody can change,
+// locked there.
+type program struct {
+	f    *os.File
+	size int
+	mem  []byte // the mapping that locks it
 }
 
 // keep is the whole life of the keeper. It returns the exit code of the last
 // server.
-func (a *app) keep(inherited []net.Listener) (err error) {
-	k := &keeper{log: a.daemonLog(), args: os.Args, held: map[string]*os.File{}}
+func (a *app) keep(swap bool, inherited []net.Listener, stored map[string]*os.File) (err error) {
+	k := &keeper{log: a.daemonLog(true), swap: swap, path: installedAs(), args: os.Args, held: map[string]*os.File{}, events: make(chan keeperEvent)}
 	defer k.log.Sync()
 	for i, l := range inherited {
 		f, err := l.(interface{ File() (*os.File, error) }).File()
@@ -93,43 +183,436 @@ func (a *app) keep(inherited []net.Listener) (err error) {
 		}
 		k.held[fmt.Sprintf("%s%d", heldInherited, i)] = f
 	}
+	for name, f := range stored {
+		switch {
+		case name == storedState:
+			if k.state, err = readMemoryFile(f); err != nil {
+				return err
+			}
+			f.Close()
+		case strings.HasPrefix(name, heldKernel):
+			k.kernel = append(k.kernel, f)
+		default:
+			k.held[name] = f
+		}
+	}
 	if k.program, err = copyProgram("/proc/self/exe"); err != nil {
 		return fmt.Errorf("copying the program to memory: %w", err)
 	}
-	defer k.program.Close()
+	return k.run()
+}
+
+// run keeps until the last server has ended.
+func (k *keeper) run() error {
+	signals := listenToSignals()
+	defer signal.Stop(signals)
 	// What is needed when the device below is dead must not have to come from
 	// it. What the heap still grows by is locked when it is used.
 	if err := lockMemory(); err != nil {
 		k.log.Warn("the keeper's memory can't be locked (LimitMEMLOCK=); a volume that is used for swap may not survive the death of its server", zap.Error(err))
 	}
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
-	defer signal.Stop(signals)
-
-	var deaths []time.Time
-	for {
-		over, state, err := k.runServer(signals)
-		if err != nil {
-			return err
-		}
-		if over || k.state == nil {
-			if state.Signaled() {
-				return fmt.Errorf("the server was killed by signal %d (%v) before it served", int(state.Signal()), state.Signal())
+	k.alarm = time.NewTimer(time.Hour)
+	k.alarm.Stop()
+	if k.active != nil {
+		k.keepStandby()
+	} else if err := k.startNext(); err != nil {
+		return err
+	}
+	for k.exit == nil {
+		select {
+		case s := <-signals:
+			k.signal(s)
+		case e := <-k.events:
+			k.handle(e)
+		case <-k.alarm.C:
+			if wake := k.wake; wake != nil {
+				k.wake = nil
+				wake()
 			}
-			if code := state.ExitStatus(); code != 0 {
+		}
+	}
+	k.dismiss(k.standby)
+	return k.exit()
+}
+
+// listenToSignals returns where a keeper's signals come from then on. A signal that
+// comes before ends the process. For the one that is executed by become that would
+// leave a volume in use without a keeper, so main calls it before anything else.
+func listenToSignals() chan os.Signal {
+	if keeperSignals == nil {
+		keeperSignals = make(chan os.Signal, 8)
+		signal.Notify(keeperSignals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	}
+	return keeperSignals
+}
+
+var keeperSignals chan os.Signal
+
+// after has f called in a while, instead of what was to be called before.
+func (k *keeper) after(d time.Duration, f func()) {
+	k.wake = f
+	k.alarm.Reset(d)
+}
+
+func (k *keeper) cancelWake() {
+	k.wake = nil
+	k.alarm.Stop()
+}
+
+func (k *keeper) signal(s os.Signal) {
+	switch {
+	case s == unix.SIGHUP:
+		k.reload(false)
+	case s == unix.SIGTERM && k.next == nil && k.active != nil && k.active.ready && restartJob(k.log):
+		k.reload(true)
+	case k.active != nil:
+		k.active.process.Signal(s)
+	case s == unix.SIGTERM && k.state != nil && restartJob(k.log):
+		// This version can't go on with the state; the next one may.
+		if err := k.store(); err != nil {
+			k.log.Error("the service manager can't keep what the next server needs; this process goes on", zap.Error(err))
+			return
+		}
+		k.exit = func() error { return nil }
+	default:
+		// The next server has to take the device back before it can let it go.
+		k.pending = s
+	}
+}
+
+func (k *keeper) handle(e keeperEvent) {
+	c := e.from
+	if e.end {
+		c.link.Close()
+		status, err := c.process.Wait()
+		if err != nil {
+			k.log.Error("waiting for a server", zap.Error(err))
+		}
+		switch c {
+		case k.active:
+			k.active = nil
+			k.ended(c, status)
+		case k.standby:
+			k.standby = nil
+			k.standbyEnded(status)
+		}
+		return
+	}
+	if e.f != nil && e.m.Hold != "" && c == k.active {
+		k.hold(e.m.Hold, e.f)
+	} else if e.f != nil {
+		e.f.Close()
+	}
+	if e.m.Standby && !c.prepared {
+		c.prepared, c.version = true, e.m.Version
+		k.standsBy()
+	}
+	if c != k.active {
+		return
+	}
+	c.over = c.over || e.m.Over
+	if e.m.State != nil {
+		c.state = e.m.State
+		if k.next == nil || c.program != k.next {
+			k.state = c.state
+		}
+	}
+	if e.m.Notify != nil {
+		if err := systemd.Notify(e.m.Notify...); err != nil {
+			k.log.Warn("service manager was not notified", zap.Error(err))
+		}
+	}
+	switch {
+	case e.m.Ready && !c.ready:
+		c.ready = true
+		k.state = c.state
+		k.serves(c)
+	case e.m.Left:
+		k.active = nil
+		k.hasLeft()
+	case e.m.Reload:
+		k.reload(false)
+	}
+}
+
+// hold keeps a descriptor.
+func (k *keeper) hold(name string, f *os.File) {
+	if strings.HasPrefix(name, heldKernel) {
+		k.kernel = append(k.kernel, f)
+		return
+	}
+	if old := k.held[name]; old != nil {
+		old.Close()
+	}
+	k.held[name] = f
+}
+
+// startNext starts a server whose turn it is as soon as it stands by.
+func (k *keeper) startNext() error {
+	if k.standby != nil {
+		return nil
+	}
+	c, err := k.start(k.program)
+	if err != nil {
+		return err
+	}
+	k.standby = c
+	return nil
+}
+
+// proceed makes it the turn of the server that stands by, or starts one.
+func (k *keeper) proceed() {
+	if k.active != nil {
+		return
+	}
+	if c := k.standby; c != nil && c.prepared {
+		k.standby = nil
+		k.release(c)
+		return
+	}
+	if err := k.startNext(); err != nil {
+		k.log.Error("the next server can't be started; I/O waits", zap.Error(err))
+		k.after(time.Second, k.proceed)
+	}
+}
+
+// standsBy is called when a server is prepared.
+func (k *keeper) standsBy() {
+	switch {
+	case k.active == nil && k.wake == nil:
+		k.proceed()
+	case k.next != nil && k.standby != nil && k.standby.program == k.next && k.active != nil:
+		k.log.Info("the server leaves the volume to another", zap.String("version", k.standby.version), zap.Bool("restart", k.storing))
+		k.since = time.Now()
+		k.active.told = true
+		k.order(k.active, keeperOrder{Leave: true}, nil)
+		k.after(leaveTimeout, func() {
+			// The kernel sends its last requests again, when they are over.
+			k.log.Error("the server does not leave, as its last requests take too long; it is killed")
+			k.active.process.Kill()
+		})
+	}
+}
+
+// standbyEnded is called when one has ended that was not its turn yet.
+func (k *keeper) standbyEnded(p *os.ProcessState) {
+	how := describeDeath(p)
+	switch {
+	case k.next != nil && k.active != nil:
+		k.refuse("the new program did not come up: " + how)
+	case k.active == nil && k.state == nil:
+		k.ended(&child{over: true}, p) // the first one: its own message says why
+	case k.active == nil:
+		k.next = nil
+		k.log.Error("a server died before it served", zap.String("how", how))
+		k.after(time.Second, k.proceed)
+	case k.swap:
+		k.log.Error("the server that stood by has died; another one is started", zap.String("how", how))
+		k.after(time.Second, k.keepStandby)
+	}
+}
+
+// ended is called when the active server has ended without leaving.
+func (k *keeper) ended(c *child, p *os.ProcessState) {
+	status := p.Sys().(syscall.WaitStatus)
+	if c.over || k.state == nil {
+		k.exit = func() error {
+			if status.Signaled() {
+				return fmt.Errorf("the server was killed by signal %d (%v) before it served", int(status.Signal()), status.Signal())
+			}
+			if code := status.ExitStatus(); code != 0 {
 				return &silentError{code}
 			}
 			return nil
 		}
-		now := time.Now()
-		deaths = append(slices.DeleteFunc(deaths, func(t time.Time) bool { return now.Sub(t) > time.Minute }), now)
-		wait := time.Duration(0)
-		if n := len(deaths); n > 3 {
-			wait = min(100*time.Millisecond<<(n-4), 5*time.Second)
+		return
+	}
+	if k.next != nil && c.told {
+		k.log.Error("the server has died while it was to leave", zap.String("how", describeDeath(p)))
+		k.hasLeft()
+		return
+	}
+	if k.next != nil {
+		k.refuse("the server died: " + describeDeath(p))
+	}
+	now := time.Now()
+	k.deaths = append(slices.DeleteFunc(k.deaths, func(t time.Time) bool { return now.Sub(t) > time.Minute }), now)
+	wait := time.Duration(0)
+	if n := len(k.deaths); n > 3 {
+		wait = min(100*time.Millisecond<<min(n-4, 10), 5*time.Second)
+	}
+	if wait == 0 {
+		k.proceed()
+	} else {
+		k.after(wait, k.proceed)
+	}
+	k.log.Error("the server has died; another one goes on, and I/O waits for it",
+		zap.String("how", describeDeath(p)), zap.Int("deaths_in_a_minute", len(k.deaths)), zap.Duration("wait", wait))
+}
+
+// serves is called when a server has begun to.
+func (k *keeper) serves(c *child) {
+	if k.next != nil && c.program == k.next {
+		k.log.Info("another server has taken over", zap.String("version", c.version), zap.Duration("took", time.Since(k.since)))
+		k.cancelWake()
+		k.program.close()
+		k.program, k.next = k.next, nil
+		if err := k.become(); err != nil {
+			k.log.Error("the keeper itself goes on with the old version", zap.Error(err))
+			if err := systemd.Notify(systemd.Ready); err != nil {
+				k.log.Warn("service manager was not notified", zap.Error(err))
+			}
 		}
-		k.log.Error("the server has died; another one goes on, and I/O waits for it",
-			zap.String("how", describeDeath(state)), zap.Int("deaths_in_a_minute", len(deaths)), zap.Duration("wait", wait))
-		time.Sleep(wait)
+	}
+	if k.wanted {
+		k.wanted = false
+		k.reload(false)
+		return
+	}
+	k.keepStandby()
+}
+
+// keepStandby has a server stand by if there should always be one.
+func (k *keeper) keepStandby() {
+	if !k.swap || k.standby != nil || k.active == nil {
+		return
+	}
+	if err := k.startNext(); err != nil {
+		k.log.Error("no server can be had that stands by; another try follows", zap.Error(err))
+		k.after(5*time.Second, k.keepStandby)
+	}
+}
+
+// reload has the program that is on disk now take over, from this process too.
+// With store, it is the service manager that will start it.
+func (k *keeper) reload(store bool) {
+	if k.next != nil {
+		return // it is under way
+	}
+	if k.active == nil {
+		// What is installed now may be able to serve where this program isn't.
+		if p, err := copyProgram(k.path); err == nil {
+			k.program.close()
+			k.program = p
+			k.dropStandby()
+			k.after(0, k.proceed)
+		}
+		return
+	}
+	if !k.active.ready {
+		k.wanted = true // as soon as it is
+		return
+	}
+	usec := int64(0)
+	var now unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) == nil {
+		usec = now.Nano() / 1000
+	}
+	if !store {
+		if err := systemd.Notify(systemd.Reloading, fmt.Sprintf("MONOTONIC_USEC=%d", usec)); err != nil {
+			k.log.Warn("service manager was not notified", zap.Error(err))
+		}
+	}
+	next, err := copyProgram(k.path)
+	if err != nil {
+		k.storing = store
+		k.refuse(err.Error())
+		return
+	}
+	k.dropStandby()
+	k.next, k.storing = next, store
+	c, err := k.start(next)
+	if err != nil {
+		k.refuse(err.Error())
+		return
+	}
+	k.standby = c
+	k.after(prepareTimeout, func() { k.refuse("the new program was not ready in " + prepareTimeout.String()) })
+}
+
+// refuse ends a reload: everything stays as it was.
+func (k *keeper) refuse(why string) {
+	k.log.Error("the volume stays with the server that it has", zap.String("why", why))
+	k.cancelWake()
+	if k.next != nil {
+		if k.standby != nil && k.standby.program == k.next {
+			k.dropStandby()
+		}
+		k.next.close()
+		k.next = nil
+	}
+	stop := k.storing
+	k.storing = false
+	if k.active == nil {
+		return
+	}
+	k.order(k.active, keeperOrder{Refused: why}, nil)
+	if stop {
+		// The service manager waits for the end of this process all the same.
+		k.active.process.Signal(unix.SIGTERM)
+	} else if err := systemd.Notify(systemd.Ready); err != nil {
+		k.log.Warn("service manager was not notified", zap.Error(err))
+	}
+	k.keepStandby()
+}
+
+// hasLeft is called when the active server has left.
+func (k *keeper) hasLeft() {
+	k.cancelWake()
+	if !k.storing {
+		k.proceed()
+		return
+	}
+	if err := k.store(); err != nil {
+		k.log.Error("the service manager can't keep what the next server needs; this process goes on", zap.Error(err))
+		k.dropStandby()
+		k.next, k.storing = nil, false
+		k.proceed()
+		return
+	}
+	k.log.Info("the service manager keeps what the next server needs")
+	k.exit = func() error { return nil }
+}
+
+// release makes it the turn of a server.
+func (k *keeper) release(c *child) {
+	k.active = c
+	k.cancelWake()
+	for name, f := range k.held {
+		k.order(c, keeperOrder{Hold: name}, f)
+	}
+	for i, f := range k.kernel {
+		k.order(c, keeperOrder{Hold: fmt.Sprintf("%s%d", heldKernel, i)}, f)
+		// Only the server may have it: the kernel sees by its end that it died.
+		f.Close()
+	}
+	k.kernel = nil
+	c.state = k.state
+	k.order(c, keeperOrder{Go: true, State: k.state}, nil)
+	if k.pending != nil {
+		c.process.Signal(k.pending)
+		k.pending = nil
+	}
+}
+
+// order tells a server something. One that has died is found out elsewhere.
+func (k *keeper) order(c *child, o keeperOrder, f *os.File) {
+	if err := sendPacket(c.link, o, f); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+		k.log.Error("a server was not told", zap.Error(err))
+	}
+}
+
+// dropStandby ends the server that stands by.
+func (k *keeper) dropStandby() {
+	c := k.standby
+	k.standby = nil
+	k.dismiss(c)
+}
+
+// dismiss ends a server whose turn it never was.
+func (k *keeper) dismiss(c *child) {
+	if c != nil {
+		c.process.Kill() // it is waited for when its link has ended
 	}
 }
 
@@ -138,98 +621,218 @@ type silentError struct{ code int }
 
 func (e *silentError) Error() string { return fmt.Sprintf("exit code %d", e.code) }
 
-func describeDeath(s syscall.WaitStatus) string {
+func describeDeath(p *os.ProcessState) string {
+	s := p.Sys().(syscall.WaitStatus)
 	if s.Signaled() {
 		return fmt.Sprintf("signal %d (%v)", int(s.Signal()), s.Signal())
 	}
 	return fmt.Sprintf("exit code %d", s.ExitStatus())
 }
 
-// runServer runs one server to its end. over tells whether it ended because it
-// wanted to.
-func (k *keeper) runServer(signals <-chan os.Signal) (over bool, _ syscall.WaitStatus, err error) {
+// start starts a server.
+func (k *keeper) start(p *program) (*child, error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return false, 0, err
+		return nil, err
 	}
-	theirs := os.NewFile(uintptr(pair[1]), "keeper")
-	f := os.NewFile(uintptr(pair[0]), "server")
-	conn, err := net.FileConn(f)
-	f.Close()
+	theirs, ours := os.NewFile(uintptr(pair[1]), "keeper"), os.NewFile(uintptr(pair[0]), "server")
+	defer theirs.Close()
+	link, err := packetConn(ours)
 	if err != nil {
-		theirs.Close()
-		return false, 0, err
+		return nil, err
 	}
-	link := conn.(*net.UnixConn)
-	defer link.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		link.Close()
+		return nil, err
+	}
+	defer null.Close()
+	process, err := os.StartProcess(fmt.Sprintf("/proc/self/fd/%d", p.f.Fd()), k.args, &os.ProcAttr{
+		Env:   append(os.Environ(), serverEnv+"=1"),
+		Files: []*os.File{null, os.Stdout, os.Stderr, theirs},
+	})
+	if err != nil {
+		link.Close()
+		return nil, fmt.Errorf("starting the server: %w", err)
+	}
+	c := &child{process: process, link: link, program: p, done: make(chan struct{})}
+	k.order(c, keeperOrder{Prepare: true, State: k.state}, nil)
+	go k.listen(c)
+	return c, nil
+}
 
-	files, names := []*os.File{theirs}, []string{}
-	for name, f := range k.held {
-		files, names = append(files, f), append(names, name)
-	}
-	if k.state != nil {
-		f, err := memoryFile("hostcryptd-state", k.state)
-		if err != nil {
-			theirs.Close()
-			return false, 0, err
+// listen passes on what a child says. The link ends with the child: nobody else
+// has its end.
+func (k *keeper) listen(c *child) {
+	defer close(c.done)
+	for {
+		var m keeperMessage
+		f, err := receivePacket(c.link, &m)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return // stopped
 		}
-		defer f.Close()
-		files, names = append(files, f), append(names, heldState)
+		k.events <- keeperEvent{from: c, m: m, f: f, end: err != nil}
+		if err != nil {
+			return
+		}
 	}
-	cmd := exec.Command(fmt.Sprintf("/proc/self/fd/%d", k.program.Fd()), k.args[1:]...)
-	cmd.Args[0] = k.args[0]
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = nil, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), keeperEnv+"="+strings.Join(names, ","))
-	cmd.ExtraFiles = files
-	err = cmd.Start()
-	theirs.Close()
-	if err != nil {
-		return false, 0, fmt.Errorf("starting the server: %w", err)
+}
+
+// A keeperState is what a keeper leaves to itself when it executes another
+// program. Descriptors are numbers.
+type keeperState struct {
+	Version int             `json:"version"`
+	Swap    bool            `json:"swap"`
+	Path    string          `json:"path"`
+	Program int             `json:"program"`
+	Held    map[string]int  `json:"held"`
+	State   json.RawMessage `json:"state"`
+	PID     int             `json:"pid"`  // of the server
+	Link    int             `json:"link"` // to it
+}
+
+const keeperStateVersion = 1
+
+// become executes the program from which servers are started now. It returns if
+// that fails.
+func (k *keeper) become() error {
+	c := k.active
+	// What has been read from the link must have been heard.
+	if err := c.link.SetReadDeadline(time.Unix(1, 0)); err != nil {
+		return err
 	}
-	messages := make(chan keeperMessage)
-	go func() {
-		defer close(messages)
-		for {
-			m, f, err := receiveMessage(link)
-			if err != nil {
-				return
+	for stopped := false; !stopped; {
+		select {
+		case <-c.done:
+			stopped = true
+		case e := <-k.events:
+			k.handle(e)
+			if k.active != c {
+				return errors.New("the server has died")
 			}
-			if m.Hold != "" && f != nil {
-				if old := k.held[m.Hold]; old != nil {
-					old.Close()
-				}
-				k.held[m.Hold] = f
-			} else if f != nil {
-				f.Close()
-			}
-			messages <- m
+		}
+	}
+	defer func() { // it has failed
+		_ = c.link.SetReadDeadline(time.Time{})
+		c.done = make(chan struct{})
+		go k.listen(c)
+	}()
+	s := keeperState{Version: keeperStateVersion, Swap: k.swap, Path: k.path, Held: map[string]int{}, State: k.state, PID: c.process.Pid}
+	var pass []*os.File // open across the exec
+	keep := func(f *os.File) (int, error) {
+		n, err := descriptor(f)
+		if err != nil {
+			return 0, err
+		}
+		fd, err := unix.FcntlInt(uintptr(n), unix.F_DUPFD, 3)
+		if err == nil {
+			pass = append(pass, os.NewFile(uintptr(fd), "passed"))
+		}
+		return fd, err
+	}
+	defer func() {
+		for _, f := range pass {
+			f.Close()
 		}
 	}()
-	// The link ends with the server: nobody else has its end.
-	for open := true; open; {
-		select {
-		case s := <-signals:
-			cmd.Process.Signal(s)
-		case m, ok := <-messages:
-			open = ok
-			over = over || m.Over
-			if m.State != nil {
-				k.state = m.State
-			}
-			if m.Notify != nil {
-				if err := systemd.Notify(m.Notify...); err != nil {
-					k.log.Warn("service manager was not notified", zap.Error(err))
-				}
-			}
+	link, err := c.link.File()
+	if err != nil {
+		return err
+	}
+	defer link.Close()
+	if s.Link, err = keep(link); err != nil {
+		return err
+	}
+	if s.Program, err = keep(k.program.f); err != nil {
+		return err
+	}
+	for name, f := range k.held {
+		if s.Held[name], err = keep(f); err != nil {
+			return err
 		}
 	}
-	_ = cmd.Wait() // its error is the status
-	return over, cmd.ProcessState.Sys().(syscall.WaitStatus), nil
+	b, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	f, err := memoryFile("hostcryptd-keeper", b)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fd, err := keep(f)
+	if err != nil {
+		return err
+	}
+	k.log.Sync()
+	return unix.Exec(fmt.Sprintf("/proc/self/fd/%d", s.Program), k.args, append(os.Environ(), fmt.Sprintf("%s=%d", keeperEnv, fd)))
+}
+
+// resume goes on with what another version of this process has left; ok is false
+// if there is nothing.
+func (a *app) resume() (ok bool, err error) {
+	text, ok := os.LookupEnv(keeperEnv)
+	if !ok {
+		return false, nil
+	}
+	os.Unsetenv(keeperEnv)
+	fd, err := strconv.Atoi(text)
+	if err != nil {
+		return true, fmt.Errorf("$%s is %.20q", keeperEnv, text)
+	}
+	open := func(fd int, name string) *os.File {
+		unix.CloseOnExec(fd)
+		return os.NewFile(uintptr(fd), name)
+	}
+	f := open(fd, "keeper")
+	defer f.Close()
+	b, err := readMemoryFile(f)
+	if err != nil {
+		return true, err
+	}
+	var s keeperState
+	if err := json.Unmarshal(b, &s); err != nil {
+		return true, fmt.Errorf("what the keeper has left: %w", err)
+	}
+	k := &keeper{log: a.daemonLog(true), swap: s.Swap, path: s.Path, args: os.Args, held: map[string]*os.File{}, state: s.State, events: make(chan keeperEvent)}
+	defer k.log.Sync()
+	k.program = &program{f: open(s.Program, "program")}
+	if fi, err := k.program.f.Stat(); err == nil {
+		k.program.size = int(fi.Size())
+	}
+	k.program.lock()
+	for name, fd := range s.Held {
+		k.held[name] = open(fd, name)
+	}
+	c := &child{program: k.program, version: version(), prepared: true, ready: true, state: s.State, done: make(chan struct{})}
+	if c.link, err = packetConn(open(s.Link, "server")); err != nil {
+		return true, err
+	}
+	if c.process, err = os.FindProcess(s.PID); err != nil {
+		return true, err
+	}
+	k.active = c
+	go k.listen(c)
+	k.log.Info("the keeper goes on with this version", zap.String("version", version()))
+	if err := systemd.Notify(systemd.Ready); err != nil {
+		k.log.Warn("service manager was not notified", zap.Error(err))
+	}
+	return true, k.run()
+}
+
+// installedAs is the path that a process was started from, which may hold another
+// program by now. argv[0] may be no path: systemd-shutdown wants an @ there.
+func installedAs() string {
+	path, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(path, " (deleted)")
 }
 
 // copyProgram copies a program to memory that nobody can change, and locks it
 // there.
-func copyProgram(name string) (_ *os.File, err error) {
+func copyProgram(name string) (_ *program, err error) {
 	src, err := os.Open(name)
 	if err != nil {
 		return nil, err
@@ -244,11 +847,7 @@ func copyProgram(name string) (_ *os.File, err error) {
 		return nil, err
 	}
 	f := os.NewFile(uintptr(fd), "hostcryptd")
-	defer func() {
-		if err != nil {
-			f.Close()
-		}
-	}()
+	defer f.Close()
 	n, err := io.Copy(f, src)
 	if err != nil {
 		return nil, err
@@ -256,18 +855,30 @@ func copyProgram(name string) (_ *os.File, err error) {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
 		return nil, err
 	}
-	p, err := unix.Mmap(fd, 0, int(n), unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		return nil, err
-	}
-	_ = unix.Mlock(p) // Mlockall says it if it may not
 	// A descriptor that is open for writing can't be executed.
 	ro, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err != nil {
 		return nil, err
 	}
-	f.Close()
-	return ro, nil
+	p := &program{f: ro, size: int(n)}
+	p.lock()
+	return p, nil
+}
+
+// lock keeps a program in memory, as long as this process doesn't execute
+// another. That it may not is said by Mlockall.
+func (p *program) lock() {
+	if b, err := unix.Mmap(int(p.f.Fd()), 0, p.size, unix.PROT_READ, unix.MAP_SHARED); err == nil {
+		_ = unix.Mlock(b)
+		p.mem = b
+	}
+}
+
+func (p *program) close() {
+	if p.mem != nil {
+		_ = unix.Munmap(p.mem)
+	}
+	p.f.Close()
 }
 
 // memoryFile returns a file in memory that holds b.
@@ -284,15 +895,62 @@ func memoryFile(name string, b []byte) (*os.File, error) {
 	return f, nil
 }
 
-// receiveMessage receives a message and its descriptor, or nil.
-func receiveMessage(c *net.UnixConn) (m keeperMessage, f *os.File, err error) {
+// readMemoryFile returns what memoryFile was given.
+func readMemoryFile(f *os.File) ([]byte, error) {
+	return io.ReadAll(io.NewSectionReader(f, 0, 16*maxKeeperMessage))
+}
+
+// packetConn makes a connection of a socket, which it takes over.
+func packetConn(f *os.File) (*net.UnixConn, error) {
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.UnixConn), nil
+}
+
+// sendPacket sends a message, with a descriptor or nil.
+func sendPacket(c *net.UnixConn, m any, f *os.File) error {
+	b, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	if len(b) > maxKeeperMessage {
+		return fmt.Errorf("a message of %d bytes between server and keeper", len(b))
+	}
+	if f == nil {
+		_, _, err = c.WriteMsgUnix(b, nil, nil)
+		return err
+	}
+	fd, err := descriptor(f)
+	if err == nil {
+		_, _, err = c.WriteMsgUnix(b, unix.UnixRights(fd), nil)
+	}
+	runtime.KeepAlive(f)
+	return err
+}
+
+// descriptor is f.Fd(), which would make a socket block, for all who share it. The
+// caller keeps f alive.
+func descriptor(f *os.File) (n int, err error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	err = raw.Control(func(fd uintptr) { n = int(fd) })
+	return n, err
+}
+
+// receivePacket receives a message, and its descriptor or nil.
+func receivePacket(c *net.UnixConn, m any) (f *os.File, err error) {
 	b, oob := make([]byte, maxKeeperMessage), make([]byte, unix.CmsgSpace(4))
 	n, oobn, _, _, err := c.ReadMsgUnix(b, oob)
 	if err == nil && n == 0 {
 		err = io.EOF
 	}
 	if err != nil {
-		return m, nil, err
+		return nil, err
 	}
 	if list, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil && len(list) == 1 {
 		if fds, err := unix.ParseUnixRights(&list[0]); err == nil && len(fds) == 1 {
@@ -300,7 +958,7 @@ func receiveMessage(c *net.UnixConn) (m keeperMessage, f *os.File, err error) {
 			f = os.NewFile(uintptr(fds[0]), "held")
 		}
 	}
-	return m, f, json.Unmarshal(b[:n], &m)
+	return f, json.Unmarshal(b[:n], m)
 }
 
 // A keeperLink is the server's end. A nil one stands for no keeper.
@@ -308,32 +966,127 @@ type keeperLink struct {
 	conn *net.UnixConn
 	held map[string]*os.File
 
+	leave   chan struct{} // closed when the server is to leave
+	refused chan string   // capacity 1: why a reload came to nothing
+
 	mu sync.Mutex // one message at a time
 }
 
-// openKeeperLink takes over what the keeper of this process has given it, or
-// returns nil.
+// openKeeperLink returns the link to the keeper of this process, or nil.
 func openKeeperLink() (*keeperLink, error) {
-	names, ok := os.LookupEnv(keeperEnv)
-	if !ok {
+	if _, ok := os.LookupEnv(serverEnv); !ok {
 		return nil, nil
 	}
-	os.Unsetenv(keeperEnv)
-	k := &keeperLink{held: map[string]*os.File{}}
+	os.Unsetenv(serverEnv)
 	unix.CloseOnExec(keeperFD)
-	f := os.NewFile(keeperFD, "keeper")
-	conn, err := net.FileConn(f)
-	f.Close()
+	conn, err := packetConn(os.NewFile(keeperFD, "keeper"))
 	if err != nil {
-		return nil, fmt.Errorf("$%s is set, but there is no keeper: %w", keeperEnv, err)
-	}
-	k.conn = conn.(*net.UnixConn)
-	for i, name := range strings.FieldsFunc(names, func(r rune) bool { return r == ',' }) {
-		unix.CloseOnExec(keeperFD + 1 + i)
-		k.held[name] = os.NewFile(uintptr(keeperFD+1+i), name)
+		return nil, fmt.Errorf("$%s is set, but there is no keeper: %w", serverEnv, err)
 	}
 	_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(unsafe.StringData("hostcryptd\x00"))), 0, 0, 0) // not the number of a descriptor
-	return k, nil
+	return &keeperLink{conn: conn, held: map[string]*os.File{}, leave: make(chan struct{}), refused: make(chan string, 1)}, nil
+}
+
+// errNoTurn means that the keeper has ended, or has no use for this server.
+var errNoTurn = errors.New("it never was this server's turn")
+
+// standBy has prepare do what can be done early, and returns when it is this
+// server's turn, with the state to go on with or nil.
+func (k *keeperLink) standBy(ctx context.Context, prepare func() error) (*serverState, error) {
+	defer context.AfterFunc(ctx, func() { k.conn.SetReadDeadline(time.Unix(1, 0)) })()
+	for {
+		var o keeperOrder
+		f, err := receivePacket(k.conn, &o)
+		if err != nil {
+			return nil, errNoTurn
+		}
+		if f != nil {
+			k.held[o.Hold] = f
+		}
+		switch {
+		case o.Prepare:
+			if _, err := parseState(o.State); err != nil {
+				return nil, err
+			}
+			if err := prepare(); err != nil {
+				return nil, err
+			}
+			if err := k.send(keeperMessage{Standby: true, Version: version()}, nil); err != nil {
+				return nil, err
+			}
+		case o.Go:
+			return parseState(o.State)
+		}
+	}
+}
+
+// listen listens to the keeper, for as long as this server runs.
+func (k *keeperLink) listen(log *zap.Logger) {
+	if k == nil {
+		return
+	}
+	_ = k.conn.SetReadDeadline(time.Time{})
+	left := false
+	for {
+		var o keeperOrder
+		f, err := receivePacket(k.conn, &o)
+		if err != nil {
+			log.Error("the keeper has died; this server goes on, but nothing replaces it if it dies", zap.Error(err))
+			return
+		}
+		if f != nil {
+			f.Close()
+		}
+		if o.Leave && !left {
+			left = true
+			close(k.leave)
+		}
+		if o.Refused != "" {
+			select {
+			case <-k.refused:
+			default:
+			}
+			k.refused <- o.Refused
+		}
+	}
+}
+
+// leaving is closed when this server is to leave.
+func (k *keeperLink) leaving() <-chan struct{} {
+	if k == nil {
+		return nil
+	}
+	return k.leave
+}
+
+// take returns what is held under a name, or nil, and forgets it.
+func (k *keeperLink) take(name string) *os.File {
+	if k == nil {
+		return nil
+	}
+	f := k.held[name]
+	delete(k.held, name)
+	return f
+}
+
+// takeKernel returns the sockets of the kernel device that the server before has
+// left.
+func (k *keeperLink) takeKernel() (list []*net.UnixConn, err error) {
+	if k == nil {
+		return nil, nil
+	}
+	for name, f := range k.held {
+		if !strings.HasPrefix(name, heldKernel) {
+			continue
+		}
+		delete(k.held, name)
+		c, err := packetConn(f)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, c)
+	}
+	return list, nil
 }
 
 // send sends a message, with a descriptor or nil.
@@ -341,32 +1094,7 @@ func (k *keeperLink) send(m keeperMessage, f *os.File) error {
 	if k == nil {
 		return nil
 	}
-	b, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	if len(b) > maxKeeperMessage {
-		return fmt.Errorf("a message of %d bytes to the keeper", len(b))
-	}
-	var oob []byte
-	if f != nil {
-		oob = unix.UnixRights(int(f.Fd()))
-	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	_, _, err = k.conn.WriteMsgUnix(b, oob, nil)
-	return err
-}
-
-// watch tells when the keeper is gone.
-func (k *keeperLink) watch(ctx context.Context, log *zap.Logger) {
-	if k == nil {
-		return
-	}
-	stop := context.AfterFunc(ctx, func() { k.conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	var b [1]byte
-	if _, err := k.conn.Read(b[:]); ctx.Err() == nil {
-		log.Error("the keeper has died; this server goes on, but nothing replaces it if it dies", zap.Error(err))
-	}
+	return sendPacket(k.conn, m, f)
 }

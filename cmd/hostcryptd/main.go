@@ -33,6 +33,9 @@ import (
 )
 
 func main() {
+	if os.Getenv(keeperEnv) != "" {
+		listenToSignals()
+	}
 	if len(os.Args) > 1 && os.Args[1] == keyunseal.ChildArg {
 		os.Exit(keyunseal.ChildMain())
 	}
@@ -103,7 +106,7 @@ func (a *app) root() *cobra.Command {
 		return withCode(codeUsage, fmt.Errorf("%w; '%s --help' lists the flags", err, c.CommandPath()))
 	})
 	root.AddCommand(
-		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.detachCommand(), a.dumpCommand(),
+		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.reloadCommand(), a.detachCommand(), a.dumpCommand(),
 		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(),
 	)
 	return root

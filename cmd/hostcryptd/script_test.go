@@ -32,6 +32,12 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && (os.Args[1] == keyunseal.ChildArg || os.Args[1] == deriveArg) {
 		main()
 	}
+	if os.Getenv(fakeKeeperEnv) != "" {
+		if os.Getenv(keeperEnv) != "" {
+			listenToSignals()
+		}
+		os.Exit(fakeKeeper())
+	}
 	testscript.Main(m, map[string]func(){
 		"hostcryptd": func() { main() },
 	})

@@ -46,6 +46,7 @@ type serveOptions struct {
 	readOnly      bool
 	discard       bool
 	direct        bool
+	swap          bool
 	randomKey     bool
 	sectorSize    int  // with randomKey
 	force         bool // with randomKey: whatever is on the device
@@ -74,6 +75,12 @@ On SIGTERM it stops taking requests, answers those it has, flushes, detaches and
 wipes the keys. While the kernel device is mounted or otherwise in use it waits,
 since to go would be to lose what was not yet written.
 
+--swap is for swap, or anything else that this machine needs in order to get memory
+free. The server and its keeper then lock their memory, run with real-time priority,
+and another server stands by; they take about 100 MiB. It raises vm.min_free_kbytes
+if that is low, and refuses to start where it can't keep its promise. 'hostcryptd
+status' shows whether it does.
+
 With --random-key the whole of DEVICE is encrypted with a key that is drawn now and
 stored nowhere, as swap and temporary files want it; no header is read or written,
 and what is on DEVICE is lost. A device that carries anything but swap that blkid
@@ -99,9 +106,13 @@ line, 'systemctl status hostcryptd@NAME', and orders what uses /dev/hostcryptd/N
 after it. At shutdown the service goes on until the last file system is unmounted.`,
 		Example: `  hostcryptd serve /dev/sdb --attach auto
   hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control
-  hostcryptd serve /dev/disk/by-partlabel/swap --random-key --attach /dev/nbd8`,
+  hostcryptd serve /dev/disk/by-partlabel/swap --swap --random-key --attach /dev/nbd8`,
 		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
+			// Before anything that could fail: this process must go on.
+			if resumed, err := a.resume(); resumed {
+				return err
+			}
 			o.device = args[0]
 			wait := time.Duration(0)
 			if !strings.Contains(o.device, "/") {
@@ -116,7 +127,15 @@ after it. At shutdown the service goes on until the last file system is unmounte
 					return err
 				}
 			}
-			inherited, err := systemd.Listeners()
+			if err := o.checkSwap(); err != nil {
+				return err
+			}
+			if o.swap {
+				if err := enterSwapMode(); err != nil {
+					return err
+				}
+			}
+			inherited, files, err := systemd.Inherited(storedPrefix)
 			if err != nil {
 				return err
 			}
@@ -155,28 +174,34 @@ after it. At shutdown the service goes on until the last file system is unmounte
 				}
 				*p = abs
 			}
+			if o.listen != "" && o.listen == o.control {
+				return usagef("--listen and --control are the same socket")
+			}
 			link, err := openKeeperLink()
 			if err != nil {
 				return err
 			}
 			if link == nil && o.attach != "" {
-				return a.keep(inherited)
+				return a.keep(o.swap, inherited, stored(files))
 			}
+			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
+			defer stop()
+			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree}
+			signal.Notify(d.hangup(), syscall.SIGHUP)
+			var goOn *serverState
 			if link != nil {
+				goOn, err = link.standBy(ctx, d.prepare)
+				if errors.Is(err, errNoTurn) {
+					return nil
+				}
+				if err != nil {
+					return err
+				}
 				if inherited, err = link.inheritedListeners(); err != nil {
 					return err
 				}
 			}
-			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
-			defer stop()
-			if o.listen != "" && o.listen == o.control {
-				return usagef("--listen and --control are the same socket")
-			}
-			d := &daemon{opts: o, inherited: inherited, log: a.daemonLog(), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree}
-			goOn, err := link.takeState()
-			if err != nil {
-				return err
-			}
+			d.inherited = inherited
 			if err := d.opts.keys.readSigner(); err != nil && goOn == nil {
 				return err
 			} else if err != nil {
@@ -186,10 +211,10 @@ after it. At shutdown the service goes on until the last file system is unmounte
 			if err := d.waitDevice(ctx, wait); err != nil {
 				return err
 			}
-			go link.watch(ctx, d.log)
+			go link.listen(d.log)
 			err = d.run(ctx, goOn)
 			d.log.Sync()
-			if goOn == nil || d.served {
+			if !d.leaving && (goOn == nil || d.served) {
 				// Else it's up to the keeper to try again.
 				_ = link.send(keeperMessage{Over: true}, nil)
 			}
@@ -209,6 +234,7 @@ after it. At shutdown the service goes on until the last file system is unmounte
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes, and write nothing to the device")
 	f.BoolVar(&o.direct, "direct", false, "keep an image file out of the page cache (O_DIRECT), as block devices are")
 	f.BoolVar(&o.discard, "discard", false, "pass discards on to the device, which shows an observer what is not in use")
+	f.BoolVar(&o.swap, "swap", false, "make it safe to have swap of this machine on the kernel device")
 	f.BoolVar(&o.randomKey, "random-key", false, "encrypt all of DEVICE with a random key that is stored nowhere; its content is lost")
 	f.IntVar(&o.sectorSize, "sector-size", 4096, "with --random-key: size of an encrypted sector in `BYTES`, 512 or 4096")
 	f.BoolVar(&o.force, "force", false, "with --random-key: take DEVICE whatever it carries")
@@ -228,6 +254,11 @@ type daemon struct {
 	link     *keeperLink      // nil without a kernel device
 	handover *sector.Handover // the same
 	served   bool             // has been ready
+	leaving  bool             // another server goes on
+	stopLife func()           // ends the life of the key
+	memory   *nbd.Memory      // made by prepare, or nil
+
+	leftSockets []*net.UnixConn // of the kernel, guarded by mu; in use by nobody
 
 	// detach receives a request to stop, with the kernel device opened
 	// exclusively, or nil if there is none. finished is closed when the volume
@@ -275,7 +306,11 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, d.device.Close()) }()
+	defer func() {
+		if !d.leaving { // else it was closed
+			err = errors.Join(err, d.device.Close())
+		}
+	}()
 
 	if err := d.openHandover(); err != nil {
 		return err
@@ -323,7 +358,7 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 			return err
 		}
 	}
-	stopLife, err := d.startLife(ctx, life, before)
+	end, err := d.startLife(ctx, life, before)
 	if err != nil {
 		if ctx.Err() != nil {
 			d.log.Info("stopped before the volume was unsealed", zap.Error(err))
@@ -331,8 +366,13 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 		}
 		return err
 	}
+	d.stopLife = sync.OnceFunc(end)
 	defer func() {
-		stopLife()
+		d.stopLife()
+		if d.leaving {
+			err = errors.Join(err, d.volume.Leave())
+			return
+		}
 		err = errors.Join(err, d.volume.Close()) // wipes the keys
 		d.record(audit.Record{Event: audit.Closed, Outcome: audit.OK})
 	}()
@@ -399,6 +439,19 @@ func (d *daemon) exportName() string {
 // been found yet.
 const tabDeviceWait = 90 * time.Second
 
+// hangup returns a channel for SIGHUP. With a keeper, that is the keeper's matter.
+func (d *daemon) hangup() chan<- os.Signal {
+	c := make(chan os.Signal, 1)
+	go func() {
+		for range c {
+			if d.link == nil {
+				d.log.Warn("SIGHUP asks for a reload, which there is with --attach only")
+			}
+		}
+	}()
+	return c
+}
+
 // waitDevice waits for the backing device to be there.
 func (d *daemon) waitDevice(ctx context.Context, limit time.Duration) error {
 	for begun, said := time.Now(), false; time.Since(begun) < limit; {
@@ -423,8 +476,9 @@ func (d *daemon) waitDevice(ctx context.Context, limit time.Duration) error {
 func (d *daemon) serve(ctx context.Context) (err error) {
 	// The server's own context: it goes on while a signal waits for the kernel
 	// device to be free.
+	clientCtx, stopClients := context.WithCancelCause(context.WithoutCancel(ctx))
 	serveCtx, stopServing := context.WithCancelCause(context.WithoutCancel(ctx))
-	var serving sync.WaitGroup
+	var clients, serving sync.WaitGroup // serving: the kernel
 	failed := make(chan error, 2+len(d.inherited)+d.opts.connections)
 
 	var (
@@ -432,6 +486,9 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		claimed *os.File // k, opened exclusively: nobody uses it
 	)
 	defer func() {
+		if d.leaving {
+			return
+		}
 		// Stop reading, answer what was accepted, flush; then the caller wipes
 		// the keys and closes the device. The kernel device goes first, while
 		// the server still answers: what the kernel holds back until the last
@@ -446,7 +503,9 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 			err = errors.Join(err, k.detach(claimed))
 			d.forgetUdev(k.index)
 		}
+		stopClients(errStopping)
 		stopServing(errStopping)
+		clients.Wait()
 		serving.Wait()
 		if !d.volume.ReadOnly() {
 			// A volume that was suspended was flushed then.
@@ -463,8 +522,8 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		return err
 	}
 	for _, l := range listeners {
-		serving.Go(func() {
-			if err := d.server.ServeListener(serveCtx, l); err != nil && !errors.Is(err, errStopping) {
+		clients.Go(func() {
+			if err := d.server.ServeListener(clientCtx, l); err != nil && !errors.Is(err, errStopping) {
 				failed <- fmt.Errorf("listening on %s: %w", l.Addr(), err)
 			}
 		})
@@ -486,11 +545,21 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		zap.String("listen", d.opts.listen), zap.String("tcp", d.tcp), zap.String("attached", d.attached), zap.Bool("read_only", d.volume.ReadOnly()),
 		zap.String("cipher", d.volume.Implementation()), zap.String("key_memory", d.volume.SecretMemory()))
 	d.notify(systemd.Ready, systemd.Status("serving %d bytes", size))
+	if err := d.link.send(keeperMessage{Ready: true}, nil); err != nil {
+		d.log.Warn("the keeper was not told that this server serves", zap.Error(err))
+	}
 
 wait:
 	select {
 	case <-ctx.Done():
 		d.log.Info("stopping on a signal")
+	case <-d.link.leaving():
+		for _, l := range listeners {
+			if u, ok := l.(*net.UnixListener); ok {
+				u.SetUnlinkOnClose(false) // the next server goes on with it
+			}
+		}
+		return d.leaveVolume(stopClients, stopServing, &clients, &serving)
 	case claimed = <-d.detach:
 		d.log.Info("stopping on request")
 		return nil
@@ -555,8 +624,16 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	d.tellUdev()
 	k := &kernelDevice{conn: conn, index: d.index}
 	again := d.index >= 0
+	left, err := d.link.takeKernel()
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("--attach: %w", err)
+	}
+	for _, server := range left {
+		d.serveKernel(ctx, server, serving, failed)
+	}
 	if again {
-		for range d.opts.connections {
+		for range d.opts.connections - len(left) {
 			if err := d.reconnect(ctx, k, serving, failed); err != nil {
 				conn.Close()
 				return nil, fmt.Errorf("--attach: %w", err)
@@ -573,6 +650,11 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach(nil))
 	}
 	// To set it again would wait for the requests in flight.
+	if d.opts.swap && !again {
+		if err := d.tuneSwap(k.index); err != nil {
+			return nil, errors.Join(err, k.detach(nil))
+		}
+	}
 	if d.opts.connections == 1 && !again {
 		if err := nbdnl.SetRequestTimer(k.index, requestTimer); err != nil {
 			d.log.Warn("if this server is killed, I/O will go on after half a minute only", zap.Error(err))
@@ -613,10 +695,16 @@ func (d *daemon) reconnect(ctx context.Context, k *kernelDevice, serving *sync.W
 }
 
 // serveKernel serves a connection of the kernel.
-func (d *daemon) serveKernel(ctx context.Context, server net.Conn, serving *sync.WaitGroup, failed chan<- error) {
+func (d *daemon) serveKernel(ctx context.Context, server *net.UnixConn, serving *sync.WaitGroup, failed chan<- error) {
 	serving.Go(func() {
-		defer server.Close()
 		err := d.server.ServeTransmission(ctx, server, d.exportName())
+		if errors.Is(err, nbd.ErrLeave) {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.leftSockets = append(d.leftSockets, server)
+			return
+		}
+		server.Close()
 		if ctx.Err() != nil {
 			return
 		}
@@ -638,23 +726,8 @@ func (d *daemon) backend() string { return "hostcryptd-" + d.uuid }
 
 func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
 
-// claim opens the device exclusively, which it can only if nobody else does: no
-// mount, no swap, no device on top of it. Nobody can begin to use it while it
-// is open. A device that is gone gives nil.
+// claim claims the device, see claimDevice.
 func (k *kernelDevice) claim() (*os.File, error) { return claimDevice(k.path()) }
-
-func claimDevice(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
-	switch {
-	case err == nil:
-		return f, nil
-	case errors.Is(err, unix.EBUSY):
-		return nil, withCode(codeBusy, fmt.Errorf("%s is in use%s", path, users(path)))
-	case errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV), errors.Is(err, os.ErrNotExist):
-		return nil, nil
-	}
-	return nil, err
-}
 
 // detach flushes what the kernel still holds for the device, and detaches it.
 // claimed is what claim returned; it is closed.
@@ -694,34 +767,6 @@ func (d *daemon) waitUnused(k *kernelDevice) *os.File {
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
-}
-
-// users says who uses a block device, as far as the kernel tells: its mounts,
-// swap, and the devices on top of it.
-func users(path string) string {
-	var list []string
-	if b, err := os.ReadFile("/proc/self/mounts"); err == nil {
-		for line := range strings.Lines(string(b)) {
-			if f := strings.Fields(line); len(f) > 1 && (f[0] == path || strings.HasPrefix(f[0], path+"p")) {
-				list = append(list, "mounted on "+f[1])
-			}
-		}
-	}
-	if b, err := os.ReadFile("/proc/swaps"); err == nil {
-		for line := range strings.Lines(string(b)) {
-			if f := strings.Fields(line); len(f) > 0 && (f[0] == path || strings.HasPrefix(f[0], path+"p")) {
-				list = append(list, "swap")
-			}
-		}
-	}
-	holders, _ := filepath.Glob("/sys/block/" + filepath.Base(path) + "/holders/*")
-	for _, h := range holders {
-		list = append(list, "used by "+filepath.Base(h))
-	}
-	if list == nil {
-		return ""
-	}
-	return ": " + strings.Join(list, ", ")
 }
 
 // checkSocketPath finds early what listenUnix would find late.

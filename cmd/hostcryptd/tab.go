@@ -66,6 +66,7 @@ var tabWords = map[string]tabWord{
 	"timeout": {flag: "unseal-timeout", value: someTime},
 	"swap": {set: func(e *tabEntry, _ string) error {
 		e.unit.Swap = true
+		e.flags = append(e.flags, tabFlag{"swap", "true"})
 		return e.makeFS("swap")
 	}},
 	"tmp": {value: maybeText, set: func(e *tabEntry, value string) error {

@@ -45,7 +45,7 @@ func TestTab(t *testing.T) {
 			flags: map[string]string{"attach": "/dev/nbd3", "host-key": "/etc/k#2"}},
 		{line: `a LABEL="d/ü" /dev/urandom swap,discard`,
 			unit:  systemd.Volume{Device: `/dev/disk/by-label/d\x2fü`, Attach: "auto", MakeFS: "swap", Swap: true},
-			flags: map[string]string{"attach": "auto", "random-key": "true", "discard": "true"}},
+			flags: map[string]string{"attach": "auto", "swap": "true", "random-key": "true", "discard": "true"}},
 		{line: "a /img - listen=/run/s,readonly,timeout=30", unit: systemd.Volume{Device: "/img"},
 			flags: map[string]string{"listen": "/run/s", "read-only": "true", "unseal-timeout": "30s"}},
 		{line: "a /img - timeout=1min,x-systemd.device-timeout=5,x-initrd.attach,x-anything=1,grace=1min30s,connections=2,on-revocation=warn",

@@ -87,21 +87,33 @@ func SetMaxRequest(index int, size uint64) (uint64, error) {
 	if kb == 0 {
 		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), errors.New("less than 1024 bytes"))
 	}
-	path := attribute(index, "queue", "max_sectors_kb")
-	// No O_CREATE: a file that the kernel doesn't show must not be made.
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_TRUNC, 0)
-	if err != nil {
+	if err := setQueue(index, "max_sectors_kb", kb); err != nil {
 		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), err)
 	}
-	_, err = f.WriteString(strconv.FormatUint(kb, 10))
-	if err = errors.Join(err, f.Close()); err != nil {
-		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), err)
-	}
-	kb, err = readUint(path)
-	if err != nil {
+	if kb, err = readUint(attribute(index, "queue", "max_sectors_kb")); err != nil {
 		return 0, fmt.Errorf("nbdnl: request size of %s: %w", Path(index), err)
 	}
 	return kb * 1024, nil
+}
+
+// setQueue sets an attribute of the device's queue.
+func setQueue(index int, name string, value uint64) error {
+	// No O_CREATE: a file that the kernel doesn't show must not be made.
+	f, err := os.OpenFile(attribute(index, "queue", name), os.O_WRONLY|os.O_TRUNC, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(strconv.FormatUint(value, 10))
+	return errors.Join(err, f.Close())
+}
+
+// SetQueueDepth limits how many requests of the device may be under way at the
+// same time, for each socket. The kernel waits for those that are.
+func SetQueueDepth(index, n int) error {
+	if err := setQueue(index, "nr_requests", uint64(n)); err != nil {
+		return fmt.Errorf("nbdnl: queue depth of %s: %w", Path(index), err)
+	}
+	return nil
 }
 
 // SetRequestTimer sets after which time the kernel looks at a request that has
@@ -109,13 +121,7 @@ func SetMaxRequest(index int, size uint64) (uint64, error) {
 // effect than that a request which was sent to a socket that has been replaced
 // since is sent again, which otherwise happens after 30 s.
 func SetRequestTimer(index int, d time.Duration) error {
-	// No O_CREATE: a file that the kernel doesn't show must not be made.
-	f, err := os.OpenFile(attribute(index, "queue", "io_timeout"), os.O_WRONLY|os.O_TRUNC, 0)
-	if err != nil {
-		return fmt.Errorf("nbdnl: request timer of %s: %w", Path(index), err)
-	}
-	_, err = fmt.Fprintf(f, "%d", d.Milliseconds())
-	if err = errors.Join(err, f.Close()); err != nil {
+	if err := setQueue(index, "io_timeout", uint64(d.Milliseconds())); err != nil {
 		return fmt.Errorf("nbdnl: request timer of %s: %w", Path(index), err)
 	}
 	return nil

@@ -1,0 +1,319 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// The keeper is tested with a server that serves nothing: it does all that a
+// server does with its keeper, and prints what it has got. This kernel may have no
+// nbd. The real one is tested in test/vm.
+
+// fakeKeeperEnv has the test binary be a keeper, or its server: how the server is
+// to behave.
+const fakeKeeperEnv = "HOSTCRYPTD_TEST_KEEPER"
+
+func fakeKeeper() int {
+	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	if _, ok := os.LookupEnv(serverEnv); ok {
+		err := fakeServer()
+		fmt.Println("server", os.Getpid(), "ends:", err)
+		if err != nil {
+			return 1
+		}
+		return 0
+	}
+	resumed, err := a.resume()
+	if !resumed {
+		err = a.keep(os.Getenv(fakeKeeperEnv) == "standby", nil, nil)
+	}
+	if silent, ok := errors.AsType[*silentError](err); ok {
+		return silent.code
+	}
+	if err != nil {
+		fmt.Println("keeper:", err)
+		return 1
+	}
+	return 0
+}
+
+func fakeServer() error {
+	behave := os.Getenv(fakeKeeperEnv)
+	if b, err := os.ReadFile(filepath.Join(os.Getenv("FAKE_DIR"), "behave")); err == nil {
+		behave = string(b)
+	}
+	link, err := openKeeperLink()
+	if err != nil {
+		return err
+	}
+	term := make(chan os.Signal, 1)
+	signal.Notify(term, unix.SIGTERM)
+	signal.Ignore(unix.SIGHUP)
+	if behave == "unprepared" {
+		return errors.New("it can't")
+	}
+	state, err := link.standBy(context.Background(), func() error { return nil })
+	if errors.Is(err, errNoTurn) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if behave == "dies" {
+		os.Exit(3)
+	}
+	count := 0
+	if state != nil {
+		count = state.Index
+	}
+	count++
+	sockets, err := link.takeKernel()
+	if err != nil {
+		return err
+	}
+	fresh := len(sockets) == 0
+	if fresh {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		c, err := packetConn(os.NewFile(uintptr(fds[0]), "kernel"))
+		if err != nil {
+			return err
+		}
+		sockets = []*net.UnixConn{c}
+	}
+	held := link.take("thing")
+	if held == nil {
+		if held, err = memoryFile("thing", []byte("kept")); err != nil {
+			return err
+		}
+		if err := link.send(keeperMessage{Hold: "thing"}, held); err != nil {
+			return err
+		}
+	}
+	text, err := readMemoryFile(held)
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(serverState{Version: serverStateVersion, Index: count})
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(link.send(keeperMessage{State: b}, nil), link.send(keeperMessage{Ready: true}, nil)); err != nil {
+		return err
+	}
+	fmt.Println("serves", os.Getpid(), os.Getppid(), count, fresh, string(text))
+	go link.listen(zap.NewNop())
+	select {
+	case <-link.leaving():
+		if behave == "stays" {
+			os.Exit(4)
+		}
+		f, err := sockets[0].File()
+		if err != nil {
+			return err
+		}
+		return errors.Join(link.send(keeperMessage{Hold: heldKernel + "0"}, f), link.send(keeperMessage{Left: true}, nil))
+	case <-term:
+		return link.send(keeperMessage{Over: true}, nil)
+	}
+}
+
+// A keeperRun is a running keeper.
+type keeperRun struct {
+	t     *testing.T
+	cmd   *exec.Cmd
+	dir   string
+	lines chan string
+	log   strings.Builder
+}
+
+// startKeeper starts a keeper, from a copy of the test binary, which its reload
+// finds again.
+func startKeeper(t *testing.T, behave string) *keeperRun {
+	t.Helper()
+	k := &keeperRun{t: t, dir: t.TempDir(), lines: make(chan string, 1000)}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(k.dir, "program")
+	if err := os.Link(self, program); err != nil {
+		b, err := os.ReadFile(self)
+		if err := errors.Join(err, os.WriteFile(program, b, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k.cmd = exec.Command(program)
+	k.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	k.cmd.Env = append(os.Environ(), fakeKeeperEnv+"="+behave, "FAKE_DIR="+k.dir)
+	out, err := k.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.cmd.Stderr = k.cmd.Stdout
+	if err := k.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(k.lines)
+		for scan := bufio.NewScanner(out); scan.Scan(); {
+			k.lines <- scan.Text()
+		}
+	}()
+	t.Cleanup(func() {
+		unix.Kill(-k.cmd.Process.Pid, unix.SIGKILL) // its servers too
+		for line := range k.lines {
+			fmt.Fprintln(&k.log, line)
+		}
+		if t.Failed() {
+			t.Logf("it printed:\n%s", k.log.String())
+		}
+	})
+	return k
+}
+
+// line waits for a line with a text, or an end of both.
+func (k *keeperRun) line(text string) string {
+	k.t.Helper()
+	for timeout := time.After(20 * time.Second); ; {
+		select {
+		case line, ok := <-k.lines:
+			if !ok {
+				k.t.Fatalf("the keeper has ended before it printed %q", text)
+			}
+			fmt.Fprintln(&k.log, line)
+			if strings.Contains(line, text) {
+				return line
+			}
+		case <-timeout:
+			k.t.Fatalf("no line with %q", text)
+		}
+	}
+}
+
+// serves waits for a server, and checks what it has got.
+func (k *keeperRun) serves(count int, fresh bool) (pid int) {
+	k.t.Helper()
+	line := k.line("serves ")
+	f := strings.Fields(line)
+	pid, _ = strconv.Atoi(f[1])
+	if want := fmt.Sprintf("serves %d %d %d %v kept", pid, k.cmd.Process.Pid, count, fresh); line != want {
+		k.t.Fatalf("%q, want %q", line, want)
+	}
+	return pid
+}
+
+func (k *keeperRun) kill(pid int, s unix.Signal) {
+	k.t.Helper()
+	if err := unix.Kill(pid, s); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+func (k *keeperRun) end() {
+	k.t.Helper()
+	k.kill(k.cmd.Process.Pid, unix.SIGTERM)
+	for line := range k.lines {
+		fmt.Fprintln(&k.log, line)
+	}
+	if err := k.cmd.Wait(); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+// TestKeeper kills and reloads, with and without a server that stands by.
+func TestKeeper(t *testing.T) {
+	for _, behave := range []string{"plain", "standby"} {
+		t.Run(behave, func(t *testing.T) {
+			t.Parallel()
+			k := startKeeper(t, behave)
+			pid, n := k.serves(1, true), 1
+			for range 20 {
+				k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+				n++
+				pid = k.serves(n, false)
+				k.line("the keeper goes on with this version")
+			}
+			for range 3 {
+				k.kill(pid, unix.SIGKILL)
+				n++
+				pid = k.serves(n, true)
+			}
+			k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+			k.serves(n+1, false)
+			k.line("the keeper goes on with this version")
+			k.end()
+		})
+	}
+}
+
+// TestKeeperRollback has a new program fail at each point.
+func TestKeeperRollback(t *testing.T) {
+	for behave, what := range map[string]struct {
+		says   string
+		serves bool // another server, without sockets, goes on
+	}{
+		"unprepared": {"the new program did not come up: exit code 1", false},
+		"dies":       {"the server died: exit code 3", true},
+	} {
+		t.Run(behave, func(t *testing.T) {
+			t.Parallel()
+			k := startKeeper(t, "plain")
+			k.serves(1, true)
+			if err := os.WriteFile(filepath.Join(k.dir, "behave"), []byte(behave), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+			k.line(what.says)
+			if err := os.Remove(filepath.Join(k.dir, "behave")); err != nil {
+				t.Fatal(err)
+			}
+			if what.serves {
+				k.serves(2, true)
+			}
+			k.end()
+		})
+	}
+	t.Run("no program", func(t *testing.T) {
+		t.Parallel()
+		k := startKeeper(t, "plain")
+		k.serves(1, true)
+		program := filepath.Join(k.dir, "program")
+		if err := errors.Join(os.Remove(program), os.WriteFile(program, []byte("no program"), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+		k.line("the volume stays with the server that it has")
+		k.end()
+	})
+}
+
+func TestStateVersion(t *testing.T) {
+	if s, err := parseState([]byte(`{"version":1,"index":3}`)); err != nil || s.Index != 3 {
+		t.Errorf("parseState() = %+v, %v", s, err)
+	}
+	if _, err := parseState([]byte(`{"version":2}`)); err == nil {
+		t.Error("a state of a version that isn't known was accepted")
+	}
+	if s, err := parseState(nil); s != nil || err != nil {
+		t.Errorf("parseState(nil) = %v, %v", s, err)
+	}
+}

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"hostcryptd/systemd"
+)
+
+// 'systemctl restart' stops this process and starts another. What the next one
+// needs then waits in the service manager's descriptor store, with the kernel's
+// sockets, whose other ends the kernel goes on sending to. A stop empties the
+// store, so before a keeper hands anything over it asks which of both it is.
+
+const (
+	// storedPrefix is in front of what is held, in the names of the store.
+	storedPrefix = "hostcryptd-"
+	storedState  = "state"
+
+	// systemctlTimeout is how long the service manager may take to answer.
+	systemctlTimeout = 5 * time.Second
+)
+
+// unitName is the unit that this process belongs to, as its control group says,
+// or "".
+func unitName() string {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		// "0::/system.slice/system-hostcryptd.slice/hostcryptd@data.service"
+		for part := range strings.SplitSeq(strings.TrimSpace(line), "/") {
+			if strings.HasSuffix(part, ".service") {
+				return part
+			}
+		}
+	}
+	return ""
+}
+
+func systemctl(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), systemctlTimeout)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "systemctl", args...).Output()
+	return string(bytes.TrimSpace(out)), err
+}
+
+// restartJob tells whether the service manager stops this process in order to
+// start it again, and keeps descriptors meanwhile.
+func restartJob(log *zap.Logger) bool {
+	unit := unitName()
+	if os.Getenv("NOTIFY_SOCKET") == "" || unit == "" {
+		return false
+	}
+	jobs, err := systemctl("list-jobs", "--no-legend", "--plain")
+	if err != nil {
+		log.Warn("systemctl doesn't say whether this is a restart, so it is taken for a stop", zap.Error(err))
+		return false
+	}
+	restart := false
+	for line := range strings.Lines(jobs) {
+		f := strings.Fields(line) // "123 hostcryptd@data.service restart running"
+		restart = restart || len(f) >= 3 && f[1] == unit && f[2] == "restart"
+	}
+	if !restart {
+		return false
+	}
+	max, err := systemctl("show", "--property=FileDescriptorStoreMax", "--value", unit)
+	if err != nil || max == "" || max == "0" {
+		log.Warn("the unit keeps no descriptors (FileDescriptorStoreMax=), so the restart is a stop and a start", zap.Error(err))
+		return false
+	}
+	return true
+}
+
+// store gives all that is held to the service manager.
+func (k *keeper) store() error {
+	state, err := memoryFile("hostcryptd-state", k.state)
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	files := map[string]*os.File{storedState: state}
+	for name, f := range k.held {
+		files[name] = f
+	}
+	for i, f := range k.kernel {
+		files[fmt.Sprintf("%s%d", heldKernel, i)] = f
+	}
+	for name, f := range files {
+		if strings.HasPrefix(name, heldInherited) {
+			continue // the service manager has it
+		}
+		if err := systemd.Store(storedPrefix+name, f); err != nil {
+			return err
+		}
+	}
+	// It has received all when it has answered: then they outlive this process.
+	return systemd.Barrier(systemctlTimeout)
+}
+
+// stored returns what a keeper before has given to the service manager, by the
+// names under which it is held.
+func stored(files map[string]*os.File) map[string]*os.File {
+	list := map[string]*os.File{}
+	for name, f := range files {
+		if name, ok := strings.CutPrefix(name, storedPrefix); ok {
+			list[filepath.Base(name)] = f
+		}
+	}
+	return list
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestClaimDevice uses a loop device in each of the ways that claimDevice has to
+// see.
+func TestClaimDevice(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can make loop devices")
+	}
+	image := filepath.Join(t.TempDir(), "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 32<<20)); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(tool("losetup"), "--show", "-f", image).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := strings.TrimSpace(string(out))
+	defer exec.Command(tool("losetup"), "-d", dev).Run()
+	if out, err := exec.Command(tool("mkfs.ext4"), "-q", dev).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	claim := func(want string) {
+		t.Helper()
+		f, err := claimDevice(dev)
+		if f != nil {
+			f.Close()
+		}
+		switch {
+		case want == "" && (err != nil || f == nil):
+			t.Errorf("claimDevice() = %v, %v", f, err)
+		case want != "" && (err == nil || exitCode(err) != codeBusy || !strings.Contains(err.Error(), want)):
+			t.Errorf("claimDevice() = %v, want an error with %q", err, want)
+		}
+	}
+	claim("")
+
+	// A process that has it open.
+	cmd := exec.Command("sh", "-c", "exec 3<"+dev+"; echo; read line")
+	in, _ := cmd.StdinPipe()
+	ready, _ := cmd.StdoutPipe()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fscanln(ready)
+	claim(fmt.Sprintf("opened by sh (process %d)", cmd.Process.Pid))
+	in.Close()
+	if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() < 0 {
+		t.Fatal(err)
+	}
+	claim("")
+
+	// A mount that this process doesn't see.
+	dir := t.TempDir()
+	cmd = exec.Command(tool("unshare"), "--mount", "sh", "-c", fmt.Sprintf("mount %s %s && echo && read line", dev, dir))
+	in, _ = cmd.StdinPipe()
+	ready, _ = cmd.StdoutPipe()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fscanln(ready)
+	claim(fmt.Sprintf("mounted on %s as process %d sees it", dir, cmd.Process.Pid))
+	in.Close()
+	_ = cmd.Wait()
+	claim("")
+	if f, err := claimDevice(dev + "99"); f != nil || err != nil {
+		t.Errorf("claimDevice of a device that is gone: %v, %v", f, err)
+	}
+}
