@@ -57,8 +57,9 @@ test-unit: ## unit tests with the race detector, and interop with other people's
 test-vm: build ## boot QEMU with a real kernel and run the scenarios; RUN=Boot for one
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 20m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
 
-soak: build ## the long runs: 50 power cuts, 5 minutes without the vault at boot
+soak: build ## the long runs: 50 power cuts, 5 minutes without the vault at boot, 10 minutes of swapping
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 HOSTCRYPTD_VM_OUTAGE=5m $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/(PowerCut|Outage)$$' ./test/vm
+	for k in 6.12 6.1; do HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_KERNEL=$$k HOSTCRYPTD_VM_SWAP_PERCENT=200 HOSTCRYPTD_VM_SWAP_SECONDS=600 $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/Swap$$' ./test/vm || exit 1; done
 
 fuzz: ## run each fuzz target for FUZZTIME
 	@for p in $$($(GO) list ./...); do \

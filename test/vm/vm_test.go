@@ -27,6 +27,8 @@ const (
 	stateSize   = 32 << 20
 	dataOffset  = 16 << 20 // of the data area, see sector/FORMAT.md
 	payloadSize = 50 << 20
+
+	oldSeries = "6.1" // of Debian 12
 )
 
 // A lab is what all boots of one test share.
@@ -41,13 +43,19 @@ type lab struct {
 // failed.
 func newLab(t *testing.T) *lab {
 	t.Helper()
+	return newLabOf(t, vmtest.Series())
+}
+
+// newLabOf is newLab with the kernel of a series.
+func newLabOf(t *testing.T, series string) *lab {
+	t.Helper()
 	t.Setenv("HOSTCRYPTD_TPM", "none") // what runs on this machine leaves its TPM alone
 	dir, err := os.MkdirTemp("", "hostcryptd-vm-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { keepOrRemove(t, dir) })
-	l, err := vmtest.NewLab(t.Context(), dir, vmtest.Series(), t.Logf)
+	l, err := vmtest.NewLab(t.Context(), dir, series, t.Logf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,7 +190,11 @@ func TestVM(t *testing.T) {
 	})
 	t.Run("Revoke", func(t *testing.T) { testRevoke(t, l) })
 	t.Run("Outage", func(t *testing.T) { testOutage(t, l) })
-	t.Run("Kill", func(t *testing.T) { testKill(t, l) })
+	t.Run("Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") })
+	t.Run("Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") })
+	t.Run("Swap", func(t *testing.T) { testSwap(t, l, false) })
+	t.Run("SwapControl", func(t *testing.T) { testSwap(t, l, true) })
+	t.Run("OldKernel", func(t *testing.T) { testOldKernel(t) })
 	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
 	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
 	t.Run("HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) })
@@ -234,15 +246,26 @@ func testOutage(t *testing.T, l *lab) {
 	l.row("Outage", time.Since(begun), r)
 }
 
-// testKill kills the server under load, with a disk of its own.
-func testKill(t *testing.T, l *lab) {
+// testOldKernel runs what depends most on the kernel on the oldest one that is
+// supported.
+func testOldKernel(t *testing.T) {
+	l := newLabOf(t, oldSeries)
+	defer func() { t.Logf("\n%s", l.table()) }()
+	t.Run("Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") })
+	t.Run("Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") })
+	t.Run("Swap", func(t *testing.T) { testSwap(t, l, false) })
+	t.Run("SwapControl", func(t *testing.T) { testSwap(t, l, true) })
+}
+
+// testOnDisk runs a scenario that needs a disk of its own and nothing else.
+func testOnDisk(t *testing.T, l *lab, name, scenario string) {
 	begun := time.Now()
-	volume := filepath.Join(l.Dir, "kill.img")
+	volume := filepath.Join(l.Dir, scenario+".img")
 	if err := vmtest.Sparse(volume, volumeSize); err != nil {
 		t.Fatal(err)
 	}
-	r := l.boot(t, "kill", nil, vmtest.Disk{Serial: "volume", Path: volume})
-	l.row("Kill", time.Since(begun), r)
+	r := l.boot(t, scenario, nil, vmtest.Disk{Serial: "volume", Path: volume})
+	l.row(name, time.Since(begun), r)
 }
 
 // A disk is the volume that Boot makes and the other scenarios use.

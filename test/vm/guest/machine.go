@@ -130,7 +130,8 @@ type server struct {
 	code     int
 	err      error
 	log      bytes.Buffer
-	stopping bool // it has said STOPPING=1
+	stopping bool                // it has said STOPPING=1
+	stored   map[string]*os.File // what it has given to the service manager to keep
 }
 
 // listenNotify makes the socket that a service manager would listen on.
@@ -146,11 +147,21 @@ func listenNotify() (*net.UnixConn, error) {
 
 // readNotify reads notifications until the socket's deadline.
 func (s *server) readNotify() {
-	buf := make([]byte, 4096)
+	buf, oob := make([]byte, 4096), make([]byte, unix.CmsgSpace(4))
 	for {
-		n, err := s.notify.Read(buf)
+		n, oobn, _, _, err := s.notify.ReadMsgUnix(buf, oob)
 		if err != nil {
 			return
+		}
+		if f := passedFile(oob[:oobn]); f != nil {
+			if name, ok := strings.CutPrefix(string(buf[:n]), "FDSTORE=1\nFDPOLL=0\nFDNAME="); ok {
+				if s.stored == nil {
+					s.stored = map[string]*os.File{}
+				}
+				s.stored[name] = f
+			} else {
+				f.Close() // a barrier: it is answered thereby
+			}
 		}
 		for line := range strings.Lines(string(buf[:n])) {
 			switch strings.TrimSpace(line) {
@@ -165,6 +176,21 @@ func (s *server) readNotify() {
 			}
 		}
 	}
+}
+
+// passedFile returns the descriptor that came with a message, or nil.
+func passedFile(oob []byte) *os.File {
+	list, err := unix.ParseSocketControlMessage(oob)
+	if err != nil || len(list) == 0 {
+		return nil
+	}
+	for _, m := range list {
+		if fds, err := unix.ParseUnixRights(&m); err == nil && len(fds) > 0 {
+			unix.CloseOnExec(fds[0])
+			return os.NewFile(uintptr(fds[0]), "passed")
+		}
+	}
+	return nil
 }
 
 // serve starts hostcryptd on the backing device, attached to the first free

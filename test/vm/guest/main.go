@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +33,11 @@ func main() {
 	if os.Getpid() == 1 {
 		initMachine() // does not return
 	}
-	if err := subcommand(os.Args[1:]); err != nil {
+	args := os.Args[1:]
+	if name := filepath.Base(os.Args[0]); name == "systemctl" || name == "activate" {
+		args = append([]string{name}, args...)
+	}
+	if err := subcommand(args); err != nil {
 		fmt.Fprintf(os.Stderr, "guest: %v\n", err)
 		os.Exit(1)
 	}
@@ -57,6 +62,12 @@ func subcommand(args []string) error {
 		return runLateVault()
 	case "vault":
 		return runVault(args[1:])
+	case "hog":
+		return runHog(args[1:])
+	case "activate":
+		return activate(args[1:])
+	case "systemctl":
+		return fakeSystemctl(args[1:], os.Stdout)
 	}
 	return fmt.Errorf("unknown argument %q", args[0])
 }

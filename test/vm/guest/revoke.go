@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -72,6 +73,19 @@ type pageWriter struct {
 	done    chan struct{}
 	end     chan struct{} // closed by stop
 	slowest time.Duration // write
+
+	mu     sync.Mutex
+	recent time.Duration // the slowest write since takeSlowest
+}
+
+// takeSlowest returns how long the slowest write took that was answered since the
+// last call.
+func (w *pageWriter) takeSlowest() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d := w.recent
+	w.recent = 0
+	return d
 }
 
 const pageSize = 4096
@@ -113,7 +127,11 @@ func startPageWriter(dev string, size int64) (*pageWriter, error) {
 				w.pending, w.failed = page, time.Now()
 				return
 			}
-			w.slowest = max(w.slowest, time.Since(begun))
+			took := time.Since(begun)
+			w.slowest = max(w.slowest, took)
+			w.mu.Lock()
+			w.recent = max(w.recent, took)
+			w.mu.Unlock()
 			w.pages[page] = n
 			w.writes++
 		}

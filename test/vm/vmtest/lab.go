@@ -21,7 +21,7 @@ var modules = []string{
 }
 
 // guestTools that a guest runs, copied from the host.
-var guestTools = []string{"mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair", "cryptsetup", "dmsetup", "blkid"}
+var guestTools = []string{"mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair", "cryptsetup", "dmsetup", "blkid", "mkswap"}
 
 // A Lab is what several boots share: a folder, a kernel and an initramfs
 // with hostcryptd and the guest program. Its fields may be read by several
@@ -34,6 +34,9 @@ type Lab struct {
 
 	// BootLimit is how long one boot may take; 4 minutes if zero.
 	BootLimit time.Duration
+
+	// MemoryMB is what the machine has; 1024 if zero.
+	MemoryMB int
 }
 
 // NewLab fetches the kernel of a series, see [Series], builds the programs,
@@ -78,14 +81,15 @@ func (l *Lab) Boot(ctx context.Context, scenario string, params map[string]strin
 		words = append(words, "hostcryptd."+key+"="+params[key])
 	}
 	v, err := Start(ctx, Config{
-		Name:    scenario,
-		Dir:     l.Dir,
-		Kernel:  l.Kernel,
-		Initrd:  l.Initrd,
-		Append:  words,
-		Disks:   disks,
-		Timeout: cmp.Or(l.BootLimit, 4*time.Minute),
-		OnEvent: onEvent,
+		Name:     scenario,
+		Dir:      l.Dir,
+		Kernel:   l.Kernel,
+		Initrd:   l.Initrd,
+		Append:   words,
+		Disks:    disks,
+		MemoryMB: l.MemoryMB,
+		Timeout:  cmp.Or(l.BootLimit, 4*time.Minute),
+		OnEvent:  onEvent,
 	})
 	if err != nil {
 		return nil, err

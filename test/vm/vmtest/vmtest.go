@@ -29,6 +29,7 @@ var tools = map[string]string{
 	"apt-config":         "apt",
 	"apt-get":            "apt",
 	"blkid":              "util-linux",
+	"mkswap":             "util-linux",
 	"cp":                 "coreutils",
 	"cpio":               "cpio",
 	"cryptsetup":         "cryptsetup-bin",
