@@ -37,6 +37,19 @@ func TestGenerated(t *testing.T) {
 	}
 }
 
+// TestCosts runs the measurement that the generator's comments refer to.
+func TestCosts(t *testing.T) {
+	out, err := exec.Command("go", "-C", "_asm", "run", ".", "-costs").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"zmm", "ymm", "xmm", "VPCLMULQDQ", "SARXQ"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+}
+
 // assemblyIn returns the content of all assembly below dir.
 func assemblyIn(t *testing.T, dir string) map[string][]byte {
 	t.Helper()

@@ -11,30 +11,30 @@ import "fmt"
 // place of a round, and carry-less multiplications and shuffles share a port with half of
 // the rest. So this uses as few multiplications as it can, and shifts only once a sector.
 //
-// There are registers for the masks of the current and of the next body. T[0] and T[1]
-// of the next body, 8 blocks, are made by "step" in the same sector,
-//
-//	T[j] · x^32 = (T[j] << 32) ^ (T[j] >> 96)·0x87
-//
-// or by "first" in a new one, where the blocks are shifted by different counts: with the
-// halves of e shifted to the left by i < 4 bits, and out of each c (low half) and d (high
-// half),
+// There are registers for the masks of the current and of the next body. Of the next
+// body, T[0] and T[1] are made first, 8 blocks. In a new sector ("first") the blocks are
+// shifted by different counts, i < 4 bits: each half of e is shifted to the left, which
+// brings out c of the low and d of the high half, and
 //
 //	e · x^i = shifted ^ (d·0x87, c)
 //
 // where d·0x87 is looked up, as d has 4 bits at most: T[0] = e·(x^0, ..., x^3) and
 // T[1] = T[0]·x^4.
 //
-// The other six vectors are whole bytes away from one of the two ("derive"). The bytes
-// b15, b14 and b13 are the highest of a block,
+// All else goes by whole bytes. With b15, b14, b13 the highest bytes of a block,
 //
 //	T[2+j] = T[j] · x^8  = (T[j] <<  8) ^ (b15)·0x87
 //	T[4+j] = T[j] · x^16 = (T[j] << 16) ^ (b15 b14)·0x87
 //	T[6+j] = T[j] · x^24 = (T[j] << 24) ^ (b15 b14 b13)·0x87
 //
-// and the three products have 2, 3 and 4 bytes. So their factors are put into one half of
-// a block so far apart that one multiplication does all three, "pack", and the products
-// are taken apart again, "part". That makes 4 multiplications a body instead of 8.
+// are the other six vectors ("derive"), and in the same sector ("step") the next body has
+//
+//	T[j] of the next body = T[6+j] · x^8
+//
+// The three products have 2, 3 and 4 bytes. So their factors are put into one half of a
+// block so far apart that one multiplication does all three ("pack"), and the products are
+// taken apart again ("part"). So are those of T[6] and T[7] in "step" ("pack0"). That
+// makes 3 multiplications a body instead of 8.
 //
 // The tail merges with the last round, whose last operation is the addition of a key,
 // and the head has three terms, which one VPTERNLOGQ adds. With V[j] = T[j] ^ k14 and
@@ -43,15 +43,20 @@ import "fmt"
 //	C = last(D, V)
 //	D = P ^ V ^ sum
 //
-// Of T[2] to T[7] only V is ever made, as a third term in "derive"; of T[0] and T[1],
-// which the next body is made from, V is made by the head.
+// Of T[2] to T[7] only V is ever made, by a third term in "derive". As multiplication is
+// linear, "step" can use that, with fix = k14·x^8:
+//
+//	T[6+j] · x^8 = V[6+j] · x^8 ^ fix
+//
+// T[0] and T[1] are made as they are, for "derive", and V of them by the head.
 //
 // There are several kinds of body, by what is next: "step", a body of the same sector;
 // "new", the first body of a sector; and "final", nothing.
 //
-// Measured on Zen 4, bodies without any masks reach 0.98 of the ceiling; the same design
-// with masks as in narrow.go would come nearer to it, but takes twice as many
-// instructions as this, which Intel has no room for beside another hyperthread.
+// Masks as in narrow.go were tried: on Zen 4, they get 0.95 of the ceiling instead of 0.93
+// with 128 KiB of 4 KiB sectors, but 0.71 instead of 0.85 with 4 KiB, as general registers
+// need 200 cycles for the masks to begin with; and they take twice as many instructions,
+// for which Intel has no room beside another hyperthread.
 //
 //	DI      where the current body of output is
 //	R13     bodies in a sector after the first
@@ -60,10 +65,12 @@ import "fmt"
 //	V[0..7] of the next body T[0], T[1], V[2], ..., V[7]
 //	U[0..7] V of the current body
 //	sum     k0 ^ k14
+//	fix     k14·x^8
 //	poly    x^7 + x^2 + x + 1 = 0x87 in the low half of each 16 bytes
 const (
 	sum  = "Z24"
 	poly = "Z26"
+	fix  = "Z27"
 
 	ahead = 4 * 512 // bytes to prefetch ahead
 )
@@ -71,14 +78,18 @@ const (
 func (w *width) v(j int) string { return w.reg(vectors + j) }
 func (w *width) u(j int) string { return w.reg(2*vectors + j) }
 
-// step emits T[j] of the next body in the same sector.
-func (w *width) step(t *text, j int) {
-	carry := w.temp(1)
-	t.comment("T[%d] = T[%d]·x^32", j, j)
-	t.op("VPSHUFD.Z", imm(0x03), w.v(j), "K1", carry)
-	t.op("VPCLMULQDQ", imm(0x00), poly, carry, carry)
-	t.op("VPSHUFD.Z", imm(0x90), w.v(j), "K2", w.v(j)) // a shift by 32 bits
-	t.op("VPXORQ", carry, w.v(j), w.v(j))
+// step emits T[0] and T[1] of the next body in the same sector.
+func (w *width) step(t *text) {
+	part, product := w.temp(1), w.temp(2)
+	t.op("VPUNPCKHQDQ", w.v(7), w.v(6), product)
+	t.op("VPSHUFB", "pack0<>(SB)", product, product)
+	t.op("VPCLMULQDQ", imm(0x00), poly, product, product)
+	for j := range 2 {
+		t.op("VPSHUFD.Z", imm(j), product, "K1", part)
+		t.op("VPSLLDQ", "$1", w.v(6+j), w.v(j))
+		t.op("VPTERNLOGQ", imm(0x96), fix, part, w.v(j))
+		t.note("T[%d] = V[%d]·x^8 ^ fix", j, 6+j)
+	}
 }
 
 // first emits T[j] of the first body of the sector whose e is in tmp[0].
@@ -115,8 +126,8 @@ func (w *width) derive(t *text, j int) {
 
 // sameSector and newSector emit the masks of the next body.
 func (w *width) sameSector(t *text) {
+	w.step(t)
 	for j := range 2 {
-		w.step(t, j)
 		w.derive(t, j)
 	}
 }
@@ -181,12 +192,13 @@ func (w *width) wide(t *text, name, aes string) {
 	t.op("MOVL", imm(0x1111), "BX")
 	t.op("KMOVW", "BX", "K1")
 	t.note("double word 0 of each block")
-	t.op("MOVL", imm(0xeeee), "BX")
-	t.op("KMOVW", "BX", "K2")
-	t.note("double words 1 to 3")
 	t.op("VMOVDQU64", "poly<>(SB)", poly)
 	t.op("VMOVDQU64", mem(rounds*keyStride, "R8"), w.last())
 	t.op("VPXORQ", "(R8)", w.last(), sum)
+	t.op("VPSRLDQ", "$15", w.last(), w.temp(1))
+	t.op("VPCLMULQDQ", imm(0x00), poly, w.temp(1), w.temp(1))
+	t.op("VPSLLDQ", "$1", w.last(), fix)
+	t.op("VPXORQ", w.temp(1), fix, fix)
 	w.newSector(t)
 	for j := range vectors {
 		w.head(t, j)
@@ -226,7 +238,7 @@ func (w *width) wide(t *text, name, aes string) {
 	t.label("final")
 	zero := func(t *text, r string) { t.op("VPXORQ", r, r, r) }
 	t.weave(lines(func(t *text) { w.middle(t, aes) }), lines(func(t *text) {
-		for _, r := range []string{w.v(0), sum, w.last(), poly, w.temp(0), w.temp(1), w.temp(2)} {
+		for _, r := range []string{w.v(0), sum, w.last(), poly, fix, w.temp(0), w.temp(1), w.temp(2)} {
 			zero(t, r)
 		}
 		for i := -16 * batch; i < 0; i += w.bytes() {
@@ -272,6 +284,7 @@ func (w *width) constants(t *text) {
 		name string
 		from []int
 	}{
+		{"pack0", []int{7, none, none, none, 15}},
 		{"pack", []int{15, none, 14, 15, none, 13, 14, 15}},
 		{"part1", []int{0, 1}},
 		{"part2", []int{2, 3, 4}},

@@ -30,7 +30,7 @@ import "fmt"
 // more instructions than fit beside them, and that differs: see wide.go and narrow.go.
 // How much an instruction takes from the rounds beside it is measured by
 //
-//	go run ./xts/internal/bench -costs
+//	go -C xts/_asm run . -costs
 //
 // A batch is up to 32 sectors. Its tweaks are encrypted at once, n per vector, all
 // independent of each other: with zmm and 512 bytes per sector that is 3 % more rounds,
@@ -65,7 +65,7 @@ type width struct {
 var (
 	zmm = width{
 		name: "ZMM", prefix: "Z", n: 4, mov: "VMOVDQU64", xor: "VPXORQ",
-		k14: 25, keys: []int{27, 28}, tmp: [3]int{29, 30, 31},
+		k14: 25, keys: []int{28}, tmp: [3]int{29, 30, 31},
 	}
 	ymm = width{
 		name: "YMM", prefix: "Y", n: 2, mov: "VMOVDQU", xor: "VPXOR",
