@@ -49,7 +49,9 @@ func directTransport(roots *x509.CertPool) *http.Transport {
 	}
 }
 
-// boundedBody cuts answers off: the SDK reads all of one into memory.
+// boundedBody cuts answers off: the SDK reads all of one into memory. It also
+// takes from a redirect where it leads to: the client would rewind the request's
+// body before it asks CheckRedirect, while HTTP/2 may still be sending it.
 type boundedBody struct{ next http.RoundTripper }
 
 const maxBody = 1 << 20
@@ -57,6 +59,9 @@ const maxBody = 1 << 20
 func (b boundedBody) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := b.next.RoundTrip(req)
 	if err == nil {
+		if resp.StatusCode/100 == 3 {
+			resp.Header.Del("Location")
+		}
 		resp.Body = &boundedReader{ReadCloser: resp.Body, left: maxBody}
 	}
 	return resp, err
