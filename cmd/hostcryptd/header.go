@@ -36,6 +36,7 @@ func twoArgs(first, second string) cobra.PositionalArgs {
 }
 
 func (a *app) headerBackupCommand() *cobra.Command {
+	var keys keyFlags
 	c := &cobra.Command{
 		Use:   "backup DEVICE FILE",
 		Short: "write the header to a new file",
@@ -58,6 +59,7 @@ and keep it on another disk. The volume may be in use.`,
 				if err == nil {
 					err = syncDir(filepath.Dir(name))
 				}
+				keys.changed(c.Context(), d, audit.Header, "backup to "+name, err)
 				if err != nil {
 					return errors.Join(err, os.Remove(name))
 				}
@@ -69,6 +71,7 @@ and keep it on another disk. The volume may be in use.`,
 			})
 		},
 	}
+	keys.addAudit(c)
 	return a.jsonFlag(c)
 }
 

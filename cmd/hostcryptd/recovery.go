@@ -182,7 +182,10 @@ func chooseSlot(ctx context.Context, d *sector.Device, slot int) (int, error) {
 }
 
 func (a *app) recoveryTestCommand() *cobra.Command {
-	var file string
+	var (
+		keys keyFlags
+		file string
+	)
 	c := &cobra.Command{
 		Use:   "test DEVICE",
 		Short: "tell whether a recovery key opens a volume, and change nothing",
@@ -198,6 +201,7 @@ before anything is tried. The exit code is 2 if the key opens none.`,
 				}
 				defer clear(key)
 				id, err := sector.FindRecoveryKey(c.Context(), d, key)
+				keys.changed(c.Context(), d, audit.Recovery, "test", err)
 				if err != nil {
 					return err
 				}
@@ -210,6 +214,7 @@ before anything is tried. The exit code is 2 if the key opens none.`,
 		},
 	}
 	c.Flags().StringVar(&file, "recovery-key", "", "`FILE` with the key, - for standard input (default: it is asked for)")
+	keys.addAudit(c)
 	return a.jsonFlag(c)
 }
 
