@@ -64,19 +64,19 @@ func Sign(ctx context.Context, opts Options, spec, volume string, digest [sha256
 	err = v.call("sign", id, func() (err error) {
 		alg := azkeys.SignatureAlgorithmPS256
 		resp, err = v.client.Sign(ctx, id.name, id.version, azkeys.SignParameters{Algorithm: &alg, Value: digest[:]}, nil)
-		return err
+		if err != nil {
+			return err
+		}
+		if _, err := answered(id, resp.KeyOperationResult); err != nil {
+			return err
+		}
+		if rsa.VerifyPSS(public, crypto.SHA256, digest[:], resp.Result, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) != nil {
+			return &Error{Class: ClassIntegrity, Err: errors.New("the signature in the answer isn't one by this key")}
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, err
-	}
-	if resp.KID == nil && len(resp.Result) == 0 {
-		return nil, fail("sign", id.String(), ClassMalformed, errEmpty)
-	}
-	if _, err := answeredID(id, resp.KID); err != nil {
-		return nil, fail("sign", id.String(), ClassIntegrity, err)
-	}
-	if err := rsa.VerifyPSS(public, crypto.SHA256, digest[:], resp.Result, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}); err != nil {
-		return nil, fail("sign", id.String(), ClassIntegrity, errors.New("the signature in the answer isn't one by this key"))
 	}
 	der, err := x509.MarshalPKIXPublicKey(public)
 	if err != nil {

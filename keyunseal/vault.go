@@ -153,7 +153,7 @@ func unsealVault(ctx context.Context, opts Options, t *vaultToken, volume string
 	}
 	var secret [KeySize]byte
 	defer clear(secret[:])
-	if err := v.unwrap(ctx, "unwrap", t, t.Wrapped, &secret); err != nil {
+	if err := v.unwrap(ctx, "unwrap", t, t.Wrapped, nil, &secret); err != nil {
 		return err
 	}
 	if err := t.open(&secret, TypeKeyVault, volume, dst); err != nil {
@@ -174,13 +174,7 @@ func probeVault(ctx context.Context, opts Options, t *vaultToken, volume string)
 		return err
 	}
 	var canary [KeySize]byte
-	if err := v.unwrap(ctx, "probe", t, t.Canary, &canary); err != nil {
-		return err
-	}
-	if hash := sha256.Sum256(canary[:]); !bytes.Equal(hash[:], t.CanaryHash) {
-		return fail("probe", t.id.String(), ClassIntegrity, errors.New("the canary unwraps to something else than was wrapped"))
-	}
-	return nil
+	return v.unwrap(ctx, "probe", t, t.Canary, t.CanaryHash, &canary)
 }
 
 // inspectVault looks at the version that the token was sealed with and at the
@@ -324,19 +318,19 @@ func (k *keyInfo) warn(log *zap.Logger, now time.Time) {
 // get reads the attributes of id, of its newest version if id has none.
 func (v *vault) get(ctx context.Context, id keyURL) (*keyInfo, error) {
 	var resp azkeys.GetKeyResponse
+	var got keyURL
 	err := v.call("get", id, func() (err error) {
-		resp, err = v.client.GetKey(ctx, id.name, id.version, nil)
+		if resp, err = v.client.GetKey(ctx, id.name, id.version, nil); err != nil {
+			return err
+		}
+		if resp.Key == nil || resp.Key.KID == nil || resp.Key.Kty == nil || resp.Attributes == nil {
+			return &Error{Class: ClassMalformed, Err: errors.New("the answer lacks the key, its type or its attributes")}
+		}
+		got, err = answeredID(id, resp.Key.KID)
 		return err
 	})
 	if err != nil {
 		return nil, err
-	}
-	if resp.Key == nil || resp.Key.KID == nil || resp.Key.Kty == nil || resp.Attributes == nil {
-		return nil, fail("get", id.String(), ClassMalformed, errors.New("the answer lacks the key, its type or its attributes"))
-	}
-	got, err := answeredID(id, resp.Key.KID)
-	if err != nil {
-		return nil, fail("get", id.String(), ClassIntegrity, err)
 	}
 	info := &keyInfo{
 		id: got, kind: clean(string(*resp.Key.Kty)), bits: 8 * len(bytes.TrimLeft(resp.Key.N, "\x00")),
@@ -364,58 +358,62 @@ func (v *vault) get(ctx context.Context, id keyURL) (*keyInfo, error) {
 func (v *vault) wrap(ctx context.Context, id keyURL, algorithm string, secret *[KeySize]byte) (keyURL, []byte, error) {
 	alg := azkeys.EncryptionAlgorithm(algorithm)
 	var resp azkeys.WrapKeyResponse
+	var got keyURL
 	err := v.call("wrap", id, func() (err error) {
 		resp, err = v.client.WrapKey(ctx, id.name, id.version, azkeys.KeyOperationParameters{Algorithm: &alg, Value: secret[:]}, nil)
-		return err
+		if err != nil {
+			return err
+		}
+		if got, err = answered(id, resp.KeyOperationResult); err != nil {
+			return err
+		}
+		if err := checkWrapped(algorithm, resp.Result); err != nil {
+			return &Error{Class: ClassIntegrity, Err: fmt.Errorf("the value in the answer %w", err)}
+		}
+		if bytes.Contains(resp.Result, secret[:]) {
+			return &Error{Class: ClassIntegrity, Err: errors.New("the answer holds the secret in the clear")}
+		}
+		return nil
 	})
 	if err != nil {
 		return keyURL{}, nil, err
-	}
-	if resp.KID == nil && len(resp.Result) == 0 {
-		return keyURL{}, nil, fail("wrap", id.String(), ClassMalformed, errEmpty)
-	}
-	got, err := answeredID(id, resp.KID)
-	if err != nil {
-		return keyURL{}, nil, fail("wrap", id.String(), ClassIntegrity, err)
-	}
-	if err := checkWrapped(algorithm, resp.Result); err != nil {
-		return keyURL{}, nil, fail("wrap", id.String(), ClassIntegrity, fmt.Errorf("the value in the answer %w", err))
-	}
-	if bytes.Contains(resp.Result, secret[:]) {
-		return keyURL{}, nil, fail("wrap", id.String(), ClassIntegrity, errors.New("the answer holds the secret in the clear"))
 	}
 	return got, resp.Result, nil
 }
 
 // unwrap writes what the vault unwraps to dst. The token's key id has a version:
 // without one the vault would try its newest, which after a rotation is not the
-// one that wrapped.
-func (v *vault) unwrap(ctx context.Context, op string, t *vaultToken, wrapped []byte, dst *[KeySize]byte) error {
+// one that wrapped. sum, if not nil, is the SHA-256 of what it has to be.
+func (v *vault) unwrap(ctx context.Context, op string, t *vaultToken, wrapped, sum []byte, dst *[KeySize]byte) error {
 	id := t.id
 	alg := azkeys.EncryptionAlgorithm(t.Algorithm)
 	var resp azkeys.UnwrapKeyResponse
 	err := v.call(op, id, func() (err error) {
 		resp, err = v.client.UnwrapKey(ctx, id.name, id.version, azkeys.KeyOperationParameters{Algorithm: &alg, Value: wrapped}, nil)
-		return err
+		if err != nil {
+			return err
+		}
+		if _, err := answered(id, resp.KeyOperationResult); err != nil {
+			return err
+		}
+		if n := len(resp.Result); n != KeySize {
+			return &Error{Class: ClassIntegrity, Err: fmt.Errorf("the answer has a value of %d bytes, want %d", n, KeySize)}
+		}
+		if got := sha256.Sum256(resp.Result); sum != nil && !bytes.Equal(got[:], sum) {
+			return &Error{Class: ClassIntegrity, Err: errors.New("the canary unwraps to something else than was wrapped")}
+		}
+		return nil
 	})
+	defer clear(resp.Result)
 	if err != nil {
 		return err
-	}
-	defer clear(resp.Result)
-	if resp.KID == nil && len(resp.Result) == 0 {
-		return fail(op, id.String(), ClassMalformed, errEmpty)
-	}
-	if _, err := answeredID(id, resp.KID); err != nil {
-		return fail(op, id.String(), ClassIntegrity, err)
-	}
-	if n := len(resp.Result); n != KeySize {
-		return fail(op, id.String(), ClassIntegrity, fmt.Errorf("the answer has a value of %d bytes, want %d", n, KeySize))
 	}
 	copy(dst[:], resp.Result)
 	return nil
 }
 
-// call runs one SDK call. The SDK can panic on a malformed answer; only the
+// call runs one SDK call, with the check of its answer: what is observed is how
+// that went too. The SDK can panic on a malformed answer; only the
 // stack says where, so it goes to the error.
 func (v *vault) call(op string, id keyURL, f func() error) (err error) {
 	begun := time.Now()
@@ -450,18 +448,29 @@ func panicSite(stack []byte) string {
 // errEmpty is about `200 {}` and the like, to which the SDK says no error.
 var errEmpty = errors.New("the answer is empty")
 
+// answered checks that an answer is one, and about the key that was asked for.
+func answered(asked keyURL, r azkeys.KeyOperationResult) (keyURL, error) {
+	if r.KID == nil && len(r.Result) == 0 {
+		return keyURL{}, &Error{Class: ClassMalformed, Err: errEmpty}
+	}
+	return answeredID(asked, r.KID)
+}
+
 // answeredID parses the key id of an answer and checks that it's about the key
 // that was asked for. The SDK checks nothing; to `200 {}` it says no error.
 func answeredID(asked keyURL, kid *azkeys.ID) (keyURL, error) {
+	wrong := func(format string, args ...any) (keyURL, error) {
+		return keyURL{}, &Error{Class: ClassIntegrity, Err: fmt.Errorf(format, args...)}
+	}
 	if kid == nil {
-		return keyURL{}, errors.New("the answer has no key id")
+		return wrong("the answer has no key id")
 	}
 	got, err := parseKeyURL(string(*kid))
 	if err != nil {
-		return keyURL{}, fmt.Errorf("the answer's key id: %w", err)
+		return wrong("the answer's key id: %w", err)
 	}
 	if !asked.answers(got) {
-		return keyURL{}, fmt.Errorf("the answer is about %s", got)
+		return wrong("the answer is about %s", got)
 	}
 	got.name = asked.name // one spelling in everything we store and show
 	return got, nil

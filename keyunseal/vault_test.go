@@ -251,8 +251,15 @@ func TestVaultClasses(t *testing.T) {
 			if tt.name == "slow" {
 				ctx = shortContext(t, 100*time.Millisecond)
 			}
-			err := Unseal(ctx, opts, token, testVolume, &dst)
+			var observed []Exchange
+			watched := opts
+			watched.Observe = func(x Exchange) { observed = append(observed, x) }
+			err := Unseal(ctx, watched, token, testVolume, &dst)
 			e := wantClass(t, err, tt.class)
+			// The log of key use says the same; but for what only opening the token tells.
+			if len(observed) != 1 || observed[0].OK() != (tt.name == "other value") || !observed[0].OK() && observed[0].Class != tt.class.String() {
+				t.Errorf("observed %+v", observed)
+			}
 			if e.Denied() != (tt.class == ClassDenied || tt.class == ClassKeyUnusable) || e.Integrity() != (tt.class == ClassIntegrity) {
 				t.Errorf("denied %v, integrity %v", e.Denied(), e.Integrity())
 			}

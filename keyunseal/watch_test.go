@@ -255,6 +255,15 @@ func TestObserve(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 
+	// What is wrong with an answer is observed too.
+	s.Permit(clientID, allPermissions...)
+	got = nil
+	s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.Rewrite(func(a map[string]any) { a["value"] = strings.Repeat("A", 43) })})
+	wantClass(t, Probe(t.Context(), opts, token, testVolume), ClassIntegrity)
+	if len(got) != 1 || got[0].Op != "probe" || got[0].Class != "integrity failure" {
+		t.Errorf("a probe with a wrong canary: %+v", got)
+	}
+
 	host := Options{HostKey: t.TempDir() + "/host.key", Observe: opts.Observe}
 	got = nil
 	mustSeal(t, host, SpecHostKey, randomKey(t))

@@ -250,25 +250,18 @@ func isExecutable(path string) bool {
 // before a volume depends on it.
 func writeRecoveryKey(name string) ([]byte, error) {
 	key := sector.NewRecoveryKey()
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	err := writeNew(name, key, 0o600)
 	if errors.Is(err, os.ErrExist) {
 		return nil, withCode(codeBusy, fmt.Errorf("%s exists; a recovery key is written to a new file", name))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("recovery key: %w", err)
 	}
-	_, err = f.Write(key)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = syncDir(filepath.Dir(name))
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("recovery key: %w", err), os.Remove(name))
-	}
 	return key, nil
 }
 
-// writeNew makes a file, and puts it on the disk.
+// writeNew makes a file, and puts it on the disk. After an error it isn't there,
+// unless it was before.
 func writeNew(name string, content []byte, mode os.FileMode) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if err != nil {
@@ -278,6 +271,9 @@ func writeNew(name string, content []byte, mode os.FileMode) error {
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
 		err = syncDir(filepath.Dir(name))
+	}
+	if err != nil {
+		err = errors.Join(err, os.Remove(name))
 	}
 	return err
 }

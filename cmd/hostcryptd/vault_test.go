@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -160,8 +161,27 @@ func (v *vault) down() {
 	v.cancel = nil
 }
 
-// command is the script command: vault down|up|disable|enable|delete|deny|
-// permit|unassign|throttle.
+// garbled are answers that no vault gives, and those of a vault that isn't the one.
+var garbled = map[string]vaulttest.FaultFunc{
+	"empty":    vaulttest.Answer(200, nil, "{}"),
+	"html":     vaulttest.Answer(200, http.Header{"Content-Type": {"text/html"}}, "<html>please log in</html>"),
+	"fault":    vaulttest.Page(502),
+	"proxy":    vaulttest.Page(403),
+	"reset":    vaulttest.Reset,
+	"value":    vaulttest.Rewrite(func(a map[string]any) { a["value"] = strings.Repeat("A", 43) }),
+	"short":    vaulttest.Rewrite(func(a map[string]any) { a["value"] = "AQID" }),
+	"kid":      vaulttest.Rewrite(func(a map[string]any) { a["kid"] = vaultKey + "-other/" + strings.Repeat("0", 32) }),
+	"tenant":   challenge("https://login.microsoftonline.com/11111111-2222-4333-8444-555555555555", "https://vault.azure.net"),
+	"suffix":   challenge("https://login.microsoftonline.com/"+vaulttest.DefaultTenant, "https://vault.example.com"),
+	"notenant": challenge("https://login.microsoftonline.com", "https://vault.azure.net"), // the SDK panics on this one
+}
+
+func challenge(authority, resource string) vaulttest.FaultFunc {
+	return vaulttest.Answer(401, http.Header{"Www-Authenticate": {`Bearer authorization="` + authority + `", resource="` + resource + `"`}}, "")
+}
+
+// command is the script command: vault down|up|disable|enable|delete|deny|permit|
+// permitsign|noidentity|throttle|expire|unexpire|garble WHAT|clear.
 func (v *vault) command(ts *testscript.TestScript, neg bool, args []string) {
 	key := ts.Getenv("KEY")
 	switch args[0] {
@@ -188,6 +208,21 @@ func (v *vault) command(ts *testscript.TestScript, neg bool, args []string) {
 		v.double.Inject(vaulttest.Fault{Route: "unwrapkey", Times: -1, Do: vaulttest.Throttled()})
 	case "noidentity":
 		v.double.Inject(vaulttest.Fault{Route: "imds", Times: -1, Do: vaulttest.Answer(400, nil, `{"error":"invalid_request","error_description":"Identity not found"}`)})
+	case "garble":
+		v.double.ClearFaults()
+		route := "unwrapkey"
+		if args[1] == "tenant" || args[1] == "suffix" || args[1] == "notenant" {
+			route = "challenge"
+		}
+		do, ok := garbled[args[1]]
+		if !ok {
+			ts.Fatalf("unknown: vault garble %s", args[1])
+		}
+		v.double.Inject(vaulttest.Fault{Route: route, Times: -1, Do: do})
+	case "expire":
+		ts.Check(v.double.SetValidity(key, time.Time{}, time.Now().Add(-time.Hour)))
+	case "unexpire":
+		ts.Check(v.double.SetValidity(key, time.Time{}, time.Time{}))
 	case "clear":
 		v.double.ClearFaults()
 	default:
