@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -351,12 +352,20 @@ func systemVolumes(m *machine) error {
 			Server struct {
 				Engine string `json:"engine"`
 			} `json:"server"`
+			Swap *struct {
+				Safe     bool     `json:"safe"`
+				Problems []string `json:"problems"`
+			} `json:"swap"`
 		}
 		if err := json.Unmarshal(b, &status); err != nil {
 			return err
 		}
-		if status.Volume.KeyMemory != "memfd_secret" || status.Server.Engine != "io_uring" {
+		engine := map[string]string{"swap": "portable"}[name]
+		if status.Volume.KeyMemory != "memfd_secret" || status.Server.Engine != cmp.Or(engine, "io_uring") {
 			return fmt.Errorf("%s has its key in %q and an engine %q", name, status.Volume.KeyMemory, status.Server.Engine)
+		}
+		if name == "swap" && (status.Swap == nil || !status.Swap.Safe) {
+			return fmt.Errorf("swap is not safe: %+v", status.Swap)
 		}
 		warnings, err := exec.Command("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "hostcryptd@"+name+".service", "-g", `"level":"(warn|error)"`).Output()
 		if len(warnings) > 0 {
