@@ -65,6 +65,12 @@ const (
 
 // What the template of the service closes and some volumes need.
 const (
+	// An image is on a file system, whose unmount at shutdown waits for this
+	// service. If the volume can't be unmounted in time either, that must end; the
+	// server then goes on until it can.
+	openImage = `TimeoutStopSec=90
+SendSIGKILL=no
+`
 	openNetwork = `RestrictAddressFamilies=AF_INET AF_INET6
 IPAddressDeny=
 `
@@ -102,6 +108,8 @@ func (v *Volume) generate(dir, source string) error {
 		d := EscapePath(v.Device) + ".device"
 		fmt.Fprintf(&b, "BindsTo=%s\nAfter=%s\n", d, d)
 	} else {
+		// At shutdown the mount below the image stops, and this service with it; see
+		// openImage.
 		fmt.Fprintf(&b, "RequiresMountsFor=%s\n", quoted(v.Device))
 	}
 	if v.KeyFile != "" && !strings.HasPrefix(v.KeyFile, "/dev/") {
@@ -110,8 +118,12 @@ func (v *Volume) generate(dir, source string) error {
 	b.WriteString("\n[Service]\n")
 	if v.MakeFS != "" {
 		// It makes nothing where there is something. Outside of the sandbox: it
-		// runs mkfs.
-		fmt.Fprintf(&b, "ExecStartPost=+/usr/lib/systemd/systemd-makefs %s %s\n", v.MakeFS, filepath.Join(VolumeDir, v.Name))
+		// runs mkfs. udev is told, as hostcryptd.rules has the device ready only then.
+		device := filepath.Join(VolumeDir, v.Name)
+		fmt.Fprintf(&b, "ExecStartPost=+/usr/lib/systemd/systemd-makefs %s %s\nExecStartPost=+/usr/bin/udevadm trigger %s\n", v.MakeFS, device, device)
+	}
+	if !strings.HasPrefix(v.Device, "/dev/") {
+		b.WriteString(openImage)
 	}
 	if v.Network {
 		b.WriteString(openNetwork)

@@ -15,6 +15,7 @@ const (
 	Ready     = "READY=1"
 	Reloading = "RELOADING=1" // with MONOTONIC_USEC=
 	Stopping  = "STOPPING=1"
+	Watchdog  = "WATCHDOG=1"
 )
 
 // Status is the state that 'systemctl status' shows as a line of text.

@@ -110,6 +110,7 @@ func TestInstall(t *testing.T) {
 		"usr/share/zsh/site-functions/_hostcryptd":               "-rw-r--r--",
 		"usr/share/fish/vendor_completions.d/hostcryptd.fish":    "-rw-r--r--",
 		"usr/lib/systemd/system/hostcryptd@.service":             "-rw-r--r--",
+		"usr/lib/systemd/system/system-hostcryptd.slice":         "-rw-r--r--",
 		"usr/lib/systemd/system/hostcryptd.target":               "-rw-r--r--",
 		"usr/lib/systemd/system-generators/hostcryptd-generator": "../../../sbin/hostcryptd",
 		"usr/lib/systemd/system-shutdown/hostcryptd":             "-rwxr-xr-x",

@@ -35,6 +35,7 @@ var _ nbd.Device = (*sector.Volume)(nil)
 // serveOptions are the flags of serve.
 type serveOptions struct {
 	device, name  string
+	makesFS       bool // the unit makes a file system or swap on it when it is ready
 	keys          keyFlags
 	life          lifeFlags
 	listen        string
@@ -119,8 +120,9 @@ after it. At shutdown the service goes on until the last file system is unmounte
 				e, err := lookup(tabFile, o.device)
 				if err == nil {
 					o.device, o.name, wait = e.unit.Device, e.unit.Name, tabDeviceWait
+					o.makesFS = e.unit.MakeFS != ""
 					err = e.apply(c.Flags())
-				} else if _, serr := os.Stat(o.device); serr == nil && exitCode(err) == codeDevice {
+				} else if _, serr := os.Stat(o.device); serr == nil && (exitCode(err) == codeDevice || errors.Is(err, os.ErrPermission)) {
 					err = nil // a file, and no name
 				}
 				if err != nil {
@@ -212,7 +214,10 @@ after it. At shutdown the service goes on until the last file system is unmounte
 				return err
 			}
 			go link.listen(d.log)
+			watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+			go d.watch(watching)
 			err = d.run(ctx, goOn)
+			stopWatching()
 			d.log.Sync()
 			if !d.leaving && (goOn == nil || d.served) {
 				// Else it's up to the keeper to try again.

@@ -29,6 +29,9 @@ func (d *daemon) tellUdev() {
 	if d.opts.name != "" {
 		text += fmt.Sprintf("HOSTCRYPTD_NAME=%s\n", d.opts.name)
 	}
+	if d.opts.makesFS {
+		text += "HOSTCRYPTD_MAKEFS=1\n"
+	}
 	err := os.MkdirAll(runDir, 0o700)
 	if err == nil {
 		err = os.WriteFile(d.udevFile(), []byte(text), 0o600)

@@ -162,3 +162,31 @@ func TestSetMaxRequest(t *testing.T) {
 		t.Errorf("SetMaxRequest of a device that isn't there: %v", err)
 	}
 }
+
+func TestProgress(t *testing.T) {
+	set := fakeSysfs(t, map[string]string{"stat": "  10   1  80  5  20  2  160  9  3  40  50  4  0  8  1  5  7\n"})
+	if n, done, err := Progress(3); n != 3 || done != 10+20+4+5 || err != nil {
+		t.Errorf("Progress = %d, %d, %v; want 3 in flight and 39 done", n, done, err)
+	}
+	set("stat", "10 x")
+	if _, _, err := Progress(3); err == nil {
+		t.Error("Progress of what is no number succeeded")
+	}
+	if _, _, err := Progress(4); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Progress of a device that isn't there: %v", err)
+	}
+}
+
+func TestAnnounce(t *testing.T) {
+	set := fakeSysfs(t, nil)
+	if err := Announce(3); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Announce of a device that isn't there: %v", err)
+	}
+	set("uevent", "")
+	if err := Announce(3); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(filepath.Join(sysBlock, "nbd3/uevent")); err != nil || string(b) != "change" {
+		t.Errorf("the kernel was told %q, %v", b, err)
+	}
+}

@@ -127,6 +127,32 @@ func SetRequestTimer(index int, d time.Duration) error {
 	return nil
 }
 
+// Progress tells how many requests the kernel has sent to the device's server and
+// not got an answer to, and how many were ever answered.
+func Progress(index int) (inFlight int, done uint64, err error) {
+	b, err := os.ReadFile(attribute(index, "stat"))
+	if err != nil {
+		return 0, 0, fmt.Errorf("nbdnl: progress of %s: %w", Path(index), err)
+	}
+	// Documentation/block/stat.rst: number of I/Os, merges, sectors, ticks for
+	// reads; the same for writes; in flight, two times; the four for discards;
+	// number and ticks of flushes.
+	f := strings.Fields(string(b))
+	for i, s := range f {
+		n, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			return 0, 0, fmt.Errorf("nbdnl: progress of %s: %w", Path(index), err)
+		}
+		switch i {
+		case 8:
+			inFlight = int(n)
+		case 0, 4, 11, 15:
+			done += n
+		}
+	}
+	return inFlight, done, nil
+}
+
 // Announce has the kernel tell udev that the device has changed. It does so by
 // itself when the size changes, which is before all attributes are there.
 func Announce(index int) error {

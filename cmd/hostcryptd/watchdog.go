@@ -1,0 +1,131 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/systemd"
+)
+
+// The service manager replaces a service that doesn't tell it often enough that
+// it works (WatchdogSec=). This tells it as long as the I/O of the kernel device
+// makes progress, as the kernel counts it, so that no part of this process is
+// believed about itself.
+//
+// A disk that hangs is no reason to be replaced: the next server would have to
+// wait for the same disk. So before I/O that stands still is held against this
+// process, a read of its own has to come back from the disk.
+//
+// A server that hangs ends itself when it has a keeper, which starts the next: no
+// request fails, and no key store is needed for it. If it can't even do that, the
+// service manager ends both.
+
+// hungAfter is how long the kernel's requests may wait without one of them being
+// answered, while the disk answers.
+const hungAfter = time.Minute
+
+// A watchdog judges progress. One goroutine uses it.
+type watchdog struct {
+	progress func() (inFlight int, done uint64, err error)
+	excused  func() bool // requests wait because they are meant to
+	disk     func() error
+
+	done  uint64
+	moved time.Time  // when done last changed, or nothing was to be done
+	probe chan error // a read of the disk is under way; nil if none is
+	alive bool       // the disk has answered since moved
+}
+
+// works looks once.
+func (w *watchdog) works(now time.Time) bool {
+	inFlight, done, err := w.progress()
+	if err != nil || inFlight == 0 || done != w.done || w.excused() {
+		w.done, w.moved, w.alive = done, now, false
+		return true
+	}
+	if w.probe == nil && !w.alive {
+		c := make(chan error, 1)
+		w.probe = c
+		go func() { c <- w.disk() }()
+	}
+	select {
+	case <-w.probe: // an error is an answer too
+		w.probe, w.alive = nil, true
+		// What waited for the disk gets its time from now on.
+		w.moved = now
+	default:
+	}
+	return !w.alive || now.Sub(w.moved) < hungAfter
+}
+
+// watch runs until ctx ends.
+func (d *daemon) watch(ctx context.Context) {
+	usec, _ := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	every := hungAfter / 6
+	if usec > 0 {
+		every = min(every, time.Duration(usec)*time.Microsecond/4)
+	}
+	w := &watchdog{progress: d.progress, excused: d.waitsForKey, disk: d.readDisk, moved: time.Now()}
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			switch {
+			case w.works(now):
+				if usec > 0 {
+					d.notify(systemd.Watchdog)
+				}
+			case d.link != nil:
+				stacks := make([]byte, 64<<10)
+				stacks = stacks[:runtime.Stack(stacks, true)]
+				d.log.Error("no request is answered though the disk answers; another server goes on", zap.Duration("since", now.Sub(w.moved)))
+				fmt.Fprintf(os.Stderr, "%s\n", stacks)
+				_ = unix.Kill(os.Getpid(), unix.SIGKILL)
+			}
+		}
+	}
+}
+
+// progress is what the kernel counts at its device.
+func (d *daemon) progress() (int, uint64, error) {
+	d.mu.Lock()
+	index, attached := d.index, d.attached != ""
+	d.mu.Unlock()
+	if !attached {
+		return 0, 0, nil
+	}
+	return nbdnl.Progress(index)
+}
+
+// waitsForKey tells whether requests wait until the volume's key is back.
+func (d *daemon) waitsForKey() bool {
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
+	return v == nil || v.Suspended()
+}
+
+// readDisk reads a block of the backing device.
+func (d *daemon) readDisk() error {
+	p, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return nil
+	}
+	defer unix.Munmap(p)
+	d.mu.Lock()
+	device := d.device
+	d.mu.Unlock()
+	_, err = device.File().ReadAt(p, 0)
+	return err
+}
