@@ -70,7 +70,7 @@ func (l *systemLab) bootSystem(t *testing.T, b vmtest.SystemBoot) *vmtest.Result
 
 // volumeDisks are the disks of a machine whose /var, swap and /data are volumes.
 func (l *systemLab) volumeDisks(t *testing.T) []vmtest.Disk {
-	return []vmtest.Disk{l.sparse(t, "var", 256<<20), l.sparse(t, "data", 64<<20), l.sparse(t, "swap", 64<<20)}
+	return []vmtest.Disk{l.sparse(t, "var", 256<<20), l.sparse(t, "data", 64<<20), l.sparse(t, "swap", 64<<20), l.sparse(t, "tpm", 64<<20)}
 }
 
 // volumeFiles are what the administrator of such a machine has written. The key
@@ -81,10 +81,12 @@ func volumeFiles() *vmtest.Image {
 var   UUID=11111111-1111-4111-8111-111111111111  /etc/hostcryptd/host.key  discard
 data  /dev/disk/by-id/virtio-data  -  x-systemd.device-timeout=30,timeout=infinity
 swap  /dev/disk/by-id/virtio-swap  /dev/urandom  swap
+tpm   /dev/disk/by-id/virtio-tpm   -  nofail,attach=/dev/nbd9
 `), 0o600)
 	f.AddBytes("/etc/fstab", []byte(`/dev/hostcryptd/var  /var  ext4 defaults 0 2
 /dev/hostcryptd/data /data ext4 defaults 0 2
 /dev/hostcryptd/swap none  swap sw       0 0
+/dev/nbd9            /tpm  ext4 nofail   0 2
 `), 0o644)
 	f.AddBytes("/etc/systemd/system/late-vault.service", []byte(`[Unit]
 DefaultDependencies=no
@@ -102,6 +104,14 @@ type volumeSystem struct {
 	disks []vmtest.Disk
 }
 
+// boot boots it with its tables.
+func (s *volumeSystem) boot(t *testing.T, scenario string, params map[string]string) *vmtest.Result {
+	t.Helper()
+	return s.bootSystem(t, vmtest.SystemBoot{Scenario: scenario, Params: params, Files: volumeFiles(), Disks: s.disks, TPM: s.tpm()})
+}
+
+func (s *volumeSystem) tpm() string { return filepath.Join(s.Dir, "tpm") }
+
 // make boots a machine that makes its volumes, once.
 func (s *volumeSystem) make(t *testing.T) *vmtest.Result {
 	t.Helper()
@@ -109,7 +119,7 @@ func (s *volumeSystem) make(t *testing.T) *vmtest.Result {
 		return nil
 	}
 	disks := append(s.volumeDisks(t), s.root(t, "volumes"))
-	r := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-prepare", Disks: disks})
+	r := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-prepare", Disks: disks, TPM: s.tpm()})
 	s.disks = disks
 	return r
 }
@@ -121,7 +131,7 @@ func testSystemBoot(t *testing.T, s *volumeSystem) {
 	if first == nil {
 		t.Fatal("it is not the first")
 	}
-	second := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-volumes", Files: volumeFiles(), Disks: s.disks})
+	second := s.boot(t, "system-volumes", nil)
 	s.row("SystemdBoot", time.Since(begun), first, second)
 }
 
@@ -131,7 +141,7 @@ func testShutdown(t *testing.T, s *volumeSystem) {
 	begun := time.Now()
 	s.make(t)
 	params := map[string]string{"canary": newCanary()}
-	first := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-busy", Params: params, Files: volumeFiles(), Disks: s.disks})
+	first := s.boot(t, "system-busy", params)
 	console, err := os.ReadFile(filepath.Join(s.Dir, "system-busy.serial.log"))
 	if err != nil {
 		t.Fatal(err)
@@ -140,11 +150,36 @@ func testShutdown(t *testing.T, s *volumeSystem) {
 		t.Error("/var was unmounted before the last moment, so nothing was shown")
 	}
 	// Said by what runs last: all keys are wiped.
-	if n := bytes.Count(console, []byte("is detached")); n != 3 {
-		t.Errorf("%d volumes were detached after the last unmount, want 3", n)
+	if n := bytes.Count(console, []byte("is detached")); n != 4 {
+		t.Errorf("%d volumes were detached after the last unmount, want 4", n)
 	}
-	second := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-after", Params: params, Files: volumeFiles(), Disks: s.disks})
+	second := s.boot(t, "system-after", params)
 	s.row("Shutdown", time.Since(begun), first, second)
+}
+
+// formatHere formats the disk of a volume on this host, with a host key that it
+// adds to the files of a machine.
+func (l *systemLab) formatHere(t *testing.T, d vmtest.Disk, uuid string, files *vmtest.Image) {
+	t.Helper()
+	keyFile := d.Path + ".key"
+	out, err := exec.CommandContext(t.Context(), l.Hostcryptd, "format", d.Path, "--uuid", uuid, "--host-key", keyFile,
+		"--recovery-key", d.Path+".recovery", "--yes", "--audit-log", "none", "--pins", d.Path+".pins").CombinedOutput()
+	if err != nil {
+		t.Fatalf("hostcryptd format: %v: %s", err, out)
+	}
+	files.AddFile("/etc/hostcryptd/host.key", keyFile, 0o600)
+}
+
+// testWatchdog has the disk of a volume hang, and then its server.
+func testWatchdog(t *testing.T, l *systemLab) {
+	begun := time.Now()
+	disks := []vmtest.Disk{l.sparse(t, "data", 64<<20), l.root(t, "watchdog")}
+	files := vmtest.NewFiles()
+	l.formatHere(t, disks[0], "44444444-4444-4444-8444-444444444444", files)
+	files.AddBytes("/etc/hostcrypttab", []byte("data /dev/mapper/behind /etc/hostcryptd/host.key noauto,tmp=ext4\n"), 0o600)
+	files.AddBytes("/etc/systemd/system/hostcryptd@data.service.d/watchdog.conf", []byte("[Service]\nWatchdogSec=8\n"), 0o644)
+	r := l.bootSystem(t, vmtest.SystemBoot{Scenario: "system-watchdog", Files: files, Disks: disks})
+	l.row("Watchdog", time.Since(begun), r)
 }
 
 // testLogs has a machine write logs and a core dump to /var, which is a volume,
@@ -153,16 +188,10 @@ func testShutdown(t *testing.T, s *volumeSystem) {
 func testLogs(t *testing.T, l *systemLab) {
 	begun := time.Now()
 	const uuid = "33333333-3333-4333-8333-333333333333"
-	keyFile := filepath.Join(l.Dir, "logs.key")
 	encrypted := []vmtest.Disk{l.sparse(t, "var", 256<<20), l.root(t, "logs")}
-	out, err := exec.CommandContext(t.Context(), l.Hostcryptd, "format", encrypted[0].Path, "--uuid", uuid, "--host-key", keyFile,
-		"--recovery-key", keyFile+".recovery", "--yes", "--audit-log", "none", "--pins", filepath.Join(l.Dir, "logs-pins")).CombinedOutput()
-	if err != nil {
-		t.Fatalf("hostcryptd format: %v: %s", err, out)
-	}
 	params := map[string]string{"canary": newCanary()}
 	files := vmtest.NewFiles()
-	files.AddFile("/etc/hostcryptd/host.key", keyFile, 0o600)
+	l.formatHere(t, encrypted[0], uuid, files)
 	// The core dump as it is, so that it can be searched.
 	files.AddBytes("/etc/systemd/coredump.conf", []byte("[Coredump]\nCompress=no\n"), 0o644)
 	files.AddBytes("/etc/systemd/journald.conf", []byte("[Journal]\nStorage=persistent\nCompress=no\n"), 0o644)

@@ -203,6 +203,7 @@ func TestVM(t *testing.T) {
 	volumes := &volumeSystem{}
 	t.Run("SystemdBoot", func(t *testing.T) { volumes.systemLab = l.systems(t); testSystemBoot(t, volumes) })
 	t.Run("Shutdown", func(t *testing.T) { volumes.systemLab = l.systems(t); testShutdown(t, volumes) })
+	t.Run("Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) })
 	t.Run("Logs", func(t *testing.T) { testLogs(t, l.systems(t)) })
 }
 

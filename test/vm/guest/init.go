@@ -168,7 +168,7 @@ func runFromCommandLine(w *report.Writer) (err error) {
 	if m.brokenDisk {
 		return err
 	}
-	return errors.Join(err, kernelComplaints(m.reconnects))
+	return errors.Join(err, kernelComplaints(m.reconnects, m.slow))
 }
 
 // kernelParameters returns the words of the kernel command line that are for
@@ -230,8 +230,8 @@ var complaints = []string{
 }
 
 // kernelComplaints reads the kernel's log from its start. With reconnects, the
-// loss of a connection is no complaint.
-func kernelComplaints(reconnects bool) error {
+// loss of a connection is no complaint; with slow, neither is a slow request.
+func kernelComplaints(reconnects, slow bool) error {
 	// A record without a line end can't be read before the next one begins.
 	if err := os.WriteFile("/dev/kmsg", []byte("guest: the scenario is over\n"), 0); err != nil {
 		return fmt.Errorf("writing to the kernel log: %w", err)
@@ -261,7 +261,7 @@ func kernelComplaints(reconnects bool) error {
 		_, text, _ := strings.Cut(string(buf[:n]), ";")
 		text, _, _ = strings.Cut(text, "\n")
 		for _, c := range complaints {
-			if reconnects && (c == "Dead connection" || c == "Possible stuck request") {
+			if reconnects && c == "Dead connection" || (reconnects || slow) && c == "Possible stuck request" {
 				continue
 			}
 			if strings.Contains(text, c) {

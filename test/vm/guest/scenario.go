@@ -49,6 +49,8 @@ var scenarios = map[string]func(*machine) error{
 	"system-busy":    systemBusy,
 	"system-after":   systemAfter,
 	"system-logs":    systemLogs,
+
+	"system-watchdog": systemWatchdog,
 }
 
 func (m *machine) runScenario(name string) error {

@@ -181,9 +181,10 @@ const (
 	vaultState    = "/opt/hostcryptd-test" // on the root, also where /var is a volume
 )
 
-// systemPrepare makes the volumes var and data, with file systems and, on var,
-// what the root file system has in /var. data's key is in the vault, whose double
-// stays behind as a unit that comes up late: see runLateVault.
+// systemPrepare makes the volumes var, data and tpm, with file systems and, on var,
+// what the root file system has in /var. var's key is in a file, data's in the
+// vault, whose double stays behind as a unit that comes up late (runLateVault), and
+// tpm's in the TPM.
 func systemPrepare(m *machine) error {
 	if err := m.checkSystem(); err != nil {
 		return err
@@ -199,6 +200,7 @@ func systemPrepare(m *machine) error {
 	defer func() { m.state = "" }()
 	for _, v := range []struct{ serial, uuid string }{
 		{"var", "11111111-1111-4111-8111-111111111111"}, {"data", "22222222-2222-4222-8222-222222222222"},
+		{"tpm", "55555555-5555-4555-8555-555555555555"},
 	} {
 		m.disk = diskBySerial(v.serial)
 		if m.disk == "" {
@@ -210,6 +212,9 @@ func systemPrepare(m *machine) error {
 				return err
 			}
 			key = append(key, "--key", keyURL)
+		}
+		if v.serial == "tpm" {
+			key = append(key, "--key", "tpm")
 		}
 		args := append([]string{"format", m.disk, "--uuid", v.uuid, "--recovery-key", "/run/" + v.serial + ".recovery", "--yes"}, key...)
 		if _, err := m.run("hostcryptd", args...); err != nil {
@@ -257,11 +262,12 @@ func runLateVault() error {
 // systemVolumes looks at a machine that has booted with /var, swap and a data
 // volume in its tables.
 func systemVolumes(m *machine) error {
+	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
 	m.step(1, "Everything is where the tables say")
-	for _, name := range []string{"var", "swap", "data"} {
+	for _, name := range []string{"var", "swap", "data", "tpm"} {
 		dev, err := filepath.EvalSymlinks("/dev/hostcryptd/" + name)
 		if err != nil {
 			return err
@@ -278,10 +284,11 @@ func systemVolumes(m *machine) error {
 		if err != nil {
 			return err
 		}
-		if d["JobTimeoutUSec"] != "infinity" || d["JobRunningTimeoutUSec"] != "infinity" || d["ActiveState"] != "active" {
-			return fmt.Errorf("the device unit of %s is %v, want no timeout", name, d)
+		endless := d["JobTimeoutUSec"] == "infinity" && d["JobRunningTimeoutUSec"] == "infinity"
+		if endless == (name == "tpm") || d["ActiveState"] != "active" {
+			return fmt.Errorf("the device unit of %s is %v, want no timeout unless the volume has nofail", name, d)
 		}
-		user := map[string]string{"var": "var.mount", "data": "data.mount", "swap": `dev-hostcryptd-swap.swap`}[name]
+		user := map[string]string{"var": "var.mount", "data": "data.mount", "tpm": "tpm.mount", "swap": `dev-hostcryptd-swap.swap`}[name]
 		w, err := m.unit(user, "ActiveState", "InactiveExitTimestampMonotonic", "Job")
 		if err != nil {
 			return err
@@ -308,6 +315,11 @@ func systemVolumes(m *machine) error {
 	// The control for the watch: udev has one on a disk that isn't ours.
 	if names, _ := filepath.Glob("/run/udev/watch/b*"); len(names) == 0 {
 		return errors.New("control: udev watches nothing")
+	}
+	// Loaded with all they depend on; it complains about everything it finds.
+	out, err := m.run("systemd-analyze", "verify", "--man=no", "hostcryptd@var.service", "hostcryptd@swap.service", "hostcryptd@data.service", "hostcryptd.target")
+	if err != nil || strings.Contains(out, "hostcryptd") || strings.Contains(out, "cycle") {
+		return errors.Join(errors.New("systemd-analyze verify finds faults"), err)
 	}
 	if out, err := m.run("cat", "/proc/swaps"); err != nil || !strings.Contains(out, "/dev/nbd") {
 		return errors.Join(errors.New("the volume isn't swapped on"), err)
@@ -340,7 +352,7 @@ func systemVolumes(m *machine) error {
 	}
 
 	m.step(3, "The sandbox")
-	for _, name := range []string{"var", "swap", "data"} {
+	for _, name := range []string{"var", "swap", "data", "tpm"} {
 		b, err := exec.Command("hostcryptd", "status", name, "--json").Output()
 		if err != nil {
 			return fmt.Errorf("hostcryptd status %s: %w", name, err)
@@ -431,6 +443,7 @@ func lastLine(name string) (int, error) {
 // stops, and that ends only when systemd-shutdown kills what is left. So /var is
 // unmounted after that.
 func systemBusy(m *machine) error {
+	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
@@ -451,11 +464,12 @@ func systemBusy(m *machine) error {
 // systemAfter finds what systemBusy's machine has left: file systems that need no
 // repair, with all that was written.
 func systemAfter(m *machine) error {
+	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
-	for _, name := range []string{"var", "data"} {
-		out, err := m.run("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "systemd-fsck@dev-hostcryptd-"+name+".service")
+	for name, device := range map[string]string{"var": `dev-hostcryptd-var`, "data": `dev-hostcryptd-data`, "tpm": "dev-nbd9"} {
+		out, err := m.run("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "systemd-fsck@"+device+".service")
 		if err != nil {
 			return err
 		}
@@ -501,6 +515,7 @@ func logCanaries(canary string) map[string]string {
 // systemLogs has the system's own services write the canary to /var: journald,
 // an application with its log, and systemd-coredump.
 func systemLogs(m *machine) error {
+	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
@@ -547,4 +562,109 @@ func systemLogs(m *machine) error {
 		m.figure("canary in "+who, float64(n), "")
 	}
 	return nil
+}
+
+// systemWatchdog stops servers and disks, and looks whom the service manager
+// replaces. Its table has data behind a device that can be suspended, and a
+// watchdog that waits for seconds only.
+func systemWatchdog(m *machine) error {
+	m.reconnects = true
+	if err := m.checkSystem(); err != nil {
+		return err
+	}
+	size, err := deviceSize(diskBySerial("data"))
+	if err != nil {
+		return err
+	}
+	if _, err := m.run("dmsetup", "create", "behind", "--table", fmt.Sprintf("0 %d linear %s 0", size/512, diskBySerial("data"))); err != nil {
+		return err
+	}
+	if _, err := m.run("systemctl", "start", "hostcryptd@data.service"); err != nil {
+		return err
+	}
+	if err := m.mount("/dev/hostcryptd/data"); err != nil {
+		return err
+	}
+	pids := func() (u unitState, server int, err error) {
+		if u, err = m.unit("hostcryptd@data.service", "MainPID", "NRestarts", "ActiveState"); err != nil {
+			return nil, 0, err
+		}
+		b, err := exec.Command("hostcryptd", "status", "data", "--json").Output()
+		if err != nil {
+			return nil, 0, fmt.Errorf("hostcryptd status: %w", err)
+		}
+		var s struct {
+			PID int `json:"pid"`
+		}
+		return u, s.PID, json.Unmarshal(b, &s)
+	}
+	before, server, err := pids()
+	if err != nil {
+		return err
+	}
+
+	m.step(1, "The disk hangs for longer than the watchdog waits")
+	if _, err := m.run("dmsetup", "suspend", "--noflush", "behind"); err != nil {
+		return err
+	}
+	written := make(chan error, 1)
+	write := func(name string) {
+		f, err := os.Create(filepath.Join(m.mnt, name))
+		if err == nil {
+			_, err = f.WriteString(name)
+			err = errors.Join(err, f.Sync(), f.Close())
+		}
+		written <- err
+	}
+	go write("while the disk hung")
+	time.Sleep(20 * time.Second)
+	select {
+	case err := <-written:
+		return fmt.Errorf("a write came back from a disk that hangs: %v", err)
+	default:
+	}
+	after, same, err := pids()
+	if err != nil {
+		return err
+	}
+	if after["MainPID"] != before["MainPID"] || same != server || after["NRestarts"] != "0" {
+		return fmt.Errorf("while its disk hung, the service was replaced: %v, server %d, then %v, server %d", before, server, after, same)
+	}
+	if _, err := m.run("dmsetup", "resume", "behind"); err != nil {
+		return err
+	}
+	if err := <-written; err != nil {
+		return fmt.Errorf("the write that waited for the disk: %w", err)
+	}
+
+	m.step(2, "The server hangs")
+	begun := time.Now()
+	m.typed("kill", "-STOP", strconv.Itoa(server))
+	if err := unix.Kill(server, unix.SIGSTOP); err != nil {
+		return err
+	}
+	go write("while the server hung")
+	select {
+	case err := <-written:
+		if err != nil {
+			return fmt.Errorf("the write that waited for the server: %w", err)
+		}
+	case <-time.After(90 * time.Second):
+		return errors.New("a write still waits 90 s after the server was stopped, whose watchdog waits 8 s")
+	}
+	m.figure("I/O goes on after the server hung", time.Since(begun).Seconds(), "s")
+	if after, _, err = pids(); err != nil {
+		return err
+	}
+	if after["ActiveState"] != "active" || after["NRestarts"] == "0" {
+		return fmt.Errorf("the service is %v, want it to have been restarted", after)
+	}
+	if err := m.unmount(); err != nil {
+		return err
+	}
+	if _, err := m.run("e2fsck", "-fn", "/dev/hostcryptd/data"); err != nil {
+		return err
+	}
+	_, err = m.run("systemctl", "stop", "hostcryptd@data.service")
+	return err
 }

@@ -34,6 +34,7 @@ type Config struct {
 	Append   []string // further words of the kernel command line
 	MemoryMB int      // 1024 if zero
 	Disks    []Disk
+	TPM      string        // folder with the state of a TPM 2.0, which the first boot makes; "" for none
 	Timeout  time.Duration // after which the guest is killed; 3 minutes if zero
 
 	// OnEvent, if not nil, is called for each event of the guest by the
@@ -86,11 +87,20 @@ func Start(ctx context.Context, c Config) (*VM, error) {
 		v.onEvent = func(report.Event) {}
 	}
 	eventLog := filepath.Join(c.Dir, c.Name+".events.jsonl")
+	var tpm string
+	if c.TPM != "" {
+		if tpm, err = startTPM(ctx, c.TPM); err != nil {
+			return nil, err
+		}
+	}
 	version, err := Run(ctx, "", "qemu-system-x86_64", "--version")
 	if err != nil {
 		return nil, err
 	}
 	args := c.arguments(accelerator(string(version)), v.Serial, eventLog)
+	if tpm != "" {
+		args = append(args, "-chardev", "socket,id=tpm,path="+escape(tpm), "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm0")
+	}
 	v.Command = quote(append([]string{qemu}, args...))
 	if err := os.WriteFile(filepath.Join(c.Dir, c.Name+".command"), []byte(v.Command+"\n"), 0o644); err != nil {
 		return nil, fmt.Errorf("vmtest: boot %s: %w", c.Name, err)
@@ -117,6 +127,39 @@ func Start(ctx context.Context, c Config) (*VM, error) {
 	}
 	go func() { v.done <- cmd.Wait() }()
 	return v, nil
+}
+
+// startTPM starts a TPM that ends with its connection to QEMU, and returns the path
+// of its socket.
+func startTPM(ctx context.Context, dir string) (string, error) {
+	swtpm, err := Tool("swtpm")
+	if err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("vmtest: state of the TPM: %w", err)
+	}
+	socket := filepath.Join(dir, "socket")
+	os.Remove(socket)
+	cmd := exec.CommandContext(ctx, swtpm, "socket", "--tpm2", "--terminate", "--tpmstate", "dir="+dir, "--ctrl", "type=unixio,path="+socket)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return "", fmt.Errorf("vmtest: starting the TPM: %w", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for limit := time.After(10 * time.Second); ; {
+		if _, err := os.Stat(socket); err == nil {
+			return socket, nil
+		}
+		select {
+		case err := <-ended:
+			return "", fmt.Errorf("vmtest: the TPM ended: %w", err)
+		case <-limit:
+			return "", errors.New("vmtest: the TPM has no socket after 10 s")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 // accelerator says how QEMU of this version is to emulate.

@@ -105,6 +105,7 @@ type SystemBoot struct {
 	Timeout  time.Duration // 4 minutes if zero
 	OnEvent  func(report.Event)
 	Disks    []Disk // one of them is from [System.NewRoot]
+	TPM      string // see [Config]
 }
 
 // System builds the root file system for the lab's kernel, unless the cache
@@ -177,7 +178,7 @@ func (s *System) Start(ctx context.Context, b SystemBoot) (*VM, error) {
 	}
 	return Start(ctx, Config{
 		Name: b.Name, Dir: s.lab.Dir, Kernel: s.lab.Kernel, Initrd: initrd, Append: append(words, b.Append...),
-		MemoryMB: b.MemoryMB, Disks: b.Disks, Timeout: b.Timeout, OnEvent: b.OnEvent,
+		MemoryMB: b.MemoryMB, Disks: b.Disks, TPM: b.TPM, Timeout: b.Timeout, OnEvent: b.OnEvent,
 	})
 }
 

@@ -50,6 +50,7 @@ var tools = map[string]string{
 	"qemu-io":            "qemu-utils",
 	"qemu-system-x86_64": "qemu-system-x86",
 	"rm":                 "coreutils",
+	"swtpm":              "swtpm",
 	"tar":                "tar",
 	"unshare":            "util-linux",
 	"xfs_repair":         "xfsprogs",
