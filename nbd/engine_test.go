@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"strings"
 	"sync"
@@ -80,7 +81,7 @@ func TestEngine(t *testing.T) {
 	if errno, err := c.Read(got, 4096); errno != 0 || err != nil || string(got) != string(want) {
 		t.Errorf("read: error %d, %v; same data: %v", errno, err, string(got) == string(want))
 	}
-	split := int64(0)
+	split := int64(1) // the write
 	if engine() == nbd.EngineURing {
 		split = 2
 	}
@@ -237,6 +238,20 @@ func (s *slowReads) EndRead(p []byte, _ int64, n int, err error) (int, error) {
 	return n, err
 }
 
+// stallTime is how long TestStalledDevice lets the device stall: HOSTCRYPTD_STALL,
+// which 'make soak' sets to a minute, or as long as its requests take.
+func stallTime(t *testing.T) time.Duration {
+	text := os.Getenv("HOSTCRYPTD_STALL")
+	if text == "" {
+		return 0
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
 // TestStalledDevice: requests that the device doesn't answer hold up neither
 // others of their connection nor other connections, and are answered at last.
 func TestStalledDevice(t *testing.T) {
@@ -260,7 +275,16 @@ func TestStalledDevice(t *testing.T) {
 		}
 	}
 	other, _ := h.dial("")
-	for range 100 {
+	start, stall := time.Now(), stallTime(t)
+	for _, c := range []*nbdtest.Client{c, other} {
+		if err := c.Conn.(net.Conn).SetDeadline(start.Add(stall + time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := 0; i < 100 || time.Since(start) < stall; i++ {
+		if i >= 100 {
+			time.Sleep(10 * time.Millisecond)
+		}
 		for _, c := range []*nbdtest.Client{c, other} {
 			p := pattern(4096, 3)
 			if errno, err := c.Write(p, 128<<10, 0); errno != 0 || err != nil {

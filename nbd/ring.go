@@ -3,8 +3,6 @@ package nbd
 import (
 	"context"
 	"fmt"
-	"io"
-	"net"
 	"os"
 	"runtime"
 	"sync"
@@ -55,7 +53,10 @@ const (
 type AsyncDevice interface {
 	Device
 
-	// Async reports whether it makes sense to call the other methods.
+	// Async reports whether io_uring should do the I/O. The portable engine
+	// doesn't ask: it has writes without FUA begun and ended by these methods in
+	// any case, and does what is between them by pwrite(2), since they change the
+	// payload where it is, and WriteAt needs memory of its own.
 	Async() bool
 
 	// BeginRead returns where len(p) bytes have to be read to p for EndRead to
@@ -91,11 +92,9 @@ type ringLoop struct {
 	c     *conn
 	dev   AsyncDevice
 	r     *uring.Ring
-	sock  int // a descriptor of our own
 	count [8]byte
-	event int // an eventfd: somebody else has news for the loop
 
-	kicked atomic.Bool // event is signaled
+	kicked atomic.Bool // conn.event is signaled: somebody else has news for the loop
 
 	starving atomic.Bool // the connection waits for the arena
 	starved  *time.Timer // runs meanwhile
@@ -117,46 +116,9 @@ type ringLoop struct {
 	quit  bool
 }
 
-// ringable reports whether a connection can be served by io_uring.
-func (s *Server) ringable(ses *session, nc net.Conn) (AsyncDevice, syscall.RawConn) {
-	dev, ok := ses.export.Device.(AsyncDevice)
-	if s.engine != EngineURing || !ok || !dev.Async() {
-		return nil, nil
-	}
-	var raw syscall.RawConn
-	var err error
-	switch nc := nc.(type) {
-	case *net.UnixConn:
-		raw, err = nc.SyscallConn()
-	case *net.TCPConn:
-		raw, err = nc.SyscallConn()
-	default:
-		return nil, nil // TLS, which is not the kernel's
-	}
-	if err != nil {
-		return nil, nil
-	}
-	return dev, raw
-}
-
 // newRingLoop prepares all but the ring, which the loop itself has to make.
-func newRingLoop(c *conn, dev AsyncDevice, raw syscall.RawConn) (*ringLoop, error) {
+func newRingLoop(c *conn, dev AsyncDevice) *ringLoop {
 	l := &ringLoop{c: c, dev: dev, iov: make([]unix.Iovec, 0, 2*sendReplies)}
-	var err error
-	if e := raw.Control(func(fd uintptr) {
-		// The connection may be closed by others meanwhile, and its number
-		// be given to something else.
-		l.sock, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-	}); e != nil {
-		err = e
-	}
-	if err != nil {
-		return nil, err
-	}
-	if l.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		unix.Close(l.sock)
-		return nil, err
-	}
 	c.reader.waiter.notify = l.kick
 	l.starved = time.AfterFunc(time.Hour, func() {
 		if l.starving.Load() {
@@ -165,28 +127,19 @@ func newRingLoop(c *conn, dev AsyncDevice, raw syscall.RawConn) (*ringLoop, erro
 		}
 	})
 	l.starved.Stop()
-	return l, nil
+	return l
 }
-
-func (l *ringLoop) close() {
-	unix.Close(l.sock)
-	unix.Close(l.event)
-}
-
-// one is what is added to an eventfd.
-var one = []byte{1, 0, 0, 0, 0, 0, 0, 0}
 
 // kick makes the loop look around. It may be called by anybody.
 func (l *ringLoop) kick() {
 	if l.kicked.CompareAndSwap(false, true) {
-		_, _ = unix.Write(l.event, one)
+		_, _ = unix.Write(l.c.event, one)
 	}
 }
 
 // runRing is run with io_uring. It returns false if that can't be had now.
 func (c *conn) runRing(ctx context.Context) (err error, ok bool) {
 	l := c.ring
-	defer l.close()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if l.r, err = uring.New(2 * len(c.slots)); err != nil {
@@ -351,7 +304,7 @@ func (l *ringLoop) reap() {
 			l.pollingOut, l.blocked = false, false
 		case tagEvent:
 			l.listening = false
-			_, _ = unix.Read(l.event, l.count[:])
+			_, _ = unix.Read(l.c.event, l.count[:])
 			l.kicked.Store(false) // what came before is seen by news
 		case tagCancel:
 		default:
@@ -435,11 +388,10 @@ func (l *ringLoop) receive() {
 		if err = c.parse(); err != nil || rd.short {
 			break
 		}
-		if c.leaving() && c.rest() == 0 {
-			err = ErrLeave
-			break
-		}
 		if !l.readable {
+			if c.leaving() && c.rest() == 0 {
+				err = ErrLeave
+			}
 			break
 		}
 		if err = l.recv(); err != nil {
@@ -460,58 +412,20 @@ func (l *ringLoop) receive() {
 // recv reads once from the socket, without waiting.
 func (l *ringLoop) recv() error {
 	c := l.c
-	rd := &c.reader
-	more, window := afterPayload, rd.window
-	if c.leaving() {
-		more, window = 0, c.rest() // receive has seen that it isn't 0
+	leaving := c.leaving()
+	if leaving && c.rest() == 0 {
+		return ErrLeave
 	}
-	var dst []byte
-	if rd.piece != nil {
-		dst = rd.piece.buf[rd.pieceLen:]
-		rd.in.r, rd.in.w = 0, 0 // parsePayload has taken everything
-		rd.iovs[1].Base = unsafe.SliceData(rd.in.buf)
-		rd.iovs[1].SetLen(more)
-		rd.window = afterPayload
-	} else {
-		if rd.in.r > 0 {
-			rd.in.w = copy(rd.in.buf, rd.in.buf[rd.in.r:rd.in.w])
-			rd.in.r = 0
-		}
-		dst = rd.in.buf[rd.in.w:min(len(rd.in.buf), rd.in.w+window)]
-		rd.iovs[1].SetLen(0)
-	}
-	rd.iovs[0].Base = unsafe.SliceData(dst)
-	rd.iovs[0].SetLen(len(dst))
-	if !c.readv(uintptr(l.sock)) {
+	room := c.vectors(leaving)
+	if !c.readv() {
 		l.readable = false
 		return nil
-	}
-	c.payloadSince.Store(0)
-	switch {
-	case rd.err != 0:
-		return fmt.Errorf("nbd: reading request: %w", os.NewSyscallError("readv", rd.err))
-	case rd.n == 0:
-		err := io.EOF
-		if rd.piece != nil || rd.long != nil || rd.refused != nil || len(rd.in.buffered()) > 0 {
-			err = io.ErrUnexpectedEOF
-		}
-		return fmt.Errorf("nbd: reading request: %w", err)
 	}
 	// Less than there was room for: that was all.
-	if rd.n < len(dst)+int(rd.iovs[1].Len) {
+	if c.reader.n < room {
 		l.readable = false
 	}
-	if rd.piece != nil {
-		n := min(rd.n, len(dst))
-		rd.pieceLen += n
-		rd.in.w = rd.n - n
-		return nil
-	}
-	if rd.n == rd.window {
-		rd.window = receiveBuffer
-	}
-	rd.in.w += rd.n
-	return nil
+	return c.received()
 }
 
 // start begins what can be begun. It reports whether there is something to
@@ -645,7 +559,7 @@ func (l *ringLoop) send() error {
 	for l.sent < len(l.iov) {
 		l.msg = unix.Msghdr{Iov: &l.iov[l.sent]}
 		l.msg.SetIovlen(len(l.iov) - l.sent)
-		n, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(l.sock), uintptr(unsafe.Pointer(&l.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		n, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(c.sock), uintptr(unsafe.Pointer(&l.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 		switch errno {
 		case 0:
 		case unix.EINTR:
@@ -678,14 +592,14 @@ func (l *ringLoop) send() error {
 func (l *ringLoop) arm() {
 	c := l.c
 	if !l.listening {
-		l.listening = l.r.Poll(l.event, unix.POLLIN, tagEvent)
+		l.listening = l.r.Poll(c.event, unix.POLLIN, tagEvent)
 	}
 	if l.blocked && !l.pollingOut {
-		l.pollingOut = l.r.Poll(l.sock, unix.POLLOUT, tagWritable)
+		l.pollingOut = l.r.Poll(c.sock, unix.POLLOUT, tagWritable)
 	}
 	if !l.readable && !c.stopped && !c.reader.short {
 		if !l.polling {
-			l.polling = l.r.Poll(l.sock, unix.POLLIN, tagReadable)
+			l.polling = l.r.Poll(c.sock, unix.POLLIN, tagReadable)
 		}
 		if c.reader.piece != nil && c.payloadSince.Load() == 0 {
 			c.payloadSince.Store(c.s.now())

@@ -24,7 +24,8 @@ type Config struct {
 	Log *zap.Logger
 
 	// Arena is the size in bytes of the memory for payloads, at least
-	// [MaxPayload]. Zero is 64 MiB. It costs nothing until it is used.
+	// [MaxPayload]. Zero is 40 MiB, with which a process that has four busy
+	// connections stays below 64 MiB. It costs nothing until it is used.
 	Arena int64
 
 	// Memory, if not nil, is the arena. The server takes it over.
@@ -154,7 +155,7 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 	if cfg.Memory != nil {
 		cfg.Arena = int64(len(cfg.Memory.mem))
 	}
-	orDefault(&cfg.Arena, 64<<20)
+	orDefault(&cfg.Arena, 40<<20)
 	orDefault(&cfg.MaxConnections, 128)
 	orDefault(&cfg.MaxPerPeer, cfg.MaxConnections)
 	orDefault(&cfg.InFlight, 64)

@@ -33,9 +33,9 @@ func (v *Volume) tryEnter() bool {
 }
 
 // splits tells whether a request is whole sectors in memory that the backing
-// device takes.
+// device takes, and that device a descriptor.
 func (v *Volume) splits(p []byte, off int64) bool {
-	return len(p) > 0 && v.check(off, int64(len(p))) == nil &&
+	return v.fd >= 0 && len(p) > 0 && v.check(off, int64(len(p))) == nil &&
 		(off|int64(len(p)))%v.sector == 0 && aligned(p, int(v.align))
 }
 

@@ -274,7 +274,16 @@ func TestDirectFile(t *testing.T) {
 		v.Close()
 		d.Close()
 	}
-	if v := open1(t, format(t, 512, testVolumeSize), OpenOptions{}); v.Async() {
+	v, err := Open(t.Context(), format(t, 512, testVolumeSize), testUnseal, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	p := alignedBytes(512)
+	if _, _, ok := v.BeginRead(p, 0); ok || v.Async() {
 		t.Error("a volume is Async whose backing device is no descriptor")
+	}
+	if _, _, _, ok := v.BeginWrite(p, 0, false); ok {
+		t.Error("a write has begun on a backing device that is no descriptor")
 	}
 }
