@@ -57,7 +57,8 @@ test-unit: ## unit tests with the race detector, and interop with other people's
 test-vm: build ## boot QEMU with a real kernel and run the scenarios; RUN=Boot for one
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 20m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
 
-soak: build ## the long runs: 50 power cuts, 5 minutes without the vault at boot, 10 minutes of swapping
+soak: build ## the long runs: a disk that stalls for a minute, 50 power cuts, 5 minutes without the vault at boot, 10 minutes of swapping
+	HOSTCRYPTD_STALL=60s $(GO) test -count 1 -run 'StalledDevice$$' ./nbd
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 HOSTCRYPTD_VM_OUTAGE=5m $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/(PowerCut|Outage)$$' ./test/vm
 	for k in 6.12 6.1; do HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_KERNEL=$$k HOSTCRYPTD_VM_SWAP_PERCENT=200 HOSTCRYPTD_VM_SWAP_SECONDS=600 $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/Swap$$' ./test/vm || exit 1; done
 
@@ -70,6 +71,9 @@ fuzz: ## run each fuzz target for FUZZTIME
 
 bench: deps ## compare with other NBD servers, encrypted and not, on this machine
 	$(GO) run ./test/bench
+
+bench-profile: ## where the server's time goes, by perf (package linux-perf)
+	$(GO) run ./test/bench -profile
 
 bench-go: ## Go benchmarks of cipher, volume and server
 	$(GO) test -run '^$$' -bench . -benchtime 300ms ./xts ./sector ./nbd
@@ -107,4 +111,4 @@ install: build ## install binary, manual, completions, units and udev rules unde
 clean: ## remove what was built
 	rm -rf bin dist
 
-.PHONY: help build deps demo test check test-unit test-vm soak fuzz bench bench-go bench-xts generate check-generate man install clean
+.PHONY: help build deps demo test check test-unit test-vm soak fuzz bench bench-profile bench-go bench-xts generate check-generate man install clean
