@@ -59,6 +59,7 @@ type config struct {
 	peers             []peer
 	loads             *regexp.Regexp
 	out, disk         string
+	profile           bool
 }
 
 func main() {
@@ -74,6 +75,7 @@ func main() {
 	flag.StringVar(&c.out, "out", "test/bench/results", "folder for latest.txt, latest.json and latest.svg, from the root of the module")
 	flag.StringVar(&c.disk, "disk", "", "folder on the real disk (default: hostcryptd-bench in the user's cache folder)")
 	flag.Int64Var(&mib, "size", 256, "size of each volume in MiB")
+	flag.BoolVar(&c.profile, "profile", false, "only sample, with perf, where the server's time goes on tmpfs: profile.txt")
 	flag.Parse()
 	c.size, c.fioSlice, c.fioRounds = mib<<20, c.slice, 2
 	if *quick {
@@ -148,6 +150,9 @@ func run(c config, names, match string) error {
 	// The collector must not run in the middle of a slice.
 	debug.SetGCPercent(400)
 	r := describe(b, c, root)
+	if c.profile {
+		return b.profile(c, r)
+	}
 	if err := b.tmpfs(c, r); err != nil {
 		return err
 	}
@@ -336,6 +341,8 @@ func describe(b *bench, c config, root string) *result {
 			// An export of the sources has no revision to show.
 			revision, _ := b.command("git", "-C", root, "describe", "--always", "--dirty")
 			r.Versions[p.name] = strings.TrimSpace("from this tree " + revision)
+		case p.name == null:
+			r.Versions[p.name] = "hostcryptd's server on nothing: no file, no encryption; what the client and the machine allow"
 		case p.name == passthrough:
 			r.Versions[p.name] = "hostcryptd's server on the raw file"
 		default:

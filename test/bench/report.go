@@ -92,10 +92,10 @@ func (s *series) medianOf(figure func(sample) float64) float64 {
 }
 
 // others returns the figures of the peers of hostcryptd that encrypt, or of
-// those that don't. The passthrough is no peer.
+// those that don't. The passthrough and null are no peers.
 func (r *result) others(medium, client, load string, encrypted bool) (out [][]float64) {
 	for _, p := range peers {
-		if p.name != hostcryptd && p.name != passthrough && p.encrypted == encrypted {
+		if p.name != hostcryptd && p.name != passthrough && p.name != null && p.encrypted == encrypted {
 			if s := r.find(medium, client, load, p.name); s != nil {
 				out = append(out, s.iops())
 			}

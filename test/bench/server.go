@@ -25,6 +25,7 @@ const (
 	nbdkitRaw   = "nbdkit-raw"
 	qemuRaw     = "qemu-raw"
 	goNBD       = "go-nbd"
+	null        = "null"     // hostcryptd's server, no file and no encryption
 	rawFile     = "raw-file" // fio's io_uring engine, no server
 )
 
@@ -44,6 +45,7 @@ var peers = []peer{
 	{nbdkitRaw, false, false, []string{"nbdkit"}},
 	{qemuRaw, false, true, []string{"qemu-nbd"}},
 	{goNBD, false, false, nil},
+	{null, false, false, nil},
 }
 
 // debianPackage names the package of each program that is run.
@@ -130,8 +132,10 @@ func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, err
 		if err != nil {
 			return nil, err
 		}
-	} else if err := allocate(s.file, image); err != nil {
-		return nil, err
+	} else if p.name != null {
+		if err := allocate(s.file, image); err != nil {
+			return nil, err
+		}
 	}
 
 	cache, aio := "writeback", "threads"
@@ -149,6 +153,9 @@ func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, err
 			"--direct=" + strconv.FormatBool(direct)}
 	case passthrough:
 		args = []string{filepath.Join(b.bin, "passthrough"), "-direct=" + strconv.FormatBool(direct), s.file, s.socket}
+	case null:
+		args = []string{filepath.Join(b.bin, "passthrough"), "-null", strconv.FormatInt(size, 10), s.socket}
+		s.model = nil
 	case goNBD:
 		args = []string{filepath.Join(b.bin, "gonbd"), s.file, s.socket}
 	case nbdkitRaw:
@@ -180,6 +187,10 @@ func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, err
 		return nil, err
 	}
 	s.idle = s.memory("VmRSS:")
+	if s.model == nil {
+		s.model = &volumeModel{generation: make([]uint32, size/stampBlock), unchecked: true}
+		return s, nil
+	}
 	if err := fill(b.ctx, s.socket, s.model); err != nil {
 		return nil, s.explain(err)
 	}

@@ -3,6 +3,11 @@
 // the server. It is test code and no part of the product.
 //
 //	passthrough [-direct] FILE SOCKET
+//	passthrough -null BYTES SOCKET
+//
+// With -null there is no file either: a read returns what happens to be in the
+// memory, and a write goes nowhere. That is the most that this server and a client
+// can reach together on a machine.
 package main
 
 import (
@@ -21,20 +26,27 @@ import (
 
 func main() {
 	direct := flag.Bool("direct", false, "open FILE with O_DIRECT; clients must keep to its sectors")
+	null := flag.Int64("null", 0, "serve that many `bytes` of nothing instead of a file")
 	flag.Parse()
-	if flag.NArg() != 2 {
-		fmt.Fprintln(os.Stderr, "usage: passthrough [-direct] FILE SOCKET")
+	if flag.NArg() != 2 && (*null == 0 || flag.NArg() != 1) {
+		fmt.Fprintln(os.Stderr, "usage: passthrough [-direct] FILE SOCKET, or passthrough -null BYTES SOCKET")
 		os.Exit(1)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	if err := serve(ctx, flag.Arg(0), flag.Arg(1), *direct); err != nil {
+	var err error
+	if *null > 0 {
+		err = serve(ctx, nothing{size: *null}, flag.Arg(0))
+	} else {
+		err = serveFile(ctx, flag.Arg(0), flag.Arg(1), *direct)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "passthrough:", err)
 		os.Exit(1)
 	}
 }
 
-func serve(ctx context.Context, path, socket string, direct bool) error {
+func serveFile(ctx context.Context, path, socket string, direct bool) error {
 	flags := os.O_RDWR
 	if direct {
 		flags |= unix.O_DIRECT
@@ -44,7 +56,11 @@ func serve(ctx context.Context, path, socket string, direct bool) error {
 		return err
 	}
 	defer f.Close()
-	s, err := nbd.New(nbd.Config{}, nbd.Export{Device: rawFile{f, int(f.Fd()), direct}})
+	return serve(ctx, rawFile{f, int(f.Fd()), direct}, socket)
+}
+
+func serve(ctx context.Context, d nbd.Device, socket string) error {
+	s, err := nbd.New(nbd.Config{}, nbd.Export{Device: d})
 	if err != nil {
 		return err
 	}
@@ -109,3 +125,14 @@ func (f rawFile) WriteZeroes(off, length int64, fua bool) error {
 	}
 	return f.Sync()
 }
+
+// Nothing is a device without content.
+type nothing struct{ size int64 }
+
+func (n nothing) Size() (int64, error)                    { return n.size, nil }
+func (nothing) ReadAt(p []byte, _ int64) (int, error)     { return len(p), nil }
+func (nothing) WriteAt(p []byte, _ int64) (int, error)    { return len(p), nil }
+func (nothing) WriteAtFUA(p []byte, _ int64) (int, error) { return len(p), nil }
+func (nothing) Sync() error                               { return nil }
+func (nothing) Trim(_, _ int64, _ bool) error             { return nil }
+func (nothing) WriteZeroes(_, _ int64, _ bool) error      { return nil }
