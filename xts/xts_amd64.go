@@ -13,7 +13,7 @@ var tiers = []*tier{
 }
 
 // hasZMM reports whether there is all that the zmm tier needs. The package cpu looks
-// for support by the system, too.
+// for support by the system, too. All processors with VAES for zmm have VBMI (VPERMB).
 func hasZMM() bool {
 	x := &cpu.X86
 	return x.HasAVX512F && x.HasAVX512BW && x.HasAVX512VL && x.HasAVX512DQ && x.HasAVX512VBMI &&
@@ -21,6 +21,7 @@ func hasZMM() bool {
 }
 
 // hasYMM looks for VAES itself, as the package cpu does so only on machines with AVX-512.
+// BMI2, for SARX, is wherever AVX2 is, but a hypervisor may hide it.
 func hasYMM() bool {
 	const vaes = 1 << 9 // CPUID leaf 7, ECX
 	if !cpu.X86.HasAVX2 || !cpu.X86.HasBMI2 || !hasXMM() {
