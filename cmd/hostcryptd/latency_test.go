@@ -27,7 +27,7 @@ import (
 func testRewrapLatency(t *testing.T, double *vaulttest.Server) {
 	const (
 		url    = vaultKey + "-latency"
-		rounds = 12
+		rounds = 8
 	)
 	if _, err := double.AddKey(url, 2048); err != nil {
 		t.Fatal(err)
