@@ -91,9 +91,14 @@ of the server with --attach.
 
 With --attach there are two processes: a keeper, which was started, and its child,
 the server. If the server is killed or crashes, the keeper starts another one, which
-needs neither the vault nor the program's file; I/O waits meanwhile, and no request
-fails. Clients of --listen and --tcp have to connect again. If both are killed, I/O
-waits for up to an hour for 'serve' to be started again with the same volume.
+needs neither the vault nor the program's file; I/O waits meanwhile, for up to some 5
+seconds, and no request fails. Clients of --listen and --tcp have to connect again. If
+both are killed, I/O waits for up to an hour for 'serve' to be started again with the
+same volume; what is encrypted with --random-key is lost then.
+
+'hostcryptd reload', or SIGHUP to the keeper, has the program that is installed now
+take over from both, while the volume is in use; so does 'systemctl restart' of a unit
+with FileDescriptorStoreMax=.
 
 A line of ` + tabFile + ` has the form of crypttab(5): name, device (a path, UUID=,
 LABEL=, PARTUUID= or PARTLABEL=), key and options. The key is the path of the host key
@@ -597,6 +602,11 @@ type kernelDevice struct {
 	index int
 }
 
+// maxRequest is the longest request of the kernel, in bytes. The defaults are 128
+// KiB with Linux 6.1 and 1280 KiB with 6.12. A server takes what is longer than
+// this in pieces, and not with the others (nbd's chunkSize).
+const maxRequest = 512 << 10
+
 // attachKernel makes the volume a kernel device, with one server per socket.
 func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, failed chan<- error) (*kernelDevice, error) {
 	conn, err := nbdnl.Dial()
@@ -654,13 +664,18 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	if err := nbdnl.WaitReady(ctx, k.index, uint64(size)); err != nil {
 		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach(nil))
 	}
-	// To set it again would wait for the requests in flight.
-	if d.opts.swap && !again {
-		if err := d.tuneSwap(k.index); err != nil {
-			return nil, errors.Join(err, k.detach(nil))
-		}
+	if again {
+		return k, nil // to set what follows would wait for the requests in flight
 	}
-	if d.opts.connections == 1 && !again {
+	if d.opts.swap {
+		err = d.tuneSwap(k.index)
+	} else if _, terr := nbdnl.SetMaxRequest(k.index, maxRequest); terr != nil {
+		d.log.Warn("the kernel's requests have the size that is its default", zap.Error(terr))
+	}
+	if err != nil {
+		return nil, errors.Join(err, k.detach(nil))
+	}
+	if d.opts.connections == 1 {
 		if err := nbdnl.SetRequestTimer(k.index, requestTimer); err != nil {
 			d.log.Warn("if this server is killed, I/O will go on after half a minute only", zap.Error(err))
 		}
