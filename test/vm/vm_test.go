@@ -255,7 +255,6 @@ func testOldKernel(t *testing.T) {
 	t.Run("Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") })
 	t.Run("Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") })
 	t.Run("Swap", func(t *testing.T) { testSwap(t, l, false) })
-	t.Run("SwapControl", func(t *testing.T) { testSwap(t, l, true) })
 }
 
 // testOnDisk runs a scenario that needs a disk of its own and nothing else.
