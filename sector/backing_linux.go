@@ -214,11 +214,12 @@ func Reopen(f *os.File, name string, o DeviceOptions) (*Device, error) {
 // flight holds a reference to that, also one whose process was killed and whose
 // io_uring the kernel ends later, and the kernel drops the lock with the last
 // reference (locks_remove_file in __fput). It is an OFD lock and not flock(2),
-// which udev takes on disks. waiting is called when it takes long.
-func (d *Device) Fence(ctx context.Context, waiting func()) error {
+// which udev takes on disks. waiting is called when it takes long; waited tells
+// whether there was anything to wait for.
+func (d *Device) Fence(ctx context.Context, waiting func()) (waited bool, err error) {
 	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: fenceAt, Len: 1}
 	if flags, err := unix.FcntlInt(d.f.Fd(), unix.F_GETFL, 0); err == nil && flags&unix.O_ACCMODE == unix.O_RDONLY {
-		return nil // it writes nothing
+		return false, nil // it writes nothing
 	}
 	said := time.AfterFunc(time.Second, waiting)
 	defer said.Stop()
@@ -226,15 +227,16 @@ func (d *Device) Fence(ctx context.Context, waiting func()) error {
 		err := unix.FcntlFlock(d.f.Fd(), unix.F_OFD_SETLK, &lock)
 		switch {
 		case err == nil:
-			return nil
+			return waited, nil
 		case errors.Is(err, unix.EINTR):
 			continue
 		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES):
-			return fmt.Errorf("%s: fencing: %w", d.Name(), err)
+			return waited, fmt.Errorf("%s: fencing: %w", d.Name(), err)
 		}
+		waited = true
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s: I/O of another server has not ended: %w", d.Name(), context.Cause(ctx))
+			return true, fmt.Errorf("%s: I/O of another server has not ended: %w", d.Name(), context.Cause(ctx))
 		case <-time.After(wait):
 		}
 	}

@@ -126,12 +126,12 @@ func TestFence(t *testing.T) {
 	}
 	first, second := open(), open()
 	defer second.Close()
-	if err := first.Fence(t.Context(), func() {}); err != nil {
-		t.Fatal(err)
+	if waited, err := first.Fence(t.Context(), func() {}); err != nil || waited {
+		t.Fatalf("the first Fence: %v, waited %v", err, waited)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if err := second.Fence(ctx, func() {}); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := second.Fence(ctx, func() {}); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("second Fence while the first is held: %v, want %v", err, context.DeadlineExceeded)
 	}
 	// A descriptor that is left over holds it, as a request in flight does.
@@ -142,7 +142,7 @@ func TestFence(t *testing.T) {
 	first.Close()
 	time.AfterFunc(50*time.Millisecond, func() { unix.Close(fd) })
 	begun := time.Now()
-	if err := second.Fence(t.Context(), func() {}); err != nil || time.Since(begun) < 50*time.Millisecond {
+	if waited, err := second.Fence(t.Context(), func() {}); err != nil || !waited || time.Since(begun) < 50*time.Millisecond {
 		t.Errorf("second Fence: %v after %v, want success after 50ms", err, time.Since(begun))
 	}
 	if _, err := OpenDevice(name, DeviceOptions{}); !errors.Is(err, ErrBusy) {

@@ -100,13 +100,14 @@ func (d *daemon) openDevice(ctx context.Context) (*sector.Device, error) {
 		return nil, err
 	}
 	begun := time.Now()
-	if err := dev.Fence(ctx, func() {
+	waited, err := dev.Fence(ctx, func() {
 		d.log.Error("waiting for the I/O of the server before to end; until then nothing may be served, or old data could overwrite new", zap.String("device", d.opts.device))
-	}); err != nil {
+	})
+	if err != nil {
 		return nil, errors.Join(err, dev.Close())
 	}
-	if took := time.Since(begun); took > 10*time.Millisecond {
-		d.log.Warn("waited for the I/O of the server before", zap.Duration("took", took))
+	if waited {
+		d.log.Warn("waited for the I/O of the server before", zap.Duration("took", time.Since(begun)))
 	}
 	return dev, nil
 }
