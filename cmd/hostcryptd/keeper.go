@@ -136,9 +136,9 @@ type keeper struct {
 	wake   func()
 	deaths []time.Time
 
-	pending os.Signal    // for the next server
-	wanted  bool         // a reload, as soon as one serves
-	exit    func() error // what ends the keeper; nil as long as nothing does
+	stop   os.Signal    // that it was told to stop by, or nil; each server is told
+	wanted bool         // a reload, as soon as one serves
+	exit   func() error // what ends the keeper; nil as long as nothing does
 }
 
 // A child is a server process.
@@ -263,11 +263,9 @@ func (k *keeper) signal(s os.Signal) {
 	switch {
 	case s == unix.SIGHUP:
 		k.reload(false)
-	case s == unix.SIGTERM && k.next == nil && k.active != nil && k.active.ready && restartJob(k.log):
+	case s == unix.SIGTERM && k.next == nil && k.stop == nil && k.active != nil && k.active.ready && restartJob(k.log):
 		k.reload(true)
-	case k.active != nil:
-		k.active.process.Signal(s)
-	case s == unix.SIGTERM && k.state != nil && restartJob(k.log):
+	case s == unix.SIGTERM && k.active == nil && k.state != nil && restartJob(k.log):
 		// This version can't go on with the state; the next one may.
 		if err := k.store(); err != nil {
 			k.log.Error("the service manager can't keep what the next server needs; this process goes on", zap.Error(err))
@@ -275,8 +273,12 @@ func (k *keeper) signal(s os.Signal) {
 		}
 		k.exit = func() error { return nil }
 	default:
-		// The next server has to take the device back before it can let it go.
-		k.pending = s
+		// A server that dies before it has stopped leaves that to the next one, which
+		// has to take the device back before it can let it go.
+		k.stop = s
+		if k.active != nil {
+			k.active.process.Signal(s)
+		}
 	}
 }
 
@@ -489,6 +491,10 @@ func (k *keeper) reload(store bool) {
 	if k.next != nil {
 		return // it is under way
 	}
+	if k.stop != nil {
+		k.refuse("it is stopping")
+		return
+	}
 	if k.active == nil {
 		// What is installed now may be able to serve where this program isn't.
 		if p, err := copyProgram(k.path); err == nil {
@@ -549,7 +555,10 @@ func (k *keeper) refuse(why string) {
 	k.order(k.active, keeperOrder{Refused: why}, nil)
 	if stop {
 		// The service manager waits for the end of this process all the same.
-		k.active.process.Signal(unix.SIGTERM)
+		k.stop = unix.SIGTERM
+		k.active.process.Signal(k.stop)
+	} else if k.stop != nil {
+		return
 	} else if err := systemd.Notify(systemd.Ready); err != nil {
 		k.log.Warn("service manager was not notified", zap.Error(err))
 	}
@@ -589,9 +598,8 @@ func (k *keeper) release(c *child) {
 	k.kernel = nil
 	c.state = k.state
 	k.order(c, keeperOrder{Go: true, State: k.state}, nil)
-	if k.pending != nil {
-		c.process.Signal(k.pending)
-		k.pending = nil
+	if k.stop != nil {
+		c.process.Signal(k.stop)
 	}
 }
 

@@ -121,6 +121,11 @@ func fakeServer() error {
 	}
 	fmt.Println("serves", os.Getpid(), os.Getppid(), count, fresh, string(text))
 	go link.listen(zap.NewNop())
+	if behave == "lingers" && count == 1 {
+		<-term
+		fmt.Println("lingers")
+		select {}
+	}
 	select {
 	case <-link.leaving():
 		if behave == "stays" {
@@ -262,6 +267,26 @@ func TestKeeper(t *testing.T) {
 			k.line("the keeper goes on with this version")
 			k.end()
 		})
+	}
+}
+
+// TestKeeperStops: a server that is killed while it stops leaves the stopping to
+// the next one, and nothing is reloaded meanwhile.
+func TestKeeperStops(t *testing.T) {
+	t.Parallel()
+	k := startKeeper(t, "lingers")
+	pid := k.serves(1, true)
+	k.kill(k.cmd.Process.Pid, unix.SIGTERM)
+	k.line("lingers")
+	k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+	k.line("it is stopping")
+	k.kill(pid, unix.SIGKILL)
+	k.serves(2, true)
+	for line := range k.lines {
+		fmt.Fprintln(&k.log, line)
+	}
+	if err := k.cmd.Wait(); err != nil {
+		t.Errorf("the keeper ended with %v", err)
 	}
 }
 
