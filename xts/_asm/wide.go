@@ -176,6 +176,9 @@ func (w *width) prefetch(t *text) {
 // doBody emits the rounds of a body with the masks of the next one between them, the
 // tail, and the head of the next one.
 func (w *width) doBody(t *text, aes string, masks func(t *text)) {
+	if bare {
+		masks = func(*text) {}
+	}
 	t.weave(lines(func(t *text) { w.middle(t, aes) }), append(lines(masks), lines(w.prefetch)...))
 	w.tails(t, aes, w.head)
 	t.op("ADDQ", imm(w.body()), "DI")
