@@ -115,6 +115,9 @@ after it. At shutdown the service goes on until the last file system is unmounte
   hostcryptd serve /dev/disk/by-partlabel/swap --swap --random-key --attach /dev/nbd8`,
 		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
+			// A line of log that nobody can receive is an error, and not the end: at
+			// shutdown the journal stops before this does.
+			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 			// Before anything that could fail: this process must go on.
 			if resumed, err := a.resume(); resumed {
 				return err

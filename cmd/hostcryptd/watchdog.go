@@ -73,7 +73,7 @@ func (d *daemon) watch(ctx context.Context) {
 	if usec > 0 {
 		every = min(every, time.Duration(usec)*time.Microsecond/4)
 	}
-	w := &watchdog{progress: d.progress, excused: d.waitsForKey, disk: d.readDisk, moved: time.Now()}
+	w := &watchdog{progress: d.progress, excused: d.excused, disk: d.readDisk, moved: time.Now()}
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
@@ -108,12 +108,14 @@ func (d *daemon) progress() (int, uint64, error) {
 	return nbdnl.Progress(index)
 }
 
-// waitsForKey tells whether requests wait until the volume's key is back.
-func (d *daemon) waitsForKey() bool {
+// excused tells whether requests may wait for long: until the volume's key is
+// back, or for a disk below the page cache, which a read would not ask. To ask by
+// fdatasync would be to take an error that belongs to a flush.
+func (d *daemon) excused() bool {
 	d.mu.Lock()
-	v := d.volume
+	v, device := d.volume, d.device
 	d.mu.Unlock()
-	return v == nil || v.Suspended()
+	return v == nil || v.Suspended() || !device.Direct()
 }
 
 // readDisk reads a block of the backing device.
