@@ -527,7 +527,7 @@ func systemLogs(m *machine) error {
 		return err
 	}
 	// It has the canary in its memory, as this process has.
-	if _, err := m.run("systemd-run", "--quiet", "--wait", "--property=LimitCORE=infinity", "--property=SuccessExitStatus=ABRT", "sh", "-c", "secret="+c["core"]+"; kill -ABRT $$"); err != nil {
+	if _, err := m.run("systemd-run", "--quiet", "--wait", "--property=LimitCORE=infinity", "--property=SuccessExitStatus=ABRT", "sh", "-c", "secret="+c["core"]+"; kill -ABRT $$$$"); err != nil {
 		return err
 	}
 	var dump string
@@ -562,6 +562,53 @@ func systemLogs(m *machine) error {
 		m.figure("canary in "+who, float64(n), "")
 	}
 	return nil
+}
+
+// mountID tells this mount from a later one.
+func (m *machine) mountID() (string, error) {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && f[4] == m.mnt {
+			return f[0], nil
+		}
+	}
+	return "", fmt.Errorf("nothing is mounted on %s", m.mnt)
+}
+
+// whileWriting runs f while a file is written to, and for a second more. It returns
+// how long the longest write took to be on the disk.
+func (m *machine) whileWriting(f func() error) (longest time.Duration, err error) {
+	stop, result := make(chan struct{}), make(chan error, 1)
+	go func() {
+		file, err := os.Create(filepath.Join(m.mnt, "writing"))
+		if err != nil {
+			result <- err
+			return
+		}
+		defer file.Close()
+		for err == nil {
+			select {
+			case <-stop:
+				result <- nil
+				return
+			default:
+			}
+			begun := time.Now()
+			if _, err = file.WriteAt([]byte(begun.String()), 0); err == nil {
+				err = file.Sync()
+			}
+			longest = max(longest, time.Since(begun))
+		}
+		result <- err
+	}()
+	time.Sleep(time.Second)
+	err = f()
+	time.Sleep(time.Second)
+	close(stop)
+	return longest, errors.Join(err, <-result)
 }
 
 // systemWatchdog stops servers and disks, and looks whom the service manager
@@ -658,6 +705,35 @@ func systemWatchdog(m *machine) error {
 	}
 	if after["ActiveState"] != "active" || after["NRestarts"] == "0" {
 		return fmt.Errorf("the service is %v, want it to have been restarted", after)
+	}
+
+	m.step(3, "Reloaded and restarted in use")
+	mounted, err := m.mountID()
+	if err != nil {
+		return err
+	}
+	for _, verb := range []string{"reload", "restart"} {
+		if before, server, err = pids(); err != nil {
+			return err
+		}
+		longest, err := m.whileWriting(func() error {
+			_, err := m.run("systemctl", verb, "hostcryptd@data.service")
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("systemctl %s: %w", verb, err)
+		}
+		after, next, err := pids()
+		if err != nil {
+			return err
+		}
+		if next == server || after["ActiveState"] != "active" {
+			return fmt.Errorf("systemctl %s: %v, server %d, then %v, server %d", verb, before, server, after, next)
+		}
+		if id, err := m.mountID(); err != nil || id != mounted {
+			return errors.Join(fmt.Errorf("systemctl %s: the file system was mounted anew", verb), err)
+		}
+		m.figure("longest write at "+verb, float64(longest.Milliseconds()), "ms")
 	}
 	if err := m.unmount(); err != nil {
 		return err
