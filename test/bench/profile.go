@@ -64,7 +64,7 @@ func (b *bench) profile(c config, r *result) error {
 		if err := perf.Start(); err != nil {
 			return err
 		}
-		v, err := s.measure(b.ctx, l, c.slice+300*time.Millisecond)
+		v, err := s.measure(b.ctx, l, c.slice+1500*time.Millisecond)
 		if err := errors.Join(err, perf.Wait()); err != nil {
 			return fmt.Errorf("profiling: %w: %s", err, stderr.Bytes())
 		}
@@ -72,24 +72,26 @@ func (b *bench) profile(c config, r *result) error {
 		if err != nil {
 			return err
 		}
-		columns[i] = attribute(script)
+		if columns[i] = attribute(script); len(columns[i]) == 0 {
+			return fmt.Errorf("perf saw nothing of %s", l.Name)
+		}
 		rates = append(rates, v.IOPS)
 	}
 	var out strings.Builder
 	fmt.Fprintf(&out, "%s, %s, Linux %s, %s\n%s\n", r.Machine, r.CPU, r.Kernel, r.Started, r.Versions[hostcryptd])
 	fmt.Fprintf(&out, "Where the server's processor time goes, tmpfs, percent of samples (perf, cpu-clock). By 'make bench-profile'.\n\n%-44s", "")
 	for _, l := range profiled {
-		fmt.Fprintf(&out, "%16s", strings.TrimSuffix(strings.Replace(l.Name, "rand ", "", 1), " c1"))
+		fmt.Fprintf(&out, "%19s", strings.TrimSuffix(strings.Replace(l.Name, "rand ", "", 1), " c1"))
 	}
 	for _, k := range append(kinds, kind{name: "other"}) {
 		fmt.Fprintf(&out, "\n%-44s", k.name)
 		for _, column := range columns {
-			fmt.Fprintf(&out, "%16.1f", column[k.name])
+			fmt.Fprintf(&out, "%19.1f", column[k.name])
 		}
 	}
 	fmt.Fprintf(&out, "\n\n%-44s", "requests/s under the profiler")
 	for _, v := range rates {
-		fmt.Fprintf(&out, "%16.0f", v)
+		fmt.Fprintf(&out, "%19.0f", v)
 	}
 	out.WriteByte('\n')
 	fmt.Print(out.String())
