@@ -330,3 +330,27 @@ func TestJobFiles(t *testing.T) {
 		}
 	}
 }
+
+func TestAttribute(t *testing.T) {
+	got := attribute(`
+ ffffffff81 filemap_get_entry
+ ffffffff82 shmem_file_read_iter
+ ffffffff83 __x64_sys_pread64
+     4a0000 hostcryptd/nbd.(*conn).work
+
+     4a0001 hostcryptd/xts.decryptZMM.abi0
+     4a0000 hostcryptd/nbd.(*conn).work
+
+     4a0000 hostcryptd/nbd.(*conn).work
+
+ ffffffff84 something_else
+`)
+	for _, k := range []string{"backing device: finding the page", "cipher", "server and volume", "other"} {
+		if got[k] != 25 {
+			t.Errorf("%s has %v %%, want 25", k, got[k])
+		}
+	}
+	if len(attribute("")) != 0 {
+		t.Error("kinds of nothing")
+	}
+}
