@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -397,7 +398,64 @@ func systemVolumes(m *machine) error {
 		}
 		m.figure("exposure of "+name, v, "")
 	}
-	return nil
+	return m.restartVolumes()
+}
+
+// restartVolumes reloads and restarts the services of volumes that are in use.
+func (m *machine) restartVolumes() error {
+	m.step(4, "Reloaded and restarted in use")
+	const file = "/data/restarted"
+	text := []byte(strings.Repeat("written before the restart\n", 10000))
+	if err := os.WriteFile(file, text, 0o600); err != nil {
+		return err
+	}
+	for _, verb := range []string{"reload", "restart"} {
+		for _, name := range []string{"swap", "var", "data"} {
+			m.disk = name // as the control command takes it
+			before, err := m.served()
+			if err != nil {
+				return err
+			}
+			unit := "hostcryptd@" + name + ".service"
+			if _, err := m.run("systemctl", verb, unit); err != nil {
+				log, _ := exec.Command("journalctl", "-b", "--no-pager", "-n", "20", "-o", "cat", "-u", unit).Output()
+				return fmt.Errorf("%w\n%s", err, log)
+			}
+			after, err := m.waitServed(before.PID)
+			if err != nil {
+				return err
+			}
+			if (verb == "reload") != (after.Keeper == before.Keeper) {
+				return fmt.Errorf("%s of %s: the keeper was process %d, and is %d", verb, name, before.Keeper, after.Keeper)
+			}
+			u, err := m.unit(unit, "ActiveState", "MainPID", "NRestarts")
+			if err != nil {
+				return err
+			}
+			if u["ActiveState"] != "active" || u["MainPID"] != strconv.Itoa(after.Keeper) || u["NRestarts"] != "0" {
+				return fmt.Errorf("after %s, %s is %v, and its keeper process %d", verb, name, u, after.Keeper)
+			}
+		}
+	}
+	for _, unit := range []string{"var.mount", "data.mount", "dev-hostcryptd-swap.swap"} {
+		u, err := m.unit(unit, "ActiveState")
+		if err != nil {
+			return err
+		}
+		if u["ActiveState"] != "active" {
+			return fmt.Errorf("%s is %v after the restarts", unit, u)
+		}
+	}
+	// From the disk, through the last of the servers.
+	unix.Sync()
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+		return err
+	}
+	got, err := os.ReadFile(file)
+	if err != nil || !bytes.Equal(got, text) {
+		return errors.Join(fmt.Errorf("%s has %d bytes, and not what was written before the restarts", file, len(got)), err)
+	}
+	return os.Remove(file)
 }
 
 // Of system-busy: the file that is open until the last moment, and how far it
