@@ -111,7 +111,7 @@ func (r *result) svg() string {
 			p := panel{title: medium.name + ": " + l.Name}
 			for _, s := range r.Series {
 				raw := s.Server == rawFile && s.Medium == medium.name
-				if s.Load.Name != l.Name || s.Medium != medium.name || s.Client != medium.client && !raw {
+				if s.Load.Name != l.Name || s.Medium != medium.name || s.Client != medium.client && !raw || s.Server == null {
 					continue
 				}
 				v := bar{label: s.Server, kind: "plain", value: s.medianOf(func(x sample) float64 { return x.IOPS })}
