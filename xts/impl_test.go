@@ -87,9 +87,10 @@ func newTestCipher(t testing.TB, tr *tier, key *[64]byte) *Cipher {
 func TestChoose(t *testing.T) {
 	all := []*tier{
 		{name: "wide (not here)"},
-		{name: "narrow (here)", supported: true},
-		{name: "narrower (here)", supported: true},
-		{name: "generic (here)", supported: true},
+		{name: "wrong (here)", supported: true, expand: expandGeneric, encrypt: wrongEncrypt, decrypt: decryptGeneric},
+		{name: "narrow (here)", supported: true, portable: true},
+		{name: "narrower (here)", supported: true, portable: true},
+		{name: "generic (here)", supported: true, portable: true},
 	}
 	for _, tt := range []struct{ word, want string }{
 		{"", "narrow"}, // the fastest
@@ -97,6 +98,7 @@ func TestChoose(t *testing.T) {
 		{"narrower", "narrower"},
 		{"generic", "generic"},
 		{"wide", "narrow"}, // unsupported
+		{"wrong", "narrow"},
 		{"Narrower", "narrow"},
 		{"narrower (here)", "narrow"},
 		{"nonsense", "narrow"},

@@ -20,7 +20,8 @@
 // There is one in assembly for AVX-512 with VAES ("zmm"), AVX2 with VAES ("ymm"), AVX
 // with AES-NI ("xmm") and the AES instructions of arm64 ("neon"), and one in Go
 // ("generic"), the only one in a build with the tag purego. The fastest that the
-// machine supports is chosen when the process starts, and [Implementation] names it.
+// machine supports, and with which it gets a known answer right, is chosen when the
+// process starts, and [Implementation] names it.
 //
 // For diagnosis the environment variable HOSTCRYPTD_XTS chooses another by one of the
 // words above. A word that is unknown, or that this machine doesn't support, counts
@@ -55,7 +56,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"strings"
 	"unsafe"
 )
@@ -90,7 +90,9 @@ var ErrEqualKeys = errors.New("xts: the two halves of the key are equal")
 // The functions are called with arguments that Cipher has checked.
 type tier struct {
 	name      string // what Implementation returns
-	supported bool   // whether this machine can run it
+	supported bool   // whether this machine claims to run it
+	portable  bool   // in Go only: works everywhere
+	test      selfTested
 
 	// expand makes the key schedules in c: all of them in c.mem if the tier can.
 	expand func(c *Cipher, key *[64]byte) error
@@ -148,7 +150,7 @@ func NewCipherIn(mem []byte, key *[64]byte) (*Cipher, error) {
 func Implementations() []string {
 	var names []string
 	for _, t := range tiers {
-		if t.supported {
+		if t.works() {
 			names = append(names, t.name)
 		}
 	}
@@ -159,7 +161,7 @@ func Implementations() []string {
 // others. It panics if the name is not among [Implementations].
 func NewCipherWith(implementation string, key *[64]byte) (*Cipher, error) {
 	for _, t := range tiers {
-		if t.supported && t.name == implementation {
+		if t.name == implementation && t.works() {
 			return newCipher(t, allocate(), key)
 		}
 	}
@@ -198,20 +200,20 @@ var chosen = fromEnvironment()
 
 func fromEnvironment() *tier { return choose(tiers, os.Getenv("HOSTCRYPTD_XTS")) }
 
-// choose returns the first tier that this machine supports, or, if there is a
-// supported tier whose name has word as its first word, that one.
+// choose returns the first tier that works on this machine, or, if there is one that
+// does and whose name has word as its first word, that one.
 func choose(tiers []*tier, word string) *tier {
-	fastest := &generic
-	for _, t := range slices.Backward(tiers) {
-		if !t.supported {
-			continue
-		}
-		if first, _, _ := strings.Cut(t.name, " "); first == word {
+	for _, t := range tiers {
+		if first, _, _ := strings.Cut(t.name, " "); first == word && t.works() {
 			return t
 		}
-		fastest = t
 	}
-	return fastest
+	for _, t := range tiers {
+		if t.works() {
+			return t
+		}
+	}
+	return &generic
 }
 
 // Implementation names the implementation that [NewCipher] and [NewCipherIn] use

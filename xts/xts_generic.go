@@ -18,6 +18,7 @@ import (
 var generic = tier{
 	name:      "generic (crypto/aes)",
 	supported: true,
+	portable:  true,
 	expand:    expandGeneric,
 	encrypt:   encryptGeneric,
 	decrypt:   decryptGeneric,

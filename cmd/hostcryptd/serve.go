@@ -27,6 +27,7 @@ import (
 	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/sector"
 	"hostcryptd/systemd"
+	"hostcryptd/xts"
 )
 
 // A volume is what the NBD server serves.
@@ -391,6 +392,9 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	}()
 	for _, w := range d.volume.Warnings() {
 		d.log.Warn(w)
+	}
+	for _, name := range xts.Faulty() {
+		d.log.Warn("this processor, if it isn't an emulator, is broken: it computes AES wrongly; another implementation is used", zap.String("wrong", name), zap.String("cipher", d.volume.Implementation()))
 	}
 
 	server, err := nbd.New(d.serverConfig(), nbd.Export{

@@ -74,6 +74,9 @@ copying in memory beside them. It says which implementation runs here.`,
 				fmt.Fprintf(a.stdout, "%-22s %8s %7s  decrypt %7.2f %s\n", "", "", "", r.Decrypt, bar(r.Decrypt, best))
 			}
 			fmt.Fprintf(a.stdout, "\ncopying 1 MiB in memory: %.2f GB/s\n", memory)
+			for _, name := range xts.Faulty() {
+				fmt.Fprintf(a.stdout, "not used, as this processor computes wrong results with it: %s\n", name)
+			}
 			return nil
 		},
 	}
