@@ -120,6 +120,9 @@ func (k *keyFlags) startAudit(log *zap.Logger) (stop func()) {
 // record would be written below where it is mounted, out of everybody's sight.
 // The journal has the same question, and systemd has a service that answers it.
 func logMounted() bool {
+	if os.Getenv(initrdEnv) != "" {
+		return false // this is the initramfs
+	}
 	const journal = "/run/systemd/journal"
 	if _, err := os.Stat(filepath.Join(journal, "socket")); err != nil {
 		return true // systemd isn't here to say

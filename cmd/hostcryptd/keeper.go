@@ -320,7 +320,7 @@ func (k *keeper) handle(e keeperEvent) {
 		}
 	}
 	if e.m.Notify != nil {
-		if err := systemd.Notify(e.m.Notify...); err != nil {
+		if err := notifyManager(e.m.Notify...); err != nil {
 			k.log.Warn("service manager was not notified", zap.Error(err))
 		}
 	}

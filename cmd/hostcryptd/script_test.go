@@ -39,7 +39,8 @@ func TestMain(m *testing.M) {
 		os.Exit(fakeKeeper())
 	}
 	testscript.Main(m, map[string]func(){
-		"hostcryptd": func() { main() },
+		"hostcryptd":  func() { main() },
+		"@hostcryptd": func() { main() }, // the mark of serve --initrd
 	})
 }
 

@@ -54,6 +54,7 @@ type serveOptions struct {
 	force         bool // with randomKey: whatever is on the device
 	unsealTimeout time.Duration
 	requirePin    bool
+	initrd        bool
 
 	tls *tls.Config // of certificates
 }
@@ -110,7 +111,15 @@ which is --unseal-timeout; x-systemd.device-timeout=TIME for the device; swap an
 tmp[=TYPE], which make swap or a file system on a volume that holds neither. A line
 without attach, listen or tcp is attached. hostcryptd-generator makes a service of each
 line, 'systemctl status hostcryptd@NAME', and orders what uses /dev/hostcryptd/NAME
-after it. At shutdown the service goes on until the last file system is unmounted.`,
+after it. At shutdown the service goes on until the last file system is unmounted.
+x-initrd.attach and x-kdump.attach say that an initramfs attaches the volume: for the
+root file system, or in the kernel after a crash, which writes its dump to it.
+
+--initrd is for scripts of an initramfs that attach what the root file system is on.
+The command returns when the volume is ready, and prints its kernel device; what it
+has started runs until 'hostcryptd detach' or the end of the machine. It moves to the
+real root when PID 1 does, logs to the kernel, and has the mark, an @ in front of its
+name, of processes that systemd doesn't kill.`,
 		Example: `  hostcryptd serve /dev/sdb --attach auto
   hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control
   hostcryptd serve /dev/disk/by-partlabel/swap --swap --random-key --attach /dev/nbd8`,
@@ -126,7 +135,7 @@ after it. At shutdown the service goes on until the last file system is unmounte
 			o.device = args[0]
 			wait := time.Duration(0)
 			if !strings.Contains(o.device, "/") {
-				e, err := lookup(tabFile, o.device)
+				e, err := lookupOnce(tabFile, o.device)
 				if err == nil {
 					o.device, o.name, wait = e.unit.Device, e.unit.Name, tabDeviceWait
 					o.makesFS = e.unit.MakeFS != ""
@@ -188,6 +197,12 @@ after it. At shutdown the service goes on until the last file system is unmounte
 			if o.listen != "" && o.listen == o.control {
 				return usagef("--listen and --control are the same socket")
 			}
+			if _, kept := os.LookupEnv(serverEnv); o.initrd && !kept && os.Getenv(initrdEnv) == "" {
+				return a.launch(args[0], o.name != "")
+			}
+			if err := liveOn(a.daemonLog(o.attach != "")); err != nil {
+				return err
+			}
 			link, err := openKeeperLink()
 			if err != nil {
 				return err
@@ -227,6 +242,9 @@ after it. At shutdown the service goes on until the last file system is unmounte
 			go d.watch(watching)
 			err = d.run(ctx, goOn)
 			stopWatching()
+			if o.initrd && o.name != "" && !d.leaving {
+				os.Remove(filepath.Join(initrdDir, o.name)) // from here on it's the service's again
+			}
 			d.log.Sync()
 			if !d.leaving && (goOn == nil || d.served) {
 				// Else it's up to the keeper to try again.
@@ -253,6 +271,7 @@ after it. At shutdown the service goes on until the last file system is unmounte
 	f.IntVar(&o.sectorSize, "sector-size", 4096, "with --random-key: size of an encrypted sector in `BYTES`, 512 or 4096")
 	f.BoolVar(&o.force, "force", false, "with --random-key: take DEVICE whatever it carries")
 	f.BoolVar(&o.requirePin, "require-pin", false, "refuse a volume that this host has neither formatted nor opened before, instead of trusting it at first sight")
+	f.BoolVar(&o.initrd, "initrd", false, "go to the background when the volume is ready, print its kernel device, and live on in the real root until the power is off: for an initramfs")
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
 }
@@ -561,7 +580,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		zap.String("device", d.opts.device), zap.Int64("size", size), zap.Int("sector_size", d.volume.SectorSize()),
 		zap.String("listen", d.opts.listen), zap.String("tcp", d.tcp), zap.String("attached", d.attached), zap.Bool("read_only", d.volume.ReadOnly()),
 		zap.String("cipher", d.volume.Implementation()), zap.String("key_memory", d.volume.SecretMemory()))
-	d.notify(systemd.Ready, systemd.Status("serving %d bytes", size))
+	d.notify(systemd.Ready, systemd.Status("serving %d bytes", size), deviceState+d.attached)
 	if err := d.link.send(keeperMessage{Ready: true}, nil); err != nil {
 		d.log.Warn("the keeper was not told that this server serves", zap.Error(err))
 	}
@@ -859,7 +878,7 @@ func (d *daemon) setState(state, why string) {
 
 // notify tells systemd; that it can't be told is no reason to stop serving.
 func (d *daemon) notify(states ...string) {
-	notify := func() error { return systemd.Notify(states...) }
+	notify := func() error { return notifyManager(states...) }
 	if d.link != nil {
 		// The service manager listens to its own child only.
 		notify = func() error { return d.link.send(keeperMessage{Notify: states}, nil) }
