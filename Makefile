@@ -15,7 +15,7 @@ BIN         ?= bin/hostcryptd
 DEPS := gcc libc6-dev git ca-certificates \
 	qemu-system-x86 qemu-utils libnbd-bin nbdfuse nbdkit cryptsetup-bin dmsetup fio \
 	e2fsprogs xfsprogs util-linux fdisk mount kmod xz-utils cpio \
-	iproute2 man-db systemd mmdebstrap openssl qemu-user-static swtpm swtpm-tools tpm2-tools
+	iproute2 man-db systemd mmdebstrap shellcheck openssl qemu-user-static swtpm swtpm-tools tpm2-tools
 
 export CGO_ENABLED ?= 0
 
@@ -57,9 +57,9 @@ test-unit: ## unit tests with the race detector, and interop with other people's
 test-vm: build ## boot QEMU with a real kernel and run the scenarios; RUN=Boot for one
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 20m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
 
-soak: build ## the long runs: a disk that stalls for a minute, 50 power cuts, 5 minutes without the vault at boot, 10 minutes of swapping
+soak: build ## the long runs: a disk that stalls for a minute, 50 power cuts, random operations, 5 minutes without the vault at boot, 10 minutes of swapping
 	HOSTCRYPTD_STALL=60s $(GO) test -count 1 -run 'StalledDevice$$' ./nbd
-	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 HOSTCRYPTD_VM_OUTAGE=5m $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/(PowerCut|Outage)$$' ./test/vm
+	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 HOSTCRYPTD_VM_STRESS=5m HOSTCRYPTD_VM_OUTAGE=5m $(GO) test -tags vm -count 1 -timeout 3h -v -run 'TestVM/(PowerCut|HeaderPowerCut|LogWrites|Stress|Outage)$$' ./test/vm
 	for k in 6.12 6.1; do HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_KERNEL=$$k HOSTCRYPTD_VM_SWAP_PERCENT=200 HOSTCRYPTD_VM_SWAP_SECONDS=600 $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/Swap$$' ./test/vm || exit 1; done
 
 fuzz: ## run each fuzz target for FUZZTIME
@@ -103,6 +103,15 @@ install: build ## install binary, manual, completions, units and udev rules unde
 	install -D -m 644 systemd/hostcryptd.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/90-hostcryptd.rules
 	install -D -m 644 systemd/hostcryptd.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/hostcryptd.conf
 	install -d -m 700 $(DESTDIR)/etc/hostcryptd
+	install -D -m 644 systemd/initrd/initrd.sh $(DESTDIR)$(PREFIX)/lib/hostcryptd/initrd.sh
+	install -D -m 755 systemd/initrd/initrd-lines $(DESTDIR)$(PREFIX)/lib/hostcryptd/initrd-lines
+	install -D -m 755 systemd/initrd/initramfs-hook $(DESTDIR)$(PREFIX)/share/initramfs-tools/hooks/hostcryptd
+	install -D -m 755 systemd/initrd/initramfs-local-top $(DESTDIR)$(PREFIX)/share/initramfs-tools/scripts/local-top/hostcryptd
+	install -D -m 755 systemd/initrd/dracut-module-setup.sh $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/95hostcryptd/module-setup.sh
+	install -m 755 systemd/initrd/dracut-hook.sh $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/95hostcryptd/hostcryptd.sh
+	install -m 755 systemd/initrd/dracut-cmdline.sh $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/95hostcryptd/hostcryptd-cmdline.sh
+	install -m 755 systemd/initrd/dracut-online.sh $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/95hostcryptd/hostcryptd-online.sh
+	install -m 755 systemd/initrd/dracut-finished.sh $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/95hostcryptd/hostcryptd-finished.sh
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	$(BIN) completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hostcryptd
 	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hostcryptd

@@ -116,6 +116,16 @@ func TestInstall(t *testing.T) {
 		"usr/lib/systemd/system-shutdown/hostcryptd":             "-rwxr-xr-x",
 		"usr/lib/udev/rules.d/90-hostcryptd.rules":               "-rw-r--r--",
 		"usr/lib/tmpfiles.d/hostcryptd.conf":                     "-rw-r--r--",
+
+		"usr/lib/hostcryptd/initrd.sh":                                 "-rw-r--r--",
+		"usr/lib/hostcryptd/initrd-lines":                              "-rwxr-xr-x",
+		"usr/share/initramfs-tools/hooks/hostcryptd":                   "-rwxr-xr-x",
+		"usr/share/initramfs-tools/scripts/local-top/hostcryptd":       "-rwxr-xr-x",
+		"usr/lib/dracut/modules.d/95hostcryptd/module-setup.sh":        "-rwxr-xr-x",
+		"usr/lib/dracut/modules.d/95hostcryptd/hostcryptd.sh":          "-rwxr-xr-x",
+		"usr/lib/dracut/modules.d/95hostcryptd/hostcryptd-online.sh":   "-rwxr-xr-x",
+		"usr/lib/dracut/modules.d/95hostcryptd/hostcryptd-cmdline.sh":  "-rwxr-xr-x",
+		"usr/lib/dracut/modules.d/95hostcryptd/hostcryptd-finished.sh": "-rwxr-xr-x",
 	}
 	seen := map[string]bool{}
 	err = filepath.WalkDir(dir, func(name string, e fs.DirEntry, err error) error {

@@ -1,0 +1,26 @@
+#!/bin/sh
+# dracut hook, run again and again until the devices for the root are there:
+# attaches the volumes that the root file system needs; in the kernel that runs
+# after a crash it writes the dump instead.
+
+. /usr/lib/hostcryptd/initrd.sh
+
+# hostcryptd_reachable NAME: whether the network is there, if the volume waits for
+# that.
+hostcryptd_reachable() {
+	! hostcryptd_has "$1" _netdev || [ -e /run/hostcryptd-online ]
+}
+
+if [ -e /proc/vmcore ] && [ -n "$(hostcryptd_names x-kdump.attach)" ]; then
+	hostcryptd_wait=
+	for hostcryptd_name in $(hostcryptd_names x-kdump.attach); do
+		hostcryptd_reachable "$hostcryptd_name" || hostcryptd_wait=1
+	done
+	[ -n "$hostcryptd_wait" ] || hostcryptd_dump
+else
+	for hostcryptd_name in $(hostcryptd_names x-initrd.attach); do
+		if [ ! -e "/run/hostcryptd/initrd/$hostcryptd_name" ] && hostcryptd_reachable "$hostcryptd_name"; then
+			hostcryptd_attach "$hostcryptd_name" >/dev/null
+		fi
+	done
+fi

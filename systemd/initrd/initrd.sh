@@ -1,0 +1,117 @@
+# shellcheck shell=sh
+# What an initramfs does with the volumes of /etc/hostcrypttab, whoever made it:
+# initramfs-tools and dracut each have a script that reads this file.
+#
+# The table in the initramfs has only the lines that this one needs. A line with
+# the option
+#
+#   x-initrd.attach  is attached before the root file system is mounted, and
+#                    stays attached until the power is off
+#   x-kdump.attach   is attached by the kernel that runs after a crash, and the
+#                    dump is written to it
+#   _netdev          waits for the network first
+
+hostcryptd_tab=${hostcryptd_tab:-/etc/hostcrypttab}
+
+# hostcryptd_names OPTION: the names of the volumes whose line has the option.
+hostcryptd_names() {
+	[ -r "$hostcryptd_tab" ] || return 0
+	while read -r name _device _key options _rest; do
+		case $name in '' | '#'*) continue ;; esac
+		case ",${options%%#*}," in *",$1,"*) echo "$name" ;; esac
+	done <"$hostcryptd_tab"
+}
+
+# hostcryptd_has NAME OPTION: whether a line has the option.
+hostcryptd_has() {
+	for hostcryptd_i in $(hostcryptd_names "$2"); do
+		[ "$hostcryptd_i" != "$1" ] || return 0
+	done
+	return 1
+}
+
+# hostcryptd_attach NAME: prints the kernel device when the volume is ready. As
+# long as a vault can't be reached, that is not before it can.
+hostcryptd_attach() {
+	modprobe -q nbd || true
+	hostcryptd serve "$1" --initrd
+}
+
+# hostcryptd_say TEXT: on the console, also when that is quiet.
+hostcryptd_say() {
+	read -r uptime _ </proc/uptime
+	echo "hostcryptd: $* ($uptime s after the start of this kernel)" >/dev/console
+	echo "<4>hostcryptd: $*" >/dev/kmsg
+}
+
+# hostcryptd_dump writes the memory of the kernel that crashed to the volume with
+# the option x-kdump.attach, and boots anew. It doesn't return: what can't be
+# written encrypted isn't written.
+#
+# The volume has a file system, and gets the dump as a file, or nothing, and gets
+# it from its first byte. Both are written with O_DIRECT: this kernel has too
+# little memory for pages that wait for the server that is to encrypt them.
+hostcryptd_dump() {
+	for hostcryptd_name in $(hostcryptd_names x-kdump.attach); do
+		if hostcryptd_dump_to "$hostcryptd_name"; then
+			hostcryptd_say "the dump is on volume $hostcryptd_name"
+			break
+		fi
+		hostcryptd_say "no dump on volume $hostcryptd_name"
+	done
+	sync
+	reboot -f
+	sleep 10 # it takes a moment; or there is nobody here who does it
+	echo b >/proc/sysrq-trigger
+	sleep 60
+}
+
+hostcryptd_dump_to() {
+	dev=$(hostcryptd_attach "$1") || return 1
+	type=$(blkid -p -o value -s TYPE "$dev")
+	dir=
+	case $type in
+	'') file=$dev ;;
+	*)
+		dir=/run/hostcryptd-dump
+		mkdir -p "$dir"
+		modprobe -q "$type" || true
+		mount -t "$type" "$dev" "$dir" || return 1
+		stamp=$(date -u +%Y%m%d%H%M%S)
+		mkdir -p "$dir/$stamp" || return 1
+		file=$dir/$stamp/dump.$stamp
+		;;
+	esac
+	hostcryptd_say "writing the dump to $file; $(grep MemAvailable /proc/meminfo)"
+	rc=/run/hostcryptd-dump.rc
+	echo 1 >$rc
+	if [ -x /sbin/makedumpfile ] || [ -x /usr/sbin/makedumpfile ] || [ -x /usr/bin/makedumpfile ] || [ -x /bin/makedumpfile ]; then
+		# shellcheck disable=SC2086 # words
+		{ makedumpfile -F ${MAKEDUMP_ARGS:--c -d 31 --message-level 6} /proc/vmcore && echo 0 >$rc; }
+	else
+		cat /proc/vmcore && echo 0 >$rc
+	fi | /usr/lib/hostcryptd/dd "of=$file" bs=1M iflag=fullblock oflag=direct conv=fsync || return 1
+	if [ -n "$dir" ]; then
+		umount "$dir" || return 1
+	fi
+	hostcryptd detach "$dev" || return 1
+	[ "$(cat $rc)" = 0 ]
+}
+
+# hostcryptd_resolver writes the name servers that the kernel's or ipconfig's
+# configuration has found, for whoever asks a vault.
+hostcryptd_resolver() {
+	[ ! -s /etc/resolv.conf ] || return 0
+	for conf in /run/net-*.conf; do
+		[ -r "$conf" ] || continue
+		(
+			IPV4DNS0='' IPV4DNS1='' DNSDOMAIN=''
+			# shellcheck disable=SC1090
+			. "$conf"
+			[ -z "$DNSDOMAIN" ] || echo "search $DNSDOMAIN"
+			for dns in "$IPV4DNS0" "$IPV4DNS1"; do
+				case $dns in '' | 0.0.0.0) ;; *) echo "nameserver $dns" ;; esac
+			done
+		)
+	done >/etc/resolv.conf
+}
