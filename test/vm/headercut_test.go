@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"hostcryptd/test/vm/report"
 	"hostcryptd/test/vm/vmtest"
 )
 
@@ -22,6 +23,7 @@ import (
 func testHeaderPowerCut(t *testing.T, l *lab) {
 	begun := time.Now()
 	cycles, seed := cutParameters(t)
+	cycles = (3*cycles + 4) / 5 // a change takes a second, and each cut hits one
 	r := rand.New(rand.NewPCG(seed, 2))
 	volume, state := filepath.Join(l.Dir, "headercut.img"), filepath.Join(l.Dir, "headercut-state.img")
 	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
@@ -99,7 +101,13 @@ func testLogWrites(t *testing.T, l *lab) {
 	defer os.Remove(log)
 	cycles, seed := cutParameters(t)
 	t.Logf("seed %d", seed)
-	r := l.boot(t, "logwrites", map[string]string{"fs": "ext4", "seed": fmt.Sprint(seed), "checks": fmt.Sprint(cycles), "hostkey": fmt.Sprintf("%064x", seed)},
+	c := l.Config("logwrites", map[string]string{"fs": "ext4", "seed": fmt.Sprint(seed), "checks": fmt.Sprint(cycles), "hostkey": fmt.Sprintf("%064x", seed)},
 		vmtest.Disk{Serial: "ext4", Path: volume, NVMe: true}, vmtest.Disk{Serial: "log", Path: log})
+	c.Timeout += time.Duration(cycles) * 20 * time.Second
+	c.OnEvent = func(e report.Event) { t.Log(e) }
+	r, err := c.Run(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	l.row("LogWrites", time.Since(begun), r)
 }

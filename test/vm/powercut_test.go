@@ -12,7 +12,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -149,20 +148,16 @@ func (p *powerCut) params(fs string) map[string]string {
 // bootAs is [lab.boot] with a name for the logs, and a function that is called
 // when the guest acknowledges its first record. It returns the error of the boot.
 func (l *lab) bootAs(ctx context.Context, name, scenario string, params map[string]string, writing func(*vmtest.VM), disks ...vmtest.Disk) (*vmtest.Result, error) {
-	words := []string{"hostcryptd.scenario=" + scenario}
-	for _, key := range slices.Sorted(maps.Keys(params)) {
-		words = append(words, "hostcryptd."+key+"="+params[key])
-	}
 	var v *vmtest.VM
-	v, err := vmtest.Start(ctx, vmtest.Config{
-		Name: name, Dir: l.Dir, Kernel: l.Kernel, Initrd: l.Initrd, Append: words, Disks: disks, Timeout: 4 * time.Minute,
-		OnEvent: func(e report.Event) {
-			if e.Kind == report.Figure && e.Name == "acked" && writing != nil {
-				writing(v)
-				writing = nil
-			}
-		},
-	})
+	c := l.Config(scenario, params, disks...)
+	c.Name = name
+	c.OnEvent = func(e report.Event) {
+		if e.Kind == report.Figure && e.Name == "acked" && writing != nil {
+			writing(v)
+			writing = nil
+		}
+	}
+	v, err := vmtest.Start(ctx, c)
 	if err != nil {
 		return nil, err
 	}

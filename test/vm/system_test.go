@@ -226,25 +226,32 @@ func searchDisks(t *testing.T, canary string, disks []vmtest.Disk) (size int64, 
 	needles := [][]byte{[]byte(canary + "-IN-THE-JOURNAL"), []byte(canary + "-OF-AN-APPLICATION"), []byte(canary + "-IN-A-CORE-DUMP")}
 	hits = make([]int, len(needles))
 	for _, d := range disks {
-		f, err := os.Open(d.Path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		extents, err := evidence.Extents(f, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		counts, err := evidence.Search(f, extents, needles...)
-		if err != nil {
-			t.Fatal(err)
-		}
+		n, counts := searchDisk(t, d.Path, needles...)
+		size += n
 		for i, n := range counts {
 			hits[i] += n
 		}
-		for _, e := range extents {
-			size += e.Len
-		}
+	}
+	return size, hits
+}
+
+// searchDisk counts needles on one raw disk, and the bytes that were looked at.
+func searchDisk(t *testing.T, name string, needles ...[]byte) (size int64, hits []int) {
+	t.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	extents, err := evidence.Extents(f, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if hits, err = evidence.Search(f, extents, needles...); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range extents {
+		size += e.Len
 	}
 	return size, hits
 }

@@ -199,12 +199,14 @@ func TestVM(t *testing.T) {
 	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
 	t.Run("HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) })
 	t.Run("LogWrites", func(t *testing.T) { testLogWrites(t, l) })
+	t.Run("Stress", func(t *testing.T) { testStress(t, l) })
 	t.Run("DiskErrors", func(t *testing.T) { testDiskErrors(t, l) })
 	volumes := &volumeSystem{}
 	t.Run("SystemdBoot", func(t *testing.T) { volumes.systemLab = l.systems(t); testSystemBoot(t, volumes) })
 	t.Run("Shutdown", func(t *testing.T) { volumes.systemLab = l.systems(t); testShutdown(t, volumes) })
 	t.Run("Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) })
 	t.Run("Logs", func(t *testing.T) { testLogs(t, l.systems(t)) })
+	t.Run("Kdump", func(t *testing.T) { testKdump(t, l.systems(t)) })
 }
 
 // testRevoke takes the key away from a volume that is being written to. It has

@@ -56,8 +56,8 @@ func (m *machine) cutVolume(params map[string]string, fstype string) (*cutVolume
 	return c, os.WriteFile(c.key, key, 0o600)
 }
 
-func (c *cutVolume) open() (err error) {
-	if c.server, err = c.m.serve("--host-key", c.key, "--audit-log", "none"); err != nil {
+func (c *cutVolume) open(args ...string) (err error) {
+	if c.server, err = c.m.serve(append([]string{"--host-key", c.key, "--audit-log", "none"}, args...)...); err != nil {
 		return err
 	}
 	if !c.server.running() {
@@ -217,11 +217,16 @@ func (c *cutVolume) recover(acked int) error {
 	if err := c.m.unmount(); err != nil {
 		return err
 	}
+	return c.fsck()
+}
+
+// fsck has the file system's own checker look at it, unmounted.
+func (c *cutVolume) fsck() error {
 	check := []string{"e2fsck", "-fn", c.server.dev}
 	if c.fstype == "xfs" {
 		check = []string{"xfs_repair", "-n", c.server.dev}
 	}
-	_, err = c.m.run(check[0], check[1:]...)
+	_, err := c.m.run(check[0], check[1:]...)
 	return err
 }
 

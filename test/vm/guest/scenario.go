@@ -42,6 +42,9 @@ var scenarios = map[string]func(*machine) error{
 	"powercut-check":   powerCutCheck,
 	"headercut":        headerCut,
 	"logwrites":        logWrites,
+	"stress":           stress,
+	"kdump-crash":      kdumpCrash,
+	"kdump-read":       kdumpRead,
 	"disk-errors":      diskErrors,
 
 	"system-prepare": systemPrepare,

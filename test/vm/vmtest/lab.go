@@ -73,24 +73,29 @@ func Series() string {
 	return "6.12"
 }
 
-// Boot runs one scenario of the guest program and waits for its end. params
-// go onto the kernel command line, so they can't have spaces.
-func (l *Lab) Boot(ctx context.Context, scenario string, params map[string]string, onEvent func(report.Event), disks ...Disk) (*Result, error) {
+// Config is a boot of one scenario of the guest program. params go onto the
+// kernel command line, so they can't have spaces.
+func (l *Lab) Config(scenario string, params map[string]string, disks ...Disk) Config {
 	words := []string{"hostcryptd.scenario=" + scenario}
 	for _, key := range slices.Sorted(maps.Keys(params)) {
 		words = append(words, "hostcryptd."+key+"="+params[key])
 	}
-	v, err := Start(ctx, Config{
-		Name:     scenario,
-		Dir:      l.Dir,
-		Kernel:   l.Kernel,
-		Initrd:   l.Initrd,
-		Append:   words,
-		Disks:    disks,
-		MemoryMB: l.MemoryMB,
-		Timeout:  cmp.Or(l.BootLimit, 4*time.Minute),
-		OnEvent:  onEvent,
-	})
+	return Config{
+		Name: scenario, Dir: l.Dir, Kernel: l.Kernel, Initrd: l.Initrd,
+		Append: words, Disks: disks, MemoryMB: l.MemoryMB, Timeout: cmp.Or(l.BootLimit, 4*time.Minute),
+	}
+}
+
+// Boot runs one scenario and waits for its end.
+func (l *Lab) Boot(ctx context.Context, scenario string, params map[string]string, onEvent func(report.Event), disks ...Disk) (*Result, error) {
+	c := l.Config(scenario, params, disks...)
+	c.OnEvent = onEvent
+	return c.Run(ctx)
+}
+
+// Run starts QEMU and waits for its end.
+func (c Config) Run(ctx context.Context) (*Result, error) {
+	v, err := Start(ctx, c)
 	if err != nil {
 		return nil, err
 	}

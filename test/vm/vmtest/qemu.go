@@ -337,7 +337,7 @@ func (v *VM) verdict(r *Result, bad, exit error) error {
 		if last.Kind == report.Done {
 			why = errors.New(last.Text)
 		} else {
-			why = fmt.Errorf("the guest died after: %s", last)
+			why = fmt.Errorf("%w after: %s", ErrDied, last)
 		}
 	}
 	log, err := os.ReadFile(v.Serial)
@@ -346,6 +346,9 @@ func (v *VM) verdict(r *Result, bad, exit error) error {
 	}
 	return fmt.Errorf("vmtest: boot %s: %w\n--- from %s:\n%s\n--- repeat by hand:\n%s", v.name, why, v.Serial, excerpt(string(log), 40), v.Command)
 }
+
+// ErrDied is the error of a guest that has ended without a report of that.
+var ErrDied = errors.New("the guest died")
 
 // troubles begin the part of a kernel log that says what went wrong.
 var troubles = []string{"BUG:", "Oops", "Kernel panic", "blocked for more than", "WARNING:"}

@@ -284,21 +284,34 @@ func makeRoot(ctx context.Context, image, tar string, k *Kernel) (err error) {
 		err = errors.Join(err, rerr)
 	}()
 	tmp := image + ".tmp"
-	if err := Sparse(tmp, rootSize); err != nil {
+	if err := errors.Join(Sparse(tmp, rootSize), fillRoot(ctx, tree, tar, k)); err != nil {
 		return err
 	}
+	if err := mkfsRoot(ctx, tmp, tree); err != nil {
+		return err
+	}
+	return os.Rename(tmp, image)
+}
+
+// fillRoot unpacks the archive into a folder, and adds a kernel and its modules.
+func fillRoot(ctx context.Context, tree, tar string, k *Kernel) error {
 	kernelTree := filepath.Dir(filepath.Dir(k.Image))
 	for _, args := range [][]string{
 		{"tar", "-C", tree, "--exclude=./dev/*", "-xf", tar},
 		{"cp", "-a", filepath.Join(kernelTree, "lib/modules"), filepath.Join(tree, "usr/lib/")},
 		{"cp", k.Image, filepath.Join(kernelTree, "boot", "config-"+k.Release), filepath.Join(tree, "boot/")},
-		{"mkfs.ext4", "-q", "-F", "-L", "root", "-J", "size=8", "-E", "lazy_itable_init=1,nodiscard", "-d", tree, tmp},
 	} {
 		if _, err := asRoot(ctx, args[0], args[1:]...); err != nil {
 			return err
 		}
 	}
-	return os.Rename(tmp, image)
+	return nil
+}
+
+// mkfsRoot writes a folder as a file system.
+func mkfsRoot(ctx context.Context, image, tree string) error {
+	_, err := asRoot(ctx, "mkfs.ext4", "-q", "-F", "-L", "root", "-J", "size=8", "-E", "lazy_itable_init=1,nodiscard", "-d", tree, image)
+	return err
 }
 
 // asRoot runs a tool as the owner of all files: as root, or in a user namespace
