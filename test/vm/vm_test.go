@@ -207,6 +207,7 @@ func TestVM(t *testing.T) {
 	t.Run("Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) })
 	t.Run("Logs", func(t *testing.T) { testLogs(t, l.systems(t)) })
 	t.Run("Kdump", func(t *testing.T) { testKdump(t, l.systems(t)) })
+	t.Run("RootOnVolume", func(t *testing.T) { testRootOnVolume(t, l.systems(t)) })
 }
 
 // testRevoke takes the key away from a volume that is being written to. It has

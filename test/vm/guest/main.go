@@ -11,7 +11,9 @@
 // With the argument "host" it runs the same scenario on the kernel of a host
 // instead, as root, in a mount and a network namespace of its own, and
 // reports on standard output. With "vault" it is the double of the key vault.
-// With "agent" it runs the scenario as a unit of systemd, see system.go.
+// With "agent" it runs the scenario as a unit of systemd, see system.go. With
+// "connect" it is what QEMU runs on the host to connect a guest to a double
+// there, see [vmtest.Network].
 // In both places the hostcryptd under test is the product as it is: it talks
 // to the real names on the real ports, and only the machine around it knows
 // that they lead to the double.
@@ -68,6 +70,8 @@ func subcommand(args []string) error {
 		return activate(args[1:])
 	case "systemctl":
 		return fakeSystemctl(args[1:], os.Stdout)
+	case "connect":
+		return runConnect(args[1:])
 	}
 	return fmt.Errorf("unknown argument %q", args[0])
 }

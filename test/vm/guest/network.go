@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,19 +13,19 @@ const metadataAddress = "169.254.169.254"
 
 // loopbackUp brings the loopback interface up.
 func loopbackUp() error {
-	return configureInterface("lo", nil)
+	return configureInterface("lo", nil, 32)
 }
 
 // addMetadataAddress adds 169.254.169.254/32 to the loopback interface. It
 // must only be called where that interface is the machine's own, never in
 // the network namespace of a host.
 func addMetadataAddress() error {
-	return configureInterface("lo:0", []byte{169, 254, 169, 254})
+	return configureInterface("lo:0", []byte{169, 254, 169, 254}, 32)
 }
 
 // configureInterface gives an interface, or a labeled address of one, an
-// IPv4 address if it isn't nil, and brings it up.
-func configureInterface(name string, addr []byte) error {
+// IPv4 address in a subnet of so many bits, if it isn't nil, and brings it up.
+func configureInterface(name string, addr []byte, bits int) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("opening a socket to configure %s: %w", name, err)
@@ -40,7 +41,7 @@ func configureInterface(name string, addr []byte) error {
 			addr  []byte
 		}{
 			{unix.SIOCSIFADDR, addr},
-			{unix.SIOCSIFNETMASK, []byte{255, 255, 255, 255}},
+			{unix.SIOCSIFNETMASK, net.CIDRMask(bits, 32)},
 		} {
 			if err := req.SetInet4Addr(set.addr); err != nil {
 				return err

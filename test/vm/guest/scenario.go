@@ -45,6 +45,9 @@ var scenarios = map[string]func(*machine) error{
 	"stress":           stress,
 	"kdump-crash":      kdumpCrash,
 	"kdump-read":       kdumpRead,
+	"root-prepare":     rootPrepare,
+	"root-first":       rootFirst,
+	"root-second":      rootSecond,
 	"disk-errors":      diskErrors,
 
 	"system-prepare": systemPrepare,

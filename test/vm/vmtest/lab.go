@@ -16,7 +16,7 @@ import (
 // modules that a guest loads, in this order, each after what it needs. A
 // kernel that has one built in does without.
 var modules = []string{
-	"virtio_pci", "virtio_blk", "nvme", "virtio_console", "nbd", "ext4", "xfs",
+	"virtio_pci", "virtio_blk", "nvme", "virtio_console", "virtio_net", "nbd", "ext4", "xfs",
 	"dm-crypt", "dm-flakey", "dm-delay", "dm-log-writes", "xts", "ecb", "aesni-intel", "algif_skcipher", "algif_hash", "loop",
 }
 

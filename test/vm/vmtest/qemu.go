@@ -35,6 +35,7 @@ type Config struct {
 	MemoryMB int      // 1024 if zero
 	Disks    []Disk
 	TPM      string        // folder with the state of a TPM 2.0, which the first boot makes; "" for none
+	Network  string        // of user-mode networking, see [Network]; none if empty
 	Timeout  time.Duration // after which the guest is killed; 3 minutes if zero
 
 	// OnEvent, if not nil, is called for each event of the guest by the
@@ -206,6 +207,9 @@ func (c *Config) arguments(accel, serial, events string) []string {
 		"-device", "virtio-serial-pci",
 		"-chardev", "file,id=events,path=" + escape(events),
 		"-device", "virtserialport,chardev=events,name=" + EventPort,
+	}
+	if c.Network != "" {
+		args = append(args, "-netdev", c.Network, "-device", "virtio-net-pci,netdev="+netName)
 	}
 	for i, d := range c.Disks {
 		node := fmt.Sprintf("disk%d", i)
