@@ -55,7 +55,7 @@ test-unit: ## unit tests with the race detector, and interop with other people's
 	GOARCH=arm64 HOSTCRYPTD_MUST_RUN=xts $(GO) test -exec qemu-aarch64-static ./xts/...
 
 test-vm: build ## boot QEMU with a real kernel and run the scenarios; RUN=Boot for one
-	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 20m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
+	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd $(GO) test -tags vm -count 1 -timeout 45m -v -run '$(if $(RUN),TestVM/$(RUN)$$,.)' ./test/vm
 
 soak: build ## the long runs: a disk that stalls for a minute, 50 power cuts, random operations, 5 minutes without the vault at boot, 10 minutes of swapping
 	HOSTCRYPTD_STALL=60s $(GO) test -count 1 -run 'StalledDevice$$' ./nbd
