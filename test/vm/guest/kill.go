@@ -15,8 +15,9 @@ const (
 	killRounds = 5
 
 	// writeDelay is how long the disk takes for a write: longer than the whole
-	// recovery from a kill would take without it.
-	writeDelay = 4 * time.Second
+	// recovery from a kill takes otherwise, with the 5 s after which the kernel
+	// sends a request again.
+	writeDelay = 9 * time.Second
 
 	slowName = "hostcryptd-slow"
 )
