@@ -4,7 +4,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"strings"
 	"sync"
@@ -277,7 +276,7 @@ func TestStalledDevice(t *testing.T) {
 	other, _ := h.dial("")
 	start, stall := time.Now(), stallTime(t)
 	for _, c := range []*nbdtest.Client{c, other} {
-		if err := c.Conn.(net.Conn).SetDeadline(start.Add(stall + time.Minute)); err != nil {
+		if err := c.Conn.SetDeadline(start.Add(stall + time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 	}

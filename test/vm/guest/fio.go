@@ -83,12 +83,3 @@ func (f *fioRun) wait() error {
 	}
 	return nil
 }
-
-func (f *fioRun) running() bool {
-	select {
-	case <-f.ended:
-		return false
-	default:
-		return true
-	}
-}

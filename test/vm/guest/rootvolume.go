@@ -42,7 +42,6 @@ func rootPrepare(m *machine) error {
 	if err := configureInterface("eth0", ip, 24); err != nil {
 		return err
 	}
-	const key = "/run-host.key"
 	_, err := m.run("hostcryptd", "key", "add", m.disk, "--key", keyURL, "--host-key", "/run-host.key")
 	return err
 }
