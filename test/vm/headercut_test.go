@@ -87,7 +87,7 @@ func testHeaderPowerCut(t *testing.T, l *lab) {
 		why, _, _ := strings.Cut(err.Error(), "\n")
 		t.Logf("control: %s", why)
 	}
-	l.rows = append(l.rows, fmt.Sprintf("HeaderPowerCut\t%.1f s\t%d cuts; %d changes of the header acknowledged, 0 lost; control without flushes: %d, refused\n",
+	l.add(fmt.Sprintf("HeaderPowerCut\t%.1f s\t%d cuts; %d changes of the header acknowledged, 0 lost; control without flushes: %d, refused\n",
 		time.Since(begun).Seconds(), cycles, acked, lied-acked))
 }
 

@@ -93,7 +93,7 @@ func testKdump(t *testing.T, l *systemLab) {
 		begun := time.Now()
 		files.AddFile(name, initrds[maker], 0o600)
 		said, dump := kdump(t, l, "kdump-"+maker, files, volume)
-		l.rows = append(l.rows, fmt.Sprintf("Kdump %s\t%.1f s\tcrash kernel: %s; dump %.4g MiB\n", maker, time.Since(begun).Seconds(), strings.Join(said, ", "), dump))
+		l.add(fmt.Sprintf("Kdump %s\t%.1f s\tcrash kernel: %s; dump %.4g MiB\n", maker, time.Since(begun).Seconds(), strings.Join(said, ", "), dump))
 	}
 }
 

@@ -81,8 +81,8 @@ func testPowerCut(t *testing.T, l *lab) {
 	wall, total := time.Since(begun), maps.Clone(p.acked)
 	acked, lost := p.control(t)
 	flushes, last1, lost1 := p.oneFlush(t)
-	p.rows = append(p.rows, fmt.Sprintf("PowerCut\t%.1f s\t%d cuts; ext4 %d records acknowledged, 0 lost; xfs %d, 0 lost; controls in %.1f s: without flushes %d, %d lost; one of %d flushes missing: %d, %d lost\n",
-		wall.Seconds(), cycles, total["ext4"], total["xfs"], (time.Since(begun)-wall).Seconds(), acked, lost, flushes, last1, lost1))
+	p.add(fmt.Sprintf("PowerCut\t%.1f s\t%d cuts; ext4 %d records acknowledged, 0 lost; xfs %d, 0 lost; controls in %.1f s: without flushes %d, %d lost; one of %d flushes missing: %d, %d lost\n",
+		wall.Seconds(), cycles, total["ext4"], total["xfs"], (time.Since(begun) - wall).Seconds(), acked, lost, flushes, last1, lost1))
 }
 
 // cutParameters are the number of power cuts and the seed for what is random.

@@ -65,7 +65,7 @@ func testSwap(t *testing.T, l *lab, control bool) {
 		} else {
 			first, _, _ := strings.Cut(err.Error(), "\n")
 			t.Logf("the control failed, as it has to: %s", first)
-			l.rows = append(l.rows, name+"\t"+strconv.FormatFloat(time.Since(begun).Seconds(), 'f', 1, 64)+" s\t"+first+"\n")
+			l.add(name + "\t" + strconv.FormatFloat(time.Since(begun).Seconds(), 'f', 1, 64) + " s\t" + first + "\n")
 		}
 		return
 	}

@@ -26,6 +26,8 @@ type systemLab struct {
 // builds unless the cache has it.
 func (l *lab) systems(t *testing.T) *systemLab {
 	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.system == nil {
 		s, err := l.System(t.Context(), t.Logf)
 		if err != nil {

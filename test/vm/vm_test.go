@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -31,9 +32,15 @@ const (
 	oldSeries = "6.1" // of Debian 12
 )
 
+func TestMain(m *testing.M) {
+	os.Setenv("HOSTCRYPTD_TPM", "none") // what runs on this machine leaves its TPM alone
+	os.Exit(m.Run())
+}
+
 // A lab is what all boots of one test share.
 type lab struct {
 	*vmtest.Lab
+	mu     sync.Mutex     // guards what follows
 	rows   []string       // of the table at the end
 	system *vmtest.System // nil before the first call of systems
 }
@@ -49,7 +56,6 @@ func newLab(t *testing.T) *lab {
 // newLabOf is newLab with the kernel of a series.
 func newLabOf(t *testing.T, series string) *lab {
 	t.Helper()
-	t.Setenv("HOSTCRYPTD_TPM", "none") // what runs on this machine leaves its TPM alone
 	dir, err := os.MkdirTemp("", "hostcryptd-vm-")
 	if err != nil {
 		t.Fatal(err)
@@ -102,7 +108,13 @@ func (l *lab) row(name string, wall time.Duration, boots ...*vmtest.Result) {
 			cells = append(cells, strings.TrimSpace(fmt.Sprintf("%s %.4g %s", key, f.Value, f.Text)))
 		}
 	}
-	l.rows = append(l.rows, fmt.Sprintf("%s\t%.1f s\t%s\n", name, wall.Seconds(), strings.Join(cells, "; ")))
+	l.add(fmt.Sprintf("%s\t%.1f s\t%s\n", name, wall.Seconds(), strings.Join(cells, "; ")))
+}
+
+func (l *lab) add(row string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.rows = append(l.rows, row)
 }
 
 func (l *lab) table() string {
@@ -160,10 +172,12 @@ func TestDemoOnHost(t *testing.T) {
 }
 
 // TestVM runs the scenarios. Each of them can be asked for alone: Reboot,
-// StolenDisk and Leave make the disk of Boot first if Boot didn't.
+// StolenDisk and Leave make the disk of Boot first if Boot didn't. Those that share
+// a disk run one after the other, then the others, as many at a time as there are
+// processors (an emulated machine takes one), the longest first.
 func TestVM(t *testing.T) {
 	l := newLab(t)
-	defer func() { t.Logf("\n%s", l.table()) }()
+	t.Cleanup(func() { t.Logf("\n%s", l.table()) })
 	d := &disk{lab: l}
 
 	t.Run("Boot", func(t *testing.T) { d.make(t) })
@@ -188,26 +202,37 @@ func TestVM(t *testing.T) {
 		r := l.boot(t, "inuse", nil, d.disks()...)
 		l.row("InUse", time.Since(begun), r)
 	})
-	t.Run("Revoke", func(t *testing.T) { testRevoke(t, l) })
-	t.Run("Outage", func(t *testing.T) { testOutage(t, l) })
-	t.Run("Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") })
-	t.Run("Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") })
-	t.Run("Swap", func(t *testing.T) { testSwap(t, l, false) })
-	t.Run("SwapControl", func(t *testing.T) { testSwap(t, l, true) })
-	t.Run("OldKernel", func(t *testing.T) { testOldKernel(t) })
-	t.Run("QEMUExport", func(t *testing.T) { testQEMUExport(t, l) })
-	t.Run("PowerCut", func(t *testing.T) { testPowerCut(t, l) })
-	t.Run("HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) })
-	t.Run("LogWrites", func(t *testing.T) { testLogWrites(t, l) })
-	t.Run("Stress", func(t *testing.T) { testStress(t, l) })
-	t.Run("DiskErrors", func(t *testing.T) { testDiskErrors(t, l) })
 	volumes := &volumeSystem{}
 	t.Run("SystemdBoot", func(t *testing.T) { volumes.systemLab = l.systems(t); testSystemBoot(t, volumes) })
 	t.Run("Shutdown", func(t *testing.T) { volumes.systemLab = l.systems(t); testShutdown(t, volumes) })
-	t.Run("Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) })
-	t.Run("Logs", func(t *testing.T) { testLogs(t, l.systems(t)) })
-	t.Run("Kdump", func(t *testing.T) { testKdump(t, l.systems(t)) })
-	t.Run("RootOnVolume", func(t *testing.T) { testRootOnVolume(t, l.systems(t)) })
+
+	for _, s := range []struct {
+		name string
+		run  func(t *testing.T)
+	}{
+		{"OldKernel", testOldKernel},
+		{"RootOnVolume", func(t *testing.T) { testRootOnVolume(t, l.systems(t)) }},
+		{"SwapControl", func(t *testing.T) { testSwap(t, l, true) }},
+		{"Kdump", func(t *testing.T) { testKdump(t, l.systems(t)) }},
+		{"HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) }},
+		{"PowerCut", func(t *testing.T) { testPowerCut(t, l) }},
+		{"Swap", func(t *testing.T) { testSwap(t, l, false) }},
+		{"Outage", func(t *testing.T) { testOutage(t, l) }},
+		{"LogWrites", func(t *testing.T) { testLogWrites(t, l) }},
+		{"Stress", func(t *testing.T) { testStress(t, l) }},
+		{"Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") }},
+		{"Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") }},
+		{"Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) }},
+		{"Logs", func(t *testing.T) { testLogs(t, l.systems(t)) }},
+		{"Revoke", func(t *testing.T) { testRevoke(t, l) }},
+		{"QEMUExport", func(t *testing.T) { testQEMUExport(t, l) }},
+		{"DiskErrors", func(t *testing.T) { testDiskErrors(t, l) }},
+	} {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			s.run(t)
+		})
+	}
 }
 
 // testRevoke takes the key away from a volume that is being written to. It has
