@@ -308,7 +308,8 @@ var ErrNoHeader = fmt.Errorf("%w: there is no readable header", ErrNotVolume)
 // device can do that. The header's copies come first. The device must not be in
 // use, and must hold the volume named by its UUID. If it has no readable header
 // the error is [ErrNoHeader], unless force says to erase the area of a new
-// volume's header all the same, such as after an interrupted Erase.
+// volume's header all the same, such as after an interrupted Erase. That nothing
+// else stands there is then the caller's to know.
 func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, error) {
 	release, err := b.LockHeader(ctx, true)
 	if err != nil {
@@ -332,6 +333,8 @@ func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, err
 			err = fmt.Errorf("%w: %w", ErrNoHeader, err)
 		}
 		return done, err
+	case !uuidForm.MatchString(strings.ToLower(uuid)):
+		return done, fmt.Errorf("%w: %q is not a UUID", ErrDevice, uuid)
 	}
 	end -= end % backupPage
 	copies = min(copies, end)

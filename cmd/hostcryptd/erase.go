@@ -46,15 +46,20 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 				uuid = h.UUID
 			} else if !force || yes == "" {
 				return fmt.Errorf("%s: %w; to overwrite the place of the header all the same, use --force and --yes-erase UUID", args[0], err)
+			} else if err := notForeign(args[0], uuid); err != nil {
+				return err
 			}
 			done, err := sector.Erase(c.Context(), d, uuid, force)
 			keys.recordChange(audit.Erase, uuid, args[0], err)
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
-			pin, chip, err := keys.pinStore(a.cliLog()).Remove(uuid)
-			if err != nil {
-				err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w", args[0], err)
+			// Only a header shows that the volume named is the one that is gone now.
+			var pin, chip bool
+			if done.UUID != "" {
+				if pin, chip, err = keys.pinStore(a.cliLog()).Remove(done.UUID); err != nil {
+					err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w", args[0], err)
+				}
 			}
 			if a.json {
 				return errors.Join(err, a.printJSON(map[string]any{
@@ -80,6 +85,20 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 	c.Flags().BoolVar(&force, "force", false, "erase the place of the header though there is no readable one, as after an interrupted erase")
 	keys.addPins(c)
 	return a.jsonFlag(c)
+}
+
+// notForeign refuses a device that carries something else than what is left of
+// the volume.
+func notForeign(device, uuid string) error {
+	found, err := probe(device)
+	if err != nil {
+		return err
+	}
+	what := describeSignature(found)
+	if what == "" || found["TYPE"] == "crypto_LUKS" && found["SUBSYSTEM"] == sector.Subsystem && found["UUID"] == uuid {
+		return nil
+	}
+	return withCode(codeBusy, fmt.Errorf("%s carries %s, not volume %s; nothing was changed; if it can go, remove it with 'wipefs --all' first", device, what, uuid))
 }
 
 // eraseOutOfReach is what erase can't destroy.
