@@ -200,6 +200,9 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 	d.leaving = true
 	d.log.Info("leaving the volume to another server")
 	d.stopLife()
+	d.mu.Lock()
+	d.left.Life = d.life.Snapshot()
+	d.mu.Unlock()
 	stopClients(errStopping)
 	clients.Wait()
 	begun := time.Now()

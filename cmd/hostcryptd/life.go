@@ -302,6 +302,9 @@ func (h *keyHost) Changed(from lifecycle.State, s lifecycle.Snapshot) {
 	d.left.Life = s
 	d.mu.Unlock()
 	d.pushState()
+	if from == s.State && s.Failures == 0 && s.LastGood.After(s.Stopped) {
+		return // the KEK was used with success, which is nothing new
+	}
 	fields := []zap.Field{zap.Stringer("from", from), zap.Stringer("state", s.State), zap.Int("attempts", s.Attempts)}
 	if s.Failures > 0 {
 		fields = append(fields, zap.Stringer("kind", s.Kind), zap.String("class", s.Class), zap.String("code", s.Code), zap.String("request_id", s.RequestID), zap.String("reason", s.Reason))

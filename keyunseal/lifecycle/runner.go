@@ -26,8 +26,9 @@ type Host interface {
 	Halt(policy Policy)
 	// Lift undoes a Halt with the policy ReadOnly.
 	Lift()
-	// Changed is told of every change of state, and of every failure, also
-	// while another method runs. It must not call the Runner.
+	// Changed is told of every change of state, of every failure, and of every
+	// success, from which the grace period counts, also while another method runs.
+	// It must not call the Runner.
 	Changed(from State, now Snapshot)
 }
 
@@ -253,7 +254,7 @@ func (r *Runner) update(change func(now time.Time)) {
 	change(now())
 	after := r.machine.Snapshot()
 	r.mu.Unlock()
-	if before.State != after.State || after.Failures > before.Failures || before.Wiped != after.Wiped {
+	if before.State != after.State || after.Failures > before.Failures || before.Wiped != after.Wiped || before.LastGood != after.LastGood {
 		r.host.Changed(before.State, after)
 	}
 }

@@ -126,6 +126,23 @@ func TestVaultDownAtBoot(t *testing.T) {
 	}
 }
 
+// TestSuccessIsTold: who goes on where this process ends has to know the last
+// success, from which the grace period counts.
+func TestSuccessIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeHost{unseal: ok, probe: ok}
+		r, stop := start(t, f, nil)
+		time.Sleep(24 * time.Hour)
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+		told := f.changes[len(f.changes)-1]
+		if want := r.Snapshot().LastGood; told.LastGood != want || told.State != Unlocked {
+			t.Errorf("the host was told last that the key was good at %v, which it was at %v", told.LastGood, want)
+		}
+	})
+}
+
 // TestRevocation: a key is disabled while all is well; the keys are wiped within
 // heartbeat, confirmation and grace, and the volume goes on when it's enabled.
 func TestRevocation(t *testing.T) {
