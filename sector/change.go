@@ -106,11 +106,14 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header) error)
 	u.generation++
 	if u.o.Pins != nil {
 		if err := u.o.Pins.Raise(h.UUID, Pin{u.fingerprint, u.generation}); err != nil {
-			return true, fmt.Errorf("sector: the header was changed, but this host could not note its generation: %w", err)
+			return true, fmt.Errorf("%w: %w", errNotNoted, err)
 		}
 	}
 	return true, nil
 }
+
+// errNotNoted is the error of update when both copies are as they should be.
+var errNotNoted = errors.New("sector: the header was changed, but this host could not note its generation")
 
 // verified checks that a token gives the volume key at hand.
 func (u *unlocked) verified(ctx context.Context, unseal Unsealer, text json.RawMessage) (*luks2.Token, error) {

@@ -928,6 +928,46 @@ func TestParseRecoveryKey(t *testing.T) {
 	}
 }
 
+// TestRemoveRecoveryKey removes a keyslot where its pin can't be noted, and where
+// it can't be removed, which is the last way in only if no token unseals.
+func TestRemoveRecoveryKey(t *testing.T) {
+	a := &kek{name: "a"}
+	f := FormatOptions{Seal: []Sealer{a.seal}, RecoveryKey: NewRecoveryKey()}
+	d := formatWith(t, f)
+	area := headerOf(t, d).Keyslots[0].Area
+	full := errors.New("disk full")
+	material := func() []byte { return d.Bytes()[area.Offset : area.Offset+area.Size] }
+	before := bytes.Clone(material())
+	if err := RemoveRecoveryKey(t.Context(), d, ring(a).unseal, 0, OpenOptions{Pins: &otherPins{raising: full}}); !errors.Is(err, full) {
+		t.Errorf("RemoveRecoveryKey() = %v, want %v", err, full)
+	}
+	if slots := RecoverySlots(headerOf(t, d)); len(slots) != 0 {
+		t.Errorf("keyslots %v are left", slots)
+	}
+	if bytes.Equal(before, material()) {
+		t.Error("the keyslot is gone, and its area still holds the key")
+	}
+
+	for _, tt := range []struct {
+		name string
+		ring keyring
+		o    OpenOptions
+		last bool
+	}{
+		{"none unseals", ring(), OpenOptions{}, true},
+		{"pins out of reach", ring(a), OpenOptions{Pins: &otherPins{err: fmt.Errorf("%w: busy", ErrNoPins)}}, false},
+	} {
+		d := formatWith(t, f)
+		before := d.Bytes()
+		if err := RemoveRecoveryKey(t.Context(), d, tt.ring.unseal, 0, tt.o); err == nil || errors.Is(err, ErrLastWay) != tt.last {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if !bytes.Equal(before, d.Bytes()) {
+			t.Errorf("%s: refused, and written", tt.name)
+		}
+	}
+}
+
 // TestBackup restores a backup in every situation, with cryptsetup's backup and
 // its test of the recovery key beside.
 func TestBackup(t *testing.T) {
@@ -1179,13 +1219,17 @@ func TestTokensAfterCryptsetup(t *testing.T) {
 
 // otherPins are pins that fail, or are none.
 type otherPins struct {
-	err    error
-	raised []Pin
+	err     error // of Load
+	raising error // of Raise and Set
+	raised  []Pin
 }
 
-func (p *otherPins) Load(string) (*Pin, error)   { return nil, p.err }
-func (p *otherPins) Raise(_ string, v Pin) error { p.raised = append(p.raised, v); return nil }
-func (p *otherPins) Set(_ string, v Pin) error   { return p.Raise("", v) }
+func (p *otherPins) Load(string) (*Pin, error) { return nil, p.err }
+func (p *otherPins) Raise(_ string, v Pin) error {
+	p.raised = append(p.raised, v)
+	return p.raising
+}
+func (p *otherPins) Set(_ string, v Pin) error { return p.Raise("", v) }
 
 // TestPinsOutOfReach: pins that can't be had now are no attack, others that can't
 // be read are, and a host may be told to serve only what it knows.

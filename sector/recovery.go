@@ -152,7 +152,8 @@ func RecoverySlots(h *luks2.Header) []int { return recoverySlots(h) }
 func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte, remove []int, o OpenOptions) (int, error) {
 	u, err := unlockHeader(ctx, b, unseal, o)
 	if err != nil {
-		if remove != nil && add == nil && !errors.Is(err, ErrAuth) && !errors.Is(err, ErrNotVolume) {
+		_, tried := errors.AsType[tokensFailed](err)
+		if remove != nil && add == nil && tried && !errors.Is(err, ErrAuth) && ctx.Err() == nil {
 			err = fmt.Errorf("keyslot %d: %w that is known to work: no token unseals: %w", remove[0], ErrLastWay, err)
 		}
 		return -1, err
@@ -203,7 +204,7 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 		}
 		return nil
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, errNotNoted) {
 		if !touched {
 			id = -1
 		}
@@ -211,11 +212,11 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 	}
 	// What nothing leads to any more is not left for somebody with an old header.
 	for _, a := range gone {
-		if err := wipeArea(ctx, b, a); err != nil {
-			return id, fmt.Errorf("sector: the keyslot is gone, but its area could not be overwritten: %w", err)
+		if werr := wipeArea(ctx, b, a); werr != nil {
+			return id, errors.Join(err, fmt.Errorf("sector: the keyslot is gone, but its area could not be overwritten: %w", werr))
 		}
 	}
-	return id, nil
+	return id, err
 }
 
 // wipeArea overwrites the area of a keyslot that is gone, unless another has

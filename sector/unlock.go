@@ -131,7 +131,9 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 		case a := <-results:
 			running--
 			if a.err == nil {
-				*k.volumeKey, *k.dek = *a.keys.volumeKey, *a.keys.dek
+				// Not by a tuple assignment, which goes through the stack.
+				copy(k.volumeKey[:], a.keys.volumeKey[:])
+				copy(k.dek[:], a.keys.dek[:])
 				return opened{a.token, a.fingerprint, v.generation(), v.Signature}, a.keys.free()
 			}
 			failed[a.index] = a.err
@@ -140,8 +142,14 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 			}
 		}
 	}
-	return opened{}, errors.Join(failed...)
+	return opened{}, tokensFailed{errors.Join(failed...)}
 }
+
+// tokensFailed is the error of unlock when the tokens were tried and none opens
+// the volume.
+type tokensFailed struct{ error }
+
+func (e tokensFailed) Unwrap() error { return e.error }
 
 // An attempt is how a token was tried. Only one without an error has keys.
 type attempt struct {
