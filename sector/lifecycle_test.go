@@ -1191,6 +1191,15 @@ func TestVerifyFindings(t *testing.T) {
 			t.Errorf("%s: opens %v, findings %q", tt.name, r.Opens, r.Findings)
 		}
 	}
+	// A device that became smaller doesn't open either.
+	whole := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+	short := sectortest.New(whole.Size() - 4096)
+	if _, err := short.WriteAt(whole.Bytes()[:short.Size()], 0); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := Verify(t.Context(), short, ring(a).unseal, OpenOptions{}); err != nil || r.Opens || len(r.Findings) != 1 || opens(t, short, ring(a), OpenOptions{}) == nil {
+		t.Errorf("of a device that was cut off: %+v, %v", r, err)
+	}
 }
 
 // TestTokensAfterCryptsetup: cryptsetup rewrites the JSON in its own way, and the

@@ -20,7 +20,7 @@ type Report struct {
 	Keyslots []int         // that a recovery key may open
 	Pin      *Pin          // nil if this host has none
 	PinError error         // why the header isn't the one that is pinned
-	Opens    bool          // a token opens the volume, and the pin permits it
+	Opens    bool          // a token opens the volume, the pin permits it, and the device is big enough
 	Findings []string
 }
 
@@ -49,9 +49,9 @@ func Verify(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Re
 	if err != nil {
 		return r, err
 	}
-	s := h.Segments[0]
-	if room := b.Size() - int64(s.Offset); room < v.size() || !s.Dynamic && room < int64(s.Size) {
-		find("the device has room for %d bytes of data; when it was formatted it had %d", max(0, room), v.size())
+	unfit := fits(b, h, v.size())
+	if unfit != nil {
+		find("%v", unfit)
 	}
 	for _, id := range keyslotIDs(h) {
 		area := alignedBytes(int(min(h.Keyslots[id].Area.Size, 1<<20)))
@@ -104,7 +104,7 @@ func Verify(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Re
 				find("%v", r.PinError)
 			}
 		}
-		r.Opens = r.PinError == nil
+		r.Opens = r.PinError == nil && unfit == nil
 	}
 	return r, nil
 }

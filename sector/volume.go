@@ -54,21 +54,12 @@ type Volume struct {
 // newVolume makes a volume of what Open has found; made is the size of the
 // data area when it was formatted.
 func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xts.Cipher, o OpenOptions) (*Volume, error) {
+	if err := fits(b, h, made); err != nil {
+		return nil, err
+	}
 	s := h.Segments[0]
 	size := b.Size() - int64(s.Offset)
 	sectorSize := int64(s.SectorSize)
-	switch {
-	case s.Offset > maxIOOffset || s.Size > maxIOOffset || size < sectorSize || !s.Dynamic && int64(s.Size) > size:
-		return nil, fmt.Errorf("%w: it has %d bytes, which is less than its header says; was it cut off or only partly copied?", ErrDevice, b.Size())
-	case size < made:
-		return nil, fmt.Errorf("%w: it has room for %d bytes of data; when it was formatted it had %d; was it cut off or only partly copied?", ErrDevice, size, made)
-	case !s.Dynamic && int64(s.Size)%sectorSize != 0:
-		return nil, fmt.Errorf("%w: segment of %d bytes, not a multiple of its sector size", ErrUnsupported, s.Size)
-	case b.Alignment() > int(sectorSize):
-		return nil, fmt.Errorf("%w: its logical blocks are %d bytes, the volume's sectors %d", ErrDevice, b.Alignment(), sectorSize)
-	case int64(s.Offset)%int64(b.Alignment()) != 0:
-		return nil, fmt.Errorf("%w: the data starts at %d, inside of a logical block", ErrDevice, s.Offset)
-	}
 	v := &Volume{
 		b: b, uuid: h.UUID, label: h.Label,
 		offset: int64(s.Offset), sector: sectorSize, tweak: s.IVTweak,
@@ -90,6 +81,27 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 	var err error
 	v.bufs, err = newBuffers()
 	return v, err
+}
+
+// fits tells whether a device has room for a volume that had made bytes of data
+// when it was formatted.
+func fits(b Backing, h *luks2.Header, made int64) error {
+	s := h.Segments[0]
+	size := b.Size() - int64(s.Offset)
+	sectorSize := int64(s.SectorSize)
+	switch {
+	case s.Offset > maxIOOffset || s.Size > maxIOOffset || size < sectorSize || !s.Dynamic && int64(s.Size) > size:
+		return fmt.Errorf("%w: it has %d bytes, which is less than its header says; was it cut off or only partly copied?", ErrDevice, b.Size())
+	case size < made:
+		return fmt.Errorf("%w: it has room for %d bytes of data; when it was formatted it had %d; was it cut off or only partly copied?", ErrDevice, size, made)
+	case !s.Dynamic && int64(s.Size)%sectorSize != 0:
+		return fmt.Errorf("%w: segment of %d bytes, not a multiple of its sector size", ErrUnsupported, s.Size)
+	case b.Alignment() > int(sectorSize):
+		return fmt.Errorf("%w: its logical blocks are %d bytes, the volume's sectors %d", ErrDevice, b.Alignment(), sectorSize)
+	case int64(s.Offset)%int64(b.Alignment()) != 0:
+		return fmt.Errorf("%w: the data starts at %d, inside of a logical block", ErrDevice, s.Offset)
+	}
+	return nil
 }
 
 // UUID identifies the volume.
