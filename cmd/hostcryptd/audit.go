@@ -32,12 +32,14 @@ func (a *app) auditVerifyCommand() *cobra.Command {
 		Short: "check that no record of key use was changed or removed",
 		Long: `verify follows the chain of the log of key use: every record holds the hash of the
 one before. It says which lines were changed, removed, inserted or moved, and ends
-with 19 if any was. Without FILE it checks ` + audit.DefaultFile + `
-and its rotated predecessors; of several files the oldest comes first.
+with 19 if any was. Without FILE it checks $HOSTCRYPTD_AUDIT_LOG, else
+` + audit.DefaultFile + `, and its rotated predecessors, of which none may
+be missing; of several files the oldest comes first.
 
-That the end of the log was cut off, or all of it written anew, shows only against
-a head of the chain, the number and hash of a record, that was kept elsewhere. The
-daemon logs it with every record ("audit_head").`,
+That the end of the log was cut off, its last record changed into another one, or
+all of it written anew, shows only against a head of the chain, the number and hash
+of a record, that was kept elsewhere. The daemon logs it with every record
+("audit_head").`,
 		Example: `  hostcryptd audit verify
   hostcryptd audit verify --head 4711:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08`,
 		Args: cobra.ArbitraryArgs,
@@ -50,10 +52,15 @@ daemon logs it with every record ("audit_head").`,
 				}
 				anchor = &h
 			}
-			if len(files) == 0 {
-				files = audit.Files(audit.DefaultFile)
+			var report *audit.Report
+			var err error
+			if file := new(keyFlags).auditFile(); len(files) > 0 {
+				report, err = audit.Verify(files, anchor)
+			} else if file == "none" {
+				return usagef("this host keeps no log of key use ($HOSTCRYPTD_AUDIT_LOG is none); name a FILE")
+			} else {
+				report, err = audit.VerifyLog(file, anchor)
 			}
-			report, err := audit.Verify(files, anchor)
 			if errors.Is(err, os.ErrNotExist) {
 				return withCode(codeDevice, err)
 			}
@@ -69,7 +76,7 @@ daemon logs it with every record ("audit_head").`,
 				for _, f := range report.Findings {
 					fmt.Fprintln(a.stdout, printable(f.String()))
 				}
-				if report.First > 1 {
+				if report.First > 1 && len(report.Findings) == 0 {
 					fmt.Fprintf(a.stdout, "the first %d records are in older files\n", report.First-1)
 				}
 				fmt.Fprintf(a.stdout, "%d records, head %v\n", report.Records, report.Head)

@@ -21,7 +21,8 @@
 //
 // # What it can't show
 //
-// Who can write the file can write all of it anew, or cut off its end. Against
+// Who can write the file can write all of it anew, cut off its end, or change its
+// last record into another one. Against
 // that the head of the chain, the number and hash of its last record, is told to
 // who appends, to be kept where this host can't change it; [Verify] checks
 // against it. hostcryptd logs it with every record, and each record goes to the
@@ -154,24 +155,11 @@ func Append(file string, r Record) (Head, error) {
 }
 
 func appendTo(file string, r Record) (Head, error) {
-	f, err := openLocked(file)
+	f, end, err := openEnd(file)
 	if err != nil {
 		return Head{}, err
 	}
 	defer f.Close()
-	end, err := readEnd(f)
-	if err != nil {
-		return Head{}, fmt.Errorf("%s: %w", file, err)
-	}
-	if end.size >= MaxSize {
-		// The lock is on the old file: who waits for it looks again at the name.
-		next, err := rotate(file)
-		if err != nil {
-			return Head{}, err
-		}
-		defer next.Close()
-		f, end.torn, end.open, end.size = next, nil, false, 0
-	}
 
 	r.Seq, r.Prev = end.head.Seq+1, end.head.Hash
 	if r.Seq == 1 {
@@ -247,6 +235,53 @@ func shorten(s string) string {
 		}
 	}
 	return s
+}
+
+// openEnd opens the log for appending, with the lock on it, and finds the end of
+// the chain. A log that is full is rotated before.
+func openEnd(file string) (*os.File, end, error) {
+	for {
+		f, err := openLocked(file)
+		if err != nil {
+			return nil, end{}, err
+		}
+		e, err := readEnd(f)
+		if err == nil && e.head.Seq == 0 {
+			// Who rotated it may have been killed, or had no room, before the first
+			// record, or not be there yet: the chain goes on all the same.
+			e.head, err = rotatedHead(file)
+		}
+		switch {
+		case err != nil:
+			f.Close()
+			return nil, end{}, fmt.Errorf("%s: %w", file, err)
+		case e.size < MaxSize:
+			return f, e, nil
+		}
+		// The lock is on the old file: who waits for it looks again at the name.
+		err = rotate(file)
+		f.Close()
+		if err != nil {
+			return nil, end{}, err
+		}
+	}
+}
+
+// rotatedHead returns the last record of the log before, if there is one.
+func rotatedHead(file string) (Head, error) {
+	f, err := os.OpenFile(file+".1", os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return Head{}, nil
+	}
+	if err != nil {
+		return Head{}, err
+	}
+	defer f.Close()
+	e, err := readEnd(f)
+	if err != nil {
+		return Head{}, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	return e.head, nil
 }
 
 // openLocked opens the log for appending, with the lock on it.
@@ -334,16 +369,16 @@ func decode(line []byte) (r Record, ok bool) {
 	return r, err == nil && r.Seq > 0 && d.InputOffset() == int64(len(line))
 }
 
-// rotate renames the log and its older ones, and returns a new one, locked.
-func rotate(file string) (*os.File, error) {
+// rotate renames the log and its older ones. The caller has the lock.
+func rotate(file string) error {
 	for i := Keep; i > 0; i-- {
 		from := fmt.Sprintf("%s.%d", file, i-1)
 		if i == 1 {
 			from = file
 		}
 		if err := os.Rename(from, fmt.Sprintf("%s.%d", file, i)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, err
+			return err
 		}
 	}
-	return openLocked(file)
+	return nil
 }

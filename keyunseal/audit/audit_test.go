@@ -89,6 +89,7 @@ func TestTampering(t *testing.T) {
 		{"a long line", func(l [][]byte) [][]byte {
 			return append(l[:2:2], append([][]byte{bytes.Repeat([]byte("x"), 100_000)}, l[2:]...)...)
 		}, 3, false},
+		{"the last made garbage", func(l [][]byte) [][]byte { return append(l[:4:4], []byte("garbage")) }, 5, false},
 		{"the tail cut off", func(l [][]byte) [][]byte { return l[:4] }, 0, true},
 		{"all cut off", func(l [][]byte) [][]byte { return nil }, 0, true},
 		{"the last changed", func(l [][]byte) [][]byte { l[4] = bytes.Replace(l[4], []byte(`"r4"`), []byte(`"r9"`), 1); return l }, 0, true},
@@ -125,6 +126,10 @@ func TestTampering(t *testing.T) {
 					// That older files aren't there is not a finding, but it's told.
 					if r := verify(t, anchor, file); len(r.Findings) != 0 || r.First != 2 {
 						t.Errorf("%+v", r)
+					}
+					// It is where there should be all of the log.
+					if r, err := VerifyLog(file, anchor); err != nil || len(r.Findings) != 1 || !strings.Contains(r.Findings[0].Reason, "the first 1 records") {
+						t.Errorf("VerifyLog() = %+v, %v", r, err)
 					}
 					return
 				}
@@ -242,12 +247,63 @@ func TestRotation(t *testing.T) {
 	if len(files) != Keep+1 || files[Keep] != file || files[0] != fmt.Sprintf("%s.%d", file, Keep) {
 		t.Errorf("%v", files)
 	}
-	if r := verify(t, nil, files...); len(r.Findings) != 0 || r.First < 2 {
-		t.Errorf("%+v", r)
+	if r, err := VerifyLog(file, nil); err != nil || len(r.Findings) != 0 || r.First < 2 {
+		t.Errorf("%+v, %v", r, err)
 	}
 	// A file that is missing in the middle is missed.
 	if r := verify(t, nil, append(append([]string{}, files[:3]...), files[4:]...)...); len(r.Findings) != 1 {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestRotationCut interrupts a rotation where a crash or a full disk would: the
+// chain goes on.
+func TestRotationCut(t *testing.T) {
+	for name, left := range map[string]string{"before there is a new file": "-", "before a record": "", "in the first record": `{"seq":4,"pr`} {
+		file, _ := fill(t, 3)
+		if err := os.Rename(file, file+".1"); err != nil {
+			t.Fatal(err)
+		}
+		if left != "-" {
+			if err := os.WriteFile(file, []byte(left), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		h, err := Append(file, sample(3))
+		if r, verr := VerifyLog(file, nil); err != nil || verr != nil || h.Seq != 4 || len(r.Findings) != 0 || r.Records != 4 {
+			t.Errorf("%s: record %d, %v; %+v, %v", name, h.Seq, err, r, verr)
+		}
+	}
+}
+
+// TestRotationRace has many appenders at once when the log is full.
+func TestRotationRace(t *testing.T) {
+	for range 20 {
+		file, _ := fill(t, 1)
+		b, _ := os.ReadFile(file)
+		f, err := os.OpenFile(file, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt(append([]byte("\n"), b...), MaxSize); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				if _, err := Append(file, sample(1)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if err := os.Truncate(file+".1", int64(len(b))); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := VerifyLog(file, nil); err != nil || len(r.Findings) != 0 || r.Records != 9 {
+			t.Fatalf("%+v, %v", r, err)
+		}
 	}
 }
 

@@ -48,9 +48,20 @@ func exists(name string) bool {
 	return err == nil
 }
 
+// VerifyLog is as [Verify] with the log and its rotated predecessors. The chain
+// has to begin with record 1 unless there are so many of them that older ones
+// were dropped.
+func VerifyLog(file string, anchor *Head) (*Report, error) {
+	r, err := Verify(Files(file), anchor)
+	if err == nil && r.First > 1 && !exists(fmt.Sprintf("%s.%d", file, Keep)) {
+		r.Findings = append(r.Findings, Finding{file, 0, fmt.Sprintf("the first %d records are not there", r.First-1)})
+	}
+	return r, err
+}
+
 // Verify follows the chain through files, oldest first. An anchor, if it isn't
 // nil, is a head that the chain has to contain: without one a tail that was
-// cut off is not missed. After a break it goes on with what follows, so that
+// cut off is not missed, nor a last record that was changed into another one. After a break it goes on with what follows, so that
 // each break is one finding. The error is that of reading.
 func Verify(files []string, anchor *Head) (*Report, error) {
 	v := verifier{report: &Report{Findings: []Finding{}}, anchor: anchor}
@@ -58,6 +69,9 @@ func Verify(files []string, anchor *Head) (*Report, error) {
 		if err := v.file(name); err != nil {
 			return v.report, err
 		}
+	}
+	if v.torn != nil {
+		v.found(v.tornFile, v.tornLine, "not a record") // a torn one has no line feed
 	}
 	if anchor != nil && !v.anchored {
 		reason := fmt.Sprintf("record %d of the given head is not there: the end was cut off", anchor.Seq)
