@@ -296,7 +296,7 @@ func DropRetired(ctx context.Context, b Backing, unseal Unsealer, now time.Time,
 var errNothing = errors.New("nothing to change")
 
 // RemoveToken removes a token. Another way in has to be left: another token that
-// was just shown to unseal or, if other tokens are there that don't unseal now,
+// isn't retired and was just shown to unseal or, if other tokens are there that don't unseal now,
 // a recovery keyslot. With force the other tokens or the keyslot are enough by
 // themselves. The error is [ErrLastWay] if that's not so; when there is neither
 // another token nor a keyslot, force changes nothing.
@@ -312,15 +312,21 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 	if !ok || !isKeyToken(t) {
 		return noToken(id)
 	}
-	others, recovery := len(keyTokens(h)) > 1, len(recoverySlots(h)) > 0
-	if !others && !recovery {
+	tokens, recovery := keyTokens(h), len(recoverySlots(h)) > 0
+	// A retired one goes soon, and with it its version of the KEK.
+	others := slices.ContainsFunc(tokens, func(t KeyToken) bool { return t.ID != id && t.Retired.IsZero() })
+	if len(tokens) == 1 && !recovery {
 		return fmt.Errorf("token %d: %w: there is no other token and no recovery keyslot; add one first ('hostcryptd key add', 'hostcryptd recovery add')", id, ErrLastWay)
 	}
-	u, err := unlockHeader(ctx, b, unseal, o, id)
+	active := o
+	active.SkipRetired = true
+	u, err := unlockHeader(ctx, b, unseal, active, id)
 	if err != nil {
 		switch {
 		case errors.Is(err, ErrAuth):
 			return err
+		case !others && len(tokens) > 1 && !force:
+			return fmt.Errorf("token %d: %w that stays: the others are retired; --force removes it all the same", id, ErrLastWay)
 		case !others && !force:
 			return fmt.Errorf("token %d: %w for hostcryptd: after it only the recovery key and cryptsetup open the volume; --force removes it", id, ErrLastWay)
 		case !recovery && !force:

@@ -263,6 +263,56 @@ func TestRemoveToken(t *testing.T) {
 	}
 }
 
+// TestRetiredToken: a retired token opens the volume, unless those that stand for
+// it were denied, and is not what may be left of the ways in.
+func TestRetiredToken(t *testing.T) {
+	a, b := &kek{name: "a"}, &kek{name: "b"}
+	both := ring(a, b)
+	rewrap := func(ctx context.Context, volume string, _ json.RawMessage, key *[32]byte) (json.RawMessage, error) {
+		return b.seal(ctx, volume, key)
+	}
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+	id, err := ReplaceToken(t.Context(), d, both.unseal, 0, rewrap, time.Hour, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	skip := OpenOptions{SkipRetired: true}
+	if err := opens(t, d, ring(a), OpenOptions{}); err != nil {
+		t.Errorf("by the retired token: %v", err)
+	}
+	if err := opens(t, d, both, skip); err != nil {
+		t.Errorf("by the token in its place: %v", err)
+	}
+	if opens(t, d, ring(a), skip) == nil {
+		t.Error("a retired token that was to be skipped opens the volume")
+	}
+	v, err := Open(t.Context(), d, both.unseal, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	if v.Resume(t.Context(), ring(a).unseal, skip) == nil {
+		t.Error("a retired token that was to be skipped resumes the volume")
+	}
+
+	before := d.Bytes()
+	if err := RemoveToken(t.Context(), d, both.unseal, id, false, OpenOptions{}); !errors.Is(err, ErrLastWay) || !strings.Contains(err.Error(), "retired") {
+		t.Errorf("RemoveToken() that leaves a retired token = %v", err)
+	}
+	if !bytes.Equal(before, d.Bytes()) {
+		t.Error("a refused RemoveToken wrote")
+	}
+	if err := RemoveToken(t.Context(), d, both.unseal, id, true, OpenOptions{}); err != nil {
+		t.Errorf("by force: %v", err)
+	}
+	if active, retired := tokenIDs(t, d); active != nil || !slices.Equal(retired, []int{0}) {
+		t.Errorf("tokens %v, retired %v", active, retired)
+	}
+}
+
 // TestSlowToken has a token that never answers, before one that does.
 func TestSlowToken(t *testing.T) {
 	a, b := &kek{name: "a", hang: true}, &kek{name: "b"}

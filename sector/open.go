@@ -31,6 +31,10 @@ type OpenOptions struct {
 	// key. That tells a forged header also on a host that never saw the volume.
 	Trusted []TrustedKey
 
+	// SkipRetired leaves out the tokens whose place others took, which open the
+	// volume otherwise: those that stand for them were denied.
+	SkipRetired bool
+
 	// Handover, if not nil, keeps the DEK for the next process that serves the
 	// volume, as long as this one has it.
 	Handover *Handover

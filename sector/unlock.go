@@ -87,10 +87,12 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 	if err != nil {
 		return opened{}, err
 	}
-	tokens := slices.DeleteFunc(keyTokens(h), func(t KeyToken) bool { return slices.Contains(skip, t.ID) })
+	tokens := slices.DeleteFunc(keyTokens(h), func(t KeyToken) bool {
+		return slices.Contains(skip, t.ID) || o.SkipRetired && !t.Retired.IsZero()
+	})
 	if len(tokens) == 0 {
-		if len(skip) > 0 {
-			return opened{}, errors.New("there is no other token")
+		if len(skip) > 0 || o.SkipRetired {
+			return opened{}, errors.New("there is no other token that is not retired")
 		}
 		return opened{}, fmt.Errorf("%w: no token is left that holds its key; it can be opened with its recovery key and 'cryptsetup open'", ErrNotVolume)
 	}

@@ -136,6 +136,9 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	o := sector.OpenOptions{
 		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinStore(d.log), Trusted: d.opts.keys.trusted, RequirePin: d.opts.requirePin, Handover: d.handover,
 	}
+	// Probes look at the tokens that aren't retired. When those were denied, an
+	// older version of the key that is still enabled must not undo the stop.
+	o.SkipRetired = d.life.Snapshot().Denials > 0
 	begun := time.Now()
 	var err error
 	if v == nil {
@@ -202,7 +205,8 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 }
 
 // Rotate looks for a newer version of the vault's key, and for its expiry, and
-// rewraps in a process of its own: this one never has the volume key's copies.
+// rewraps, and removes the retired tokens whose time is over. Both in a process
+// of its own: this one never has the volume key's copies.
 func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 	d := h.d
 	outcome := lifecycle.Outcome{Kind: lifecycle.Success}
@@ -211,8 +215,13 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 		d.log.Warn("header can't be read to look for a newer key version", zap.Error(err))
 		return outcome
 	}
+	over := false
 	for _, t := range sector.KeyTokens(header) {
-		if t.Type != keyunseal.TypeKeyVault || !t.Retired.IsZero() {
+		if !t.Retired.IsZero() {
+			over = over || time.Now().After(t.KeepUntil)
+			continue
+		}
+		if t.Type != keyunseal.TypeKeyVault {
 			continue
 		}
 		status, err := d.opts.keys.inspect(ctx, header.UUID, t.Text, d.log)
@@ -231,28 +240,36 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 			d.log.Warn("the vault key expires; it still unseals then, but it can't be sealed with", zap.Int("token", t.ID), zap.Time("expires", status.Expires))
 		}
 		if status.Stale() && !d.opts.readOnly {
-			if o := h.rewrap(ctx, t.ID, status); o.Kind != lifecycle.Success {
+			o := h.rewrap(ctx, fmt.Sprintf("--token=%d", t.ID), "rewrap the volume key with the newer version of its key; until that is done the old one must stay enabled",
+				zap.Int("token", t.ID), zap.String("old_version", status.Version), zap.String("new_version", status.Newest))
+			if o.Kind != lifecycle.Success {
 				outcome = o
 			}
+		}
+	}
+	if over && !d.opts.readOnly {
+		if o := h.rewrap(ctx, "--drop-only", "remove retired tokens whose time is over"); o.Kind != lifecycle.Success {
+			outcome = o
 		}
 	}
 	return outcome
 }
 
-func (h *keyHost) rewrap(ctx context.Context, token int, status keyunseal.KeyStatus) lifecycle.Outcome {
+// rewrap runs the command in a process of its own. task and fields are for the
+// log.
+func (h *keyHost) rewrap(ctx context.Context, flag, task string, fields ...zap.Field) lifecycle.Outcome {
 	k := &h.d.opts.keys
-	args := []string{"rewrap", h.d.opts.device, fmt.Sprintf("--token=%d", token), "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--signer=" + k.signer, "--audit-log=" + k.auditFile()}
+	args := []string{"rewrap", h.d.opts.device, flag, "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--signer=" + k.signer, "--audit-log=" + k.auditFile()}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	begun := time.Now()
 	out, err := cmd.CombinedOutput()
-	fields := []zap.Field{zap.Int("token", token), zap.String("old_version", status.Version), zap.String("new_version", status.Newest),
-		zap.Duration("took", time.Since(begun)), zap.String("output", strings.TrimSpace(string(out)))}
+	fields = append(fields, zap.String("task", task), zap.Duration("took", time.Since(begun)), zap.String("output", strings.TrimSpace(string(out))))
 	if err != nil {
-		h.d.log.Error("volume key was not rewrapped with the newer version; the old one still opens the volume and must stay enabled", append(fields, zap.Error(err))...)
+		h.d.log.Error("rewrap failed", append(fields, zap.Error(err))...)
 		return rewrapOutcome(cmd.ProcessState.ExitCode())
 	}
-	h.d.log.Info("volume key was rewrapped with the newer version of its key", fields...)
+	h.d.log.Info("rewrap is done", fields...)
 	return lifecycle.Outcome{Kind: lifecycle.Success}
 }
 

@@ -28,6 +28,7 @@ func (a *app) rewrapCommand() *cobra.Command {
 		keep  int
 		token int
 		all   bool
+		drop  bool
 	)
 	c := &cobra.Command{
 		Use:   "rewrap DEVICE",
@@ -35,7 +36,7 @@ func (a *app) rewrapCommand() *cobra.Command {
 		Long: `rewrap seals the volume key with the newest version of the vault's key, unseals
 what that gave, and writes it to the header, one copy after the other. The token
 of the old version stays a way in for some days, and is removed by the first
-rewrap after. Until then the old version of the key must not be deleted. The data
+rewrap after, or by the daemon that serves the volume. Until then the old version of the key must not be deleted. The data
 is not encrypted anew, and the volume may be in use meanwhile.
 
 The token of a TPM that doesn't unseal any more, because its PCRs hold something
@@ -46,14 +47,19 @@ takes another key which opens the volume.`,
 			if keep < 0 || keep > 3650 {
 				return usagef("--keep-old is 0 to 3650 days, not %d", keep)
 			}
+			if drop && (token >= 0 || all) {
+				return usagef("--drop-only rewraps nothing: it excludes --token and --all")
+			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
 				h, _, err := sector.ReadHeader(c.Context(), d)
 				if err != nil {
 					return err
 				}
-				ids, err := rewrapWhich(sector.KeyTokens(h), token, all)
-				if err != nil {
-					return err
+				var ids []int
+				if !drop {
+					if ids, err = rewrapWhich(sector.KeyTokens(h), token, all); err != nil {
+						return err
+					}
 				}
 				log := a.cliLog()
 				child := &keyunseal.Child{Log: log}
@@ -111,6 +117,7 @@ takes another key which opens the volume.`,
 	f.IntVar(&keep, "keep-old", 7, "`DAYS` for which the old token stays a way in")
 	f.IntVar(&token, "token", -1, "`NUMBER` of the token to rewrap, where there are several")
 	f.BoolVar(&all, "all", false, "rewrap all tokens that are not retired")
+	f.BoolVar(&drop, "drop-only", false, "rewrap nothing, only remove retired tokens whose time is over")
 	keys.add(c)
 	return a.jsonFlag(c)
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"net"
 	"net/http"
@@ -15,9 +16,12 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/keyunseal"
 	"hostcryptd/keyunseal/vaulttest"
+	"hostcryptd/sector"
 )
 
 // The product has no switch that points it at another vault, so to test it
@@ -181,7 +185,7 @@ func challenge(authority, resource string) vaulttest.FaultFunc {
 }
 
 // command is the script command: vault down|up|disable|enable|delete|deny|permit|
-// permitsign|noidentity|throttle|expire|unexpire|garble WHAT|clear.
+// permitsign|noidentity|throttle|expire|unexpire|garble WHAT|retire DEVICE|clear.
 func (v *vault) command(ts *testscript.TestScript, neg bool, args []string) {
 	key := ts.Getenv("KEY")
 	switch args[0] {
@@ -223,6 +227,16 @@ func (v *vault) command(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(v.double.SetValidity(key, time.Time{}, time.Now().Add(-time.Hour)))
 	case "unexpire":
 		ts.Check(v.double.SetValidity(key, time.Time{}, time.Time{}))
+	case "retire":
+		// As rewrap --keep-old, which counts in days, for no time to speak of.
+		keys, log := &keyFlags{}, zap.NewNop()
+		ts.Check(withHeader(ts.MkAbs(args[1]), false, func(d *sector.Device) error {
+			rewrap := func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
+				return (&keyunseal.Child{Log: log}).Rewrap(ctx, keys.options(volume, log), token, volume, key)
+			}
+			_, err := sector.ReplaceToken(context.Background(), d, keys.unsealer(log), 0, rewrap, time.Millisecond, sector.OpenOptions{})
+			return err
+		}))
 	case "clear":
 		v.double.ClearFaults()
 	default:
