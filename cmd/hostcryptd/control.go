@@ -186,7 +186,11 @@ func (d *daemon) serveControl() (stop func(), err error) {
 				return
 			}
 			err := command.run(life, r.Context())
-			d.record(audit.Record{Event: command.event, Outcome: audit.OK})
+			done := audit.Record{Event: command.event, Outcome: audit.OK}
+			if err != nil {
+				done.Outcome, done.Detail = audit.Failed, "not waited for: "+err.Error()
+			}
+			d.record(done)
 			if err != nil {
 				http.Error(w, err.Error(), http.StatusInternalServerError)
 				return

@@ -236,7 +236,11 @@ that gave, and writes it to the header. The volume may be in use meanwhile.`,
 			return withHeader(args[0], false, func(d *sector.Device) error {
 				log := a.cliLog()
 				id, err := sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open(log))
-				keys.changed(c.Context(), d, audit.KeyAdd, fmt.Sprintf("token %d", id), err)
+				added := fmt.Sprintf("token %d", id)
+				if err != nil {
+					added = "of " + spec // it has no number
+				}
+				keys.changed(c.Context(), d, audit.KeyAdd, added, err)
 				if err != nil {
 					return err
 				}

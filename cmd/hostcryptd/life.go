@@ -349,10 +349,14 @@ func (h *keyHost) Changed(from lifecycle.State, s lifecycle.Snapshot) {
 		}
 	case lifecycle.Verifying:
 	case lifecycle.Grace:
-		d.log.Error("access to the volume's key was lost; the volume will stop", fields...)
+		msg, what := "access to the volume's key was lost; the volume goes on, as --on-revocation is warn", "goes on"
+		if !s.StopsAt.IsZero() {
+			msg, what = "access to the volume's key was lost; the volume will stop", "stops at "+s.StopsAt.UTC().Format(time.RFC3339)
+		}
+		d.log.Error(msg, fields...)
 		if from != lifecycle.Grace {
 			d.record(audit.Record{Event: audit.AccessLost, Outcome: audit.Failed, Class: s.Class, Code: s.Code, RequestID: s.RequestID,
-				Detail: fmt.Sprintf("lost at %s, policy %v, stops at %s", s.AccessLost.UTC().Format(time.RFC3339), s.Policy, s.StopsAt.UTC().Format(time.RFC3339))})
+				Detail: fmt.Sprintf("lost at %s, policy %v, %s", s.AccessLost.UTC().Format(time.RFC3339), s.Policy, what)})
 		}
 	case lifecycle.Revoked, lifecycle.Erased:
 		d.log.Error("volume has stopped", append(fields, zap.Bool("keys_wiped", s.Wiped))...)
@@ -379,12 +383,12 @@ func (h *keyHost) Changed(from lifecycle.State, s lifecycle.Snapshot) {
 }
 
 // recordStop records that the volume has stopped, when access was lost and when
-// the keys were wiped.
+// the keys were wiped, if they were.
 func (d *daemon) recordStop(s lifecycle.Snapshot, lost error) {
 	r := audit.Record{Event: audit.Wiped, Outcome: audit.OK, Class: s.Class, Code: s.Code, RequestID: s.RequestID}
 	what := "keys wiped"
 	if !s.Wiped {
-		what = "writes refused"
+		r.Event, what = audit.Stopped, "writes refused"
 	}
 	r.Detail = fmt.Sprintf("%s at %s", what, s.Stopped.UTC().Format(time.RFC3339Nano))
 	if !s.AccessLost.IsZero() {

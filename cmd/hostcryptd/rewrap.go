@@ -73,7 +73,11 @@ takes another key which opens the volume.`,
 				for _, id := range ids {
 					n, err := sector.ReplaceToken(c.Context(), d, keys.unsealer(log), id, rewrap, time.Duration(keep)*24*time.Hour, keys.open(log))
 					if !errors.Is(err, keyunseal.ErrCurrent) {
-						keys.changed(c.Context(), d, audit.Rewrap, fmt.Sprintf("token %d becomes token %d", id, n), err)
+						becomes := fmt.Sprintf("token %d becomes token %d", id, n)
+						if err != nil {
+							becomes = fmt.Sprintf("token %d", id)
+						}
+						keys.changed(c.Context(), d, audit.Rewrap, becomes, err)
 					}
 					switch {
 					case errors.Is(err, keyunseal.ErrCurrent):

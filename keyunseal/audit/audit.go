@@ -71,7 +71,8 @@ const (
 	Unsealed   = "unsealed" // the volume opened
 	Refused    = "refused"  // it didn't, and the reason isn't an outage
 	AccessLost = "access-lost"
-	Wiped      = "wiped" // the volume has stopped and its keys are gone
+	Wiped      = "wiped"   // the volume has stopped and its keys are gone
+	Stopped    = "stopped" // it refuses writes, and keeps its keys to read
 	Resumed    = "resumed"
 	Closed     = "closed"
 	Format     = "format"
