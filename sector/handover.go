@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync/atomic"
 	"unsafe"
 
@@ -79,6 +80,24 @@ func OpenHandover(f *os.File) (*Handover, error) {
 		return nil, errors.New("sector: memory for a handover: it was written by a version that this one doesn't know")
 	}
 	return h, nil
+}
+
+// LockHandover keeps what is behind the descriptor of a Handover from being
+// swapped out for as long as this process lives, also while nobody serves the
+// volume. memfd_secret memory never is.
+func LockHandover(f *os.File) error {
+	p, err := unix.MmapPtr(int(f.Fd()), 0, nil, uintptr(os.Getpagesize()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("sector: memory for a handover: %w", err)
+	}
+	b := unsafe.Slice((*byte)(p), os.Getpagesize())
+	_ = unix.Madvise(b, unix.MADV_DONTDUMP)
+	_ = unix.Madvise(b, unix.MADV_DONTFORK)
+	err = unix.Mlock(b)
+	if name, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd())); err == nil || strings.HasPrefix(name, "/secretmem") {
+		return nil
+	}
+	return errors.Join(fmt.Errorf("sector: locking the memory for a handover: %w", err), unix.MunmapPtr(p, uintptr(os.Getpagesize())))
 }
 
 // File is the descriptor to give to who keeps it.

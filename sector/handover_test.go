@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -103,6 +105,41 @@ func TestHandover(t *testing.T) {
 	defer locked.Close()
 	if _, err := locked.ReadAt(got, 0); !errors.Is(err, ErrSuspended) || !locked.Suspended() {
 		t.Errorf("ReadAt without a key: %v, want %v", err, ErrSuspended)
+	}
+}
+
+// TestLockHandover asks the kernel whether a memfd, where the kernel has no
+// memfd_secret, is locked by who only keeps it.
+func TestLockHandover(t *testing.T) {
+	secret, err := NewHandover()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer secret.Close()
+	if err := LockHandover(secret.File()); err != nil {
+		t.Errorf("of a Handover: %v", err)
+	}
+	const name = "hostcryptd-locked"
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer f.Close()
+	if err := f.Truncate(int64(os.Getpagesize())); err != nil {
+		t.Fatal(err)
+	}
+	if err := LockHandover(f); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, maps, _ := strings.Cut(string(b), name)
+	_, flags, _ := strings.Cut(maps, "VmFlags:")
+	if flags, _, _ = strings.Cut(flags, "\n"); !slices.Contains(strings.Fields(flags), "lo") {
+		t.Errorf("the memory is not locked; its flags are %q", flags)
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/sector"
 	"hostcryptd/systemd"
 )
 
@@ -193,7 +194,7 @@ func (a *app) keep(swap bool, inherited []net.Listener, stored map[string]*os.Fi
 		case strings.HasPrefix(name, heldKernel):
 			k.kernel = append(k.kernel, f)
 		default:
-			k.held[name] = f
+			k.hold(name, f)
 		}
 	}
 	if k.program, err = copyProgram("/proc/self/exe"); err != nil {
@@ -347,6 +348,11 @@ func (k *keeper) hold(name string, f *os.File) {
 		old.Close()
 	}
 	k.held[name] = f
+	if name == heldKey {
+		if err := sector.LockHandover(f); err != nil {
+			k.log.Warn("while no server runs, the volume's key could be swapped out", zap.Error(err))
+		}
+	}
 }
 
 // startNext starts a server whose turn it is as soon as it stands by.
@@ -810,7 +816,7 @@ func (a *app) resume() (ok bool, err error) {
 	}
 	k.program.lock()
 	for name, fd := range s.Held {
-		k.held[name] = open(fd, name)
+		k.hold(name, open(fd, name))
 	}
 	c := &child{program: k.program, version: version(), prepared: true, ready: true, state: s.State, done: make(chan struct{})}
 	if c.link, err = packetConn(open(s.Link, "server")); err != nil {
