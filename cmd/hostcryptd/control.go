@@ -347,9 +347,7 @@ func (d *daemon) status() *status {
 	}
 	if d.life != nil {
 		s.Key.Snapshot = d.life.Snapshot()
-		d.lifeHost.mu.Lock()
-		s.Key.Expires = d.lifeHost.expires
-		d.lifeHost.mu.Unlock()
+		s.Key.Expires = d.lifeHost.firstExpiry()
 	}
 	if v := d.volume; v != nil {
 		token, size, requests := v.Token(), int64(0), v.Stats()

@@ -57,7 +57,7 @@ func (l *lifeFlags) add(c *cobra.Command) {
 func (l *lifeFlags) config(volume string, bits int, remote bool) (lifecycle.Config, error) {
 	c := lifecycle.Config{
 		Heartbeat: l.heartbeat, Grace: l.grace, MaxOffline: l.maxOffline,
-		ConfirmSpan: l.confirm, DenyExpired: l.expired == "deny", Phase: phaseOf(volume),
+		ConfirmSpan: l.confirm, Phase: phaseOf(volume),
 	}
 	var err error
 	if c.Policy, err = lifecycle.ParsePolicy(l.policy); err != nil {
@@ -111,15 +111,52 @@ type keyHost struct {
 	opened chan struct{}
 
 	mu      sync.Mutex
-	lastErr error     // of the last try to unseal
-	expires time.Time // of the key, as the last look has shown; zero for never
-	lost    error     // what was lost when the volume was stopped
+	lastErr error // of the last try to unseal
+	lost    error // what was lost when the volume was stopped
+
+	// expires is when the vault keys of the tokens expire, by a token's text, as
+	// the last looks have shown.
+	expires map[string]time.Time
+}
+
+// firstExpiry is the earliest time at which a vault key expires, or zero.
+func (h *keyHost) firstExpiry() (first time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, t := range h.expires {
+		if !t.IsZero() && (first.IsZero() || t.Before(first)) {
+			first = t
+		}
+	}
+	return first
+}
+
+// deniedExpired returns an error if the volume's policy takes an expired key
+// for a denial, and that of the token has expired, or it can't be told. The vault
+// itself unwraps with it.
+func (h *keyHost) deniedExpired(ctx context.Context, volume string, token json.RawMessage) error {
+	d, err := keyunseal.Describe(token)
+	if h.d.opts.life.expired != "deny" || err != nil || d.Type != keyunseal.TypeKeyVault {
+		return nil
+	}
+	s, err := h.d.opts.keys.inspect(ctx, volume, token, h.d.log)
+	if err != nil {
+		return fmt.Errorf("--expired-key deny has to look whether the key has expired, which takes the permission get: %w", err)
+	}
+	if s.Expires.IsZero() || time.Now().Before(s.Expires) {
+		return nil
+	}
+	return &keyunseal.Error{Op: "inspect", KeyID: d.KeyID, Class: keyunseal.ClassKeyUnusable, Code: "KeyExpired",
+		Err: fmt.Errorf("the key has expired on %s, and --expired-key deny takes that for a denial", s.Expires.Format(time.DateOnly))}
 }
 
 // unsealer is the daemon's unsealer, which tells when it has a volume key.
 func (h *keyHost) unsealer(obtained func()) sector.Unsealer {
 	unseal := h.d.opts.keys.unsealer(h.d.log)
 	return func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
+		if err := h.deniedExpired(ctx, volume, token); err != nil {
+			return err
+		}
 		err := unseal(ctx, volume, token, key)
 		if err == nil {
 			obtained()
@@ -188,9 +225,13 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 		}
 		err := h.d.opts.keys.probe(ctx, header.UUID, t.Text, h.d.log)
 		if err == nil {
+			err = h.deniedExpired(ctx, header.UUID, t.Text)
+		}
+		if err == nil {
 			h.mu.Lock()
 			defer h.mu.Unlock()
-			return lifecycle.Outcome{Kind: lifecycle.Success, Expired: !h.expires.IsZero() && time.Now().After(h.expires)}
+			expires := h.expires[string(t.Text)]
+			return lifecycle.Outcome{Kind: lifecycle.Success, Expired: !expires.IsZero() && time.Now().After(expires)}
 		}
 		errs = append(errs, fmt.Errorf("token %d: %w", t.ID, err))
 		if ctx.Err() != nil {
@@ -215,7 +256,10 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 		d.log.Warn("header can't be read to look for a newer key version", zap.Error(err))
 		return outcome
 	}
-	over := false
+	over, expires := false, map[string]time.Time{}
+	h.mu.Lock()
+	before := h.expires
+	h.mu.Unlock()
 	for _, t := range sector.KeyTokens(header) {
 		if !t.Retired.IsZero() {
 			over = over || time.Now().After(t.KeepUntil)
@@ -225,6 +269,7 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 			continue
 		}
 		status, err := d.opts.keys.inspect(ctx, header.UUID, t.Text, d.log)
+		expires[string(t.Text)] = before[string(t.Text)]
 		if err != nil {
 			// The permission is optional, and an outage is the heartbeat's matter.
 			d.log.Info("no look at the vault key's versions", zap.Int("token", t.ID), zap.Error(err))
@@ -233,9 +278,7 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 			}
 			continue
 		}
-		h.mu.Lock()
-		h.expires = status.Expires
-		h.mu.Unlock()
+		expires[string(t.Text)] = status.Expires
 		if left := time.Until(status.Expires); !status.Expires.IsZero() && left < 30*24*time.Hour {
 			d.log.Warn("the vault key expires; it still unseals then, but it can't be sealed with", zap.Int("token", t.ID), zap.Time("expires", status.Expires))
 		}
@@ -247,6 +290,9 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 			}
 		}
 	}
+	h.mu.Lock()
+	h.expires = expires
+	h.mu.Unlock()
 	if over && !d.opts.readOnly {
 		if o := h.rewrap(ctx, "--drop-only", "remove retired tokens whose time is over"); o.Kind != lifecycle.Success {
 			outcome = o

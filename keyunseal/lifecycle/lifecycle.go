@@ -168,8 +168,8 @@ func (k *Kind) UnmarshalText(b []byte) error { return unmarshal(k, kindNames[:],
 type Outcome struct {
 	Kind Kind
 
-	// Expired says that the KEK has expired. It still unwraps then, see
-	// [Config.DenyExpired].
+	// Expired says that the KEK has expired. It still unwraps then; a [Host] that
+	// takes that for a denial says so.
 	Expired bool
 
 	// Answered says that a service answered, with a fault or with "too many

@@ -34,9 +34,6 @@ type Config struct {
 
 	Policy Policy
 
-	// DenyExpired takes an expired KEK for a denial.
-	DenyExpired bool
-
 	// Splay is the longest delay of the first try. Hosts that boot together,
 	// after a power cut, don't ask together then.
 	Splay time.Duration
@@ -265,24 +262,15 @@ func (m *Machine) KeyObtained(now time.Time) {
 	}
 }
 
-// judge counts an attempt, and makes a denial of an expired key where that is
-// wanted.
-func (m *Machine) judge(o Outcome) Outcome {
+// judge counts an attempt.
+func (m *Machine) judge(o Outcome) {
 	m.attempts++
 	if o.Kind == Success {
 		m.expired = o.Expired
-		if o.Expired && m.c.DenyExpired {
-			o.Kind, o.Code = Denied, "KeyExpired"
-			if o.Text == "" {
-				o.Text = "the key has expired, and the volume's policy takes that for a denial"
-			}
-		}
-	}
-	if o.Kind != Success {
+	} else {
 		m.failures++
 		m.last = o
 	}
-	return o
 }
 
 // good is what every success does.
@@ -310,7 +298,7 @@ func (m *Machine) Unsealed(now time.Time, o Outcome) {
 		}
 		return
 	}
-	o = m.judge(o)
+	m.judge(o)
 	idle := Acquiring // what the volume is called between two tries
 	if !m.stopped.IsZero() {
 		idle = Revoked
@@ -381,7 +369,7 @@ func (m *Machine) Probed(now time.Time, o Outcome) {
 	if m.wiped || m.halting || m.erased {
 		return // what it says was overtaken
 	}
-	o = m.judge(o)
+	m.judge(o)
 	if o.Kind == Success {
 		m.good(now)
 		m.watchOffline()

@@ -234,14 +234,6 @@ func TestTransitions(t *testing.T) {
 			{0, "unseal expired", "unlocked: probe at 5s"},
 			{1 * minute, "probe expired", "unlocked: probe at 11m0s"},
 		}},
-		{"expired: a denial, if so wanted", func(c *Config) { c.Rotation, c.Grace, c.DenyExpired = 0, 0, true }, []step{
-			{0, "unseal success", "unlocked: probe at 5s"},
-			{1 * minute, "probe expired", "degraded: probe at 2m0s"},
-			{2 * minute, "probe expired", "degraded: probe at 3m0s"},
-			{4 * minute, "probe expired", "grace: halt"},
-			{4 * minute, "halted", "revoked: unseal at 7m0s"},
-			{7 * minute, "unseal expired", "revoked: unseal at 10m0s"},
-		}},
 		{"integrity while unlocked alarms and goes on", func(c *Config) { c.Rotation = 0 }, []step{
 			{0, "unseal success", "unlocked: probe at 5s"},
 			{1 * minute, "probe integrity", "degraded: probe at 18m30s"},
@@ -351,7 +343,6 @@ func TestInvariants(t *testing.T) {
 			c.Grace = []time.Duration{0, 10 * minute, h, 24 * h}[r.IntN(4)]
 			c.MaxOffline = []time.Duration{0, 0, 30 * minute}[r.IntN(3)]
 			c.Policy = Policy(r.IntN(4))
-			c.DenyExpired = r.IntN(2) == 0
 			c.Phase = r.Float64()
 		})
 		m := New(c, epoch)
@@ -395,9 +386,6 @@ func TestInvariants(t *testing.T) {
 				continue
 			case Unseal, Probe:
 				event = map[Action]string{Unseal: "unseal ", Probe: "probe "}[action] + with
-				if with == "expired" && c.DenyExpired {
-					with = "denied"
-				}
 				switch with {
 				case "success", "expired":
 					lastGood, denials, everGood, commanded = now, 0, true, false
