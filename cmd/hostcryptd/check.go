@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -40,19 +41,37 @@ type checkToken struct {
 }
 
 func (a *app) checkCommand() *cobra.Command {
-	var keys keyFlags
+	var (
+		keys       keyFlags
+		requirePin bool
+	)
 	c := &cobra.Command{
-		Use:   "check DEVICE",
+		Use:   "check DEVICE|NAME",
 		Short: "tell whether a volume would open if this host rebooted now",
 		Long: `check tries every token of the volume, as a boot would, and says what each failure
 would mean. It also looks at the copies of the header, at what this host remembers
 of it, at the recovery keyslots, at when the keys expire, and where the host key
-file is. It changes nothing, and ends with 19 if something is wrong, even if the
+file is. Of a NAME in ` + tabFile + ` it takes the options that say what may
+open the volume, so this is the way to ask about a volume of a boot. It changes nothing, and ends with 19 if something is wrong, even if the
 volume would open by another key.`,
-		Args: oneArg("DEVICE"),
+		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
-			return withHeader(args[0], true, func(d *sector.Device) error {
-				report, err := a.check(c.Context(), &keys, args[0], d)
+			device := args[0]
+			if e, err := named(device); err != nil {
+				return err
+			} else if e != nil {
+				if e.randomKey() {
+					return usagef("volume %s has a key of this boot, not one that could fail at the next", e.unit.Name)
+				}
+				// How it is served is another matter.
+				e.flags = slices.DeleteFunc(e.flags, func(f tabFlag) bool { return c.Flags().Lookup(f.name) == nil })
+				if err := errors.Join(e.apply(c.Flags()), keys.readSigner()); err != nil {
+					return err
+				}
+				device = e.unit.Device
+			}
+			return withHeader(device, true, func(d *sector.Device) error {
+				report, err := a.check(c.Context(), &keys, requirePin, device, d)
 				if err != nil {
 					return err
 				}
@@ -66,12 +85,15 @@ volume would open by another key.`,
 		},
 	}
 	keys.add(c)
+	c.Flags().BoolVar(&requirePin, "require-pin", false, "ask as for a host that serves only volumes it knows")
 	return a.jsonFlag(c)
 }
 
-func (a *app) check(ctx context.Context, keys *keyFlags, device string, d *sector.Device) (*checkReport, error) {
+func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, device string, d *sector.Device) (*checkReport, error) {
 	log := a.cliLog()
-	r, err := sector.Verify(ctx, d, keys.unsealer(log), keys.open(log))
+	o := keys.open(log)
+	o.RequirePin = requirePin
+	r, err := sector.Verify(ctx, d, keys.unsealer(log), o)
 	if err != nil {
 		return nil, err
 	}

@@ -10,7 +10,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -134,16 +133,12 @@ name, of processes that systemd doesn't kill.`,
 			}
 			o.device = args[0]
 			wait := time.Duration(0)
-			if !strings.Contains(o.device, "/") {
-				e, err := lookupOnce(tabFile, o.device)
-				if err == nil {
-					o.device, o.name, wait = e.unit.Device, e.unit.Name, tabDeviceWait
-					o.makesFS = e.unit.MakeFS != ""
-					err = e.apply(c.Flags())
-				} else if _, serr := os.Stat(o.device); serr == nil && (exitCode(err) == codeDevice || errors.Is(err, os.ErrPermission)) {
-					err = nil // a file, and no name
-				}
-				if err != nil {
+			if e, err := named(o.device); err != nil {
+				return err
+			} else if e != nil {
+				o.device, o.name, wait = e.unit.Device, e.unit.Name, tabDeviceWait
+				o.makesFS = e.unit.MakeFS != ""
+				if err := e.apply(c.Flags()); err != nil {
 					return err
 				}
 			}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -301,6 +302,27 @@ func (e *tabEntry) apply(flags *pflag.FlagSet) error {
 		}
 	}
 	return nil
+}
+
+// randomKey tells whether the volume has a key of this boot.
+func (e *tabEntry) randomKey() bool {
+	return slices.ContainsFunc(e.flags, func(f tabFlag) bool { return f.name == "random-key" })
+}
+
+// named returns the entry of an argument that may be a name in the table, or nil
+// if it's a path.
+func named(arg string) (*tabEntry, error) {
+	if strings.Contains(arg, "/") {
+		return nil, nil
+	}
+	e, err := lookupOnce(tabFile, arg)
+	if err == nil {
+		return e, nil
+	}
+	if _, serr := os.Stat(arg); serr == nil && (exitCode(err) == codeDevice || errors.Is(err, os.ErrPermission)) {
+		return nil, nil // a file, and no name
+	}
+	return nil, err
 }
 
 // lookup finds a name in a table.
