@@ -58,6 +58,10 @@ func Inherited(prefix string) (list []net.Listener, stored map[string]*os.File, 
 		syscall.CloseOnExec(fd)
 		f := os.NewFile(uintptr(fd), "LISTEN_FD_"+strconv.Itoa(fd))
 		if i < len(names) && strings.HasPrefix(names[i], prefix) {
+			if stored[names[i]] != nil {
+				f.Close() // of a hand-over that failed; a socket must not be open twice
+				continue
+			}
 			stored[names[i]] = f
 			continue
 		}

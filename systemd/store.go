@@ -21,6 +21,10 @@ func Store(name string, f *os.File) error {
 	return notifyWith("FDSTORE=1\nFDPOLL=0\nFDNAME="+name, f)
 }
 
+// Remove has the service manager close what it keeps under a name. It keeps what
+// it has passed on until then, so that no peer sees a stored socket end.
+func Remove(name string) error { return Notify("FDSTOREREMOVE=1", "FDNAME="+name) }
+
 // Barrier returns when the service manager has taken everything that this
 // process has notified.
 func Barrier(timeout time.Duration) error {

@@ -124,6 +124,7 @@ type keeper struct {
 	args    []string
 	held    map[string]*os.File
 	kernel  []*os.File      // sockets that a server has left
+	stored  []string        // names of what the service manager keeps
 	state   json.RawMessage // nil before there is something to go on with
 
 	active  *child    // serves, or is about to; nil between two
@@ -185,6 +186,7 @@ func (a *app) keep(swap bool, inherited []net.Listener, stored map[string]*os.Fi
 		k.held[fmt.Sprintf("%s%d", heldInherited, i)] = f
 	}
 	for name, f := range stored {
+		k.stored = append(k.stored, name)
 		switch {
 		case name == storedState:
 			if k.state, err = readMemoryFile(f); err != nil {
@@ -593,6 +595,7 @@ func (k *keeper) hasLeft() {
 func (k *keeper) release(c *child) {
 	k.active = c
 	k.cancelWake()
+	k.forgetStored()
 	for name, f := range k.held {
 		k.order(c, keeperOrder{Hold: name}, f)
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -19,6 +20,8 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"hostcryptd/systemd"
 )
 
 // The keeper is tested with a server that serves nothing: it does all that a
@@ -41,7 +44,15 @@ func fakeKeeper() int {
 	}
 	resumed, err := a.resume()
 	if !resumed {
-		err = a.keep(os.Getenv(fakeKeeperEnv) == "standby", nil, nil)
+		if os.Getenv("LISTEN_FDS") != "" {
+			os.Setenv("LISTEN_PID", strconv.Itoa(os.Getpid()))
+		}
+		_, files, err2 := systemd.Inherited(storedPrefix)
+		if err2 != nil {
+			fmt.Println("keeper:", err2)
+			return 1
+		}
+		err = a.keep(os.Getenv(fakeKeeperEnv) == "standby", nil, stored(files))
 	}
 	if silent, ok := errors.AsType[*silentError](err); ok {
 		return silent.code
@@ -152,7 +163,7 @@ type keeperRun struct {
 
 // startKeeper starts a keeper, from a copy of the test binary, which its reload
 // finds again.
-func startKeeper(t *testing.T, behave string) *keeperRun {
+func startKeeper(t *testing.T, behave string, more ...func(*exec.Cmd)) *keeperRun {
 	t.Helper()
 	k := &keeperRun{t: t, dir: t.TempDir(), lines: make(chan string, 1000)}
 	self, err := os.Executable()
@@ -169,6 +180,9 @@ func startKeeper(t *testing.T, behave string) *keeperRun {
 	k.cmd = exec.Command(program)
 	k.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	k.cmd.Env = append(os.Environ(), fakeKeeperEnv+"="+behave, "FAKE_DIR="+k.dir)
+	for _, f := range more {
+		f(k.cmd)
+	}
 	out, err := k.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -268,6 +282,58 @@ func TestKeeper(t *testing.T) {
 			k.end()
 		})
 	}
+}
+
+// TestKeeperStored: what a service manager has kept for a keeper is dropped there.
+// As long as it has the socket, the kernel doesn't see its server die.
+func TestKeeperStored(t *testing.T) {
+	t.Parallel()
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	state, err := memoryFile("state", []byte(`{"version":1,"index":5}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	thing, err := memoryFile("thing", []byte("kept"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, socket := os.NewFile(uintptr(pair[0]), "kernel"), os.NewFile(uintptr(pair[1]), "socket")
+	defer kernel.Close()
+	files := map[string]*os.File{"state": state, "thing": thing, "kernel0": socket}
+	k := startKeeper(t, "plain", func(c *exec.Cmd) {
+		var names []string
+		for name, f := range files {
+			names, c.ExtraFiles = append(names, storedPrefix+name), append(c.ExtraFiles, f)
+		}
+		c.Env = append(c.Env, "NOTIFY_SOCKET="+manager.LocalAddr().String(),
+			"LISTEN_FDS="+strconv.Itoa(len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+	})
+	pid := k.serves(6, false)
+	for manager.SetReadDeadline(time.Now().Add(20 * time.Second)); len(files) > 0; {
+		b := make([]byte, 200)
+		n, err := manager.Read(b)
+		if err != nil {
+			t.Fatalf("%v is still with the service manager: %v", files, err)
+		}
+		if name, ok := strings.CutPrefix(string(b[:n]), "FDSTOREREMOVE=1\nFDNAME="+storedPrefix); ok {
+			files[name].Close()
+			delete(files, name)
+		}
+	}
+	k.kill(pid, unix.SIGKILL)
+	if n, err := kernel.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		t.Errorf("the kernel's end reads %d bytes, %v after the death of the server", n, err)
+	}
+	k.serves(7, true)
+	k.end()
 }
 
 // TestKeeperStops: a server that is killed while it stops leaves the stopping to

@@ -96,16 +96,30 @@ func (k *keeper) store() error {
 	for i, f := range k.kernel {
 		files[fmt.Sprintf("%s%d", heldKernel, i)] = f
 	}
+	k.forgetStored()
 	for name, f := range files {
 		if strings.HasPrefix(name, heldInherited) {
 			continue // the service manager has it
 		}
+		k.stored = append(k.stored, name)
 		if err := systemd.Store(storedPrefix+name, f); err != nil {
 			return err
 		}
 	}
 	// It has received all when it has answered: then they outlive this process.
 	return systemd.Barrier(systemctlTimeout)
+}
+
+// forgetStored has the service manager drop what it keeps. It does not by itself
+// when it has passed it on; and as long as it has the kernel's sockets, the kernel
+// doesn't see that their server has died.
+func (k *keeper) forgetStored() {
+	for _, name := range k.stored {
+		if err := systemd.Remove(storedPrefix + name); err != nil {
+			k.log.Error("the service manager was not told to drop a descriptor; if the server dies, the volume may not be recovered", zap.String("name", name), zap.Error(err))
+		}
+	}
+	k.stored = nil
 }
 
 // stored returns what a keeper before has given to the service manager, by the
