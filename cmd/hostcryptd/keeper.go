@@ -375,6 +375,7 @@ func (k *keeper) proceed() {
 	if k.active != nil {
 		return
 	}
+	k.cancelWake() // keepStandby's too, which would keep standsBy from coming here
 	if c := k.standby; c != nil && c.prepared {
 		k.standby = nil
 		k.release(c)

@@ -79,7 +79,10 @@ func fakeServer() error {
 	if behave == "unprepared" {
 		return errors.New("it can't")
 	}
-	state, err := link.standBy(context.Background(), func() error { return nil })
+	state, err := link.standBy(context.Background(), func() error {
+		fmt.Println("stands by:", os.Getpid())
+		return nil
+	})
 	if errors.Is(err, errNoTurn) {
 		return nil
 	}
@@ -354,6 +357,23 @@ func TestKeeperStops(t *testing.T) {
 	if err := k.cmd.Wait(); err != nil {
 		t.Errorf("the keeper ended with %v", err)
 	}
+}
+
+// TestKeeperBothDie: the server that stands by dies, and before there is another,
+// so does the one that serves.
+func TestKeeperBothDie(t *testing.T) {
+	t.Parallel()
+	k := startKeeper(t, "standby")
+	pid := k.serves(1, true)
+	standby, err := strconv.Atoi(strings.Fields(k.line("stands by:"))[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.kill(standby, unix.SIGKILL)
+	k.line("the server that stood by has died")
+	k.kill(pid, unix.SIGKILL)
+	k.serves(2, true)
+	k.end()
 }
 
 // TestKeeperRollback has a new program fail at each point.
