@@ -21,7 +21,8 @@
 // A denial is believed when it was confirmed: [Config.Confirmations] times over
 // at least [Config.ConfirmSpan], since in a cloud grants take minutes to arrive
 // and a key that is being recovered is missing for seconds. A transient failure
-// between two denials neither confirms nor clears them; a success clears them.
+// between two denials neither confirms nor clears them; a success clears them, and
+// so does a long outage (see [Config]).
 // Then the volume goes on until [Config.Grace] has passed since the last
 // success, and stops.
 //

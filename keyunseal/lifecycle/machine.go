@@ -24,7 +24,8 @@ type Config struct {
 
 	// Confirmations is how many denials, over at least ConfirmSpan, it takes to
 	// believe them. Zero means 3 and 3 min. After a denial the next look is
-	// made after about ConfirmSpan/Confirmations.
+	// made after about ConfirmSpan/Confirmations. A denial that comes too long
+	// after the one before, see [Config.gap], is the first of a new row.
 	Confirmations int
 	ConfirmSpan   time.Duration
 
@@ -46,6 +47,11 @@ type Config struct {
 	// Random returns numbers in [0, 1); nil means math/rand/v2.
 	Random func() float64
 }
+
+// gap is how far apart two denials may be to confirm each other. Between denials
+// that follow at their pace is a third of ConfirmSpan, and 90 s for a look that
+// gets no answer; of these a few may come between.
+func (c *Config) gap() time.Duration { return max(2*c.ConfirmSpan, 10*time.Minute) }
 
 // Limits and defaults of a Config.
 const (
@@ -139,7 +145,8 @@ type Machine struct {
 	lastGood                       time.Time
 	attempts, failures, denials    int
 	refused                        int // transient failures with an answer, in a row
-	firstDenial, stopsAt, stopped  time.Time
+	firstDenial, lastDenial        time.Time
+	stopsAt, stopped               time.Time
 	offline                        bool // MaxOffline is the reason to stop
 	wiped, locked, erased, givenUp bool
 	halting                        bool // a Halt is due
@@ -166,7 +173,7 @@ func Restore(c Config, s Snapshot, wiped bool, now time.Time) *Machine {
 	m := &Machine{
 		c: c, state: s.State, since: s.Since, begun: true, wiped: wiped,
 		lastGood: s.LastGood, attempts: s.Attempts, failures: s.Failures, denials: s.Denials,
-		firstDenial: s.AccessLost, stopsAt: s.StopsAt, stopped: s.Stopped, locked: s.Locked,
+		firstDenial: s.AccessLost, lastDenial: now, stopsAt: s.StopsAt, stopped: s.Stopped, locked: s.Locked,
 		expired: s.Expired, alarm: s.Alarm, nextTry: s.NextTry,
 		last: Outcome{Kind: s.Kind, Class: s.Class, Code: s.Code, RequestID: s.RequestID, Text: s.Reason},
 	}
@@ -383,9 +390,13 @@ func (m *Machine) Probed(now time.Time, o Outcome) {
 	restricted := m.state == Revoked
 	switch o.Kind {
 	case Denied:
+		if m.state != Grace && !restricted && now.Sub(m.lastDenial) > m.c.gap() {
+			m.denials = 0 // what was said before a long outage may not be so any more
+		}
 		if m.denials++; m.denials == 1 {
 			m.firstDenial = now
 		}
+		m.lastDenial = now
 		if m.denials >= m.c.Confirmations && now.Sub(m.firstDenial) >= m.c.ConfirmSpan && !restricted {
 			m.to(Grace, now)
 			m.alarm = true

@@ -188,6 +188,15 @@ func TestTransitions(t *testing.T) {
 			{3 * minute, "probe denied", "degraded: probe at 4m0s"},
 			{5 * minute, "probe denied", "grace: probe at 6m0s"},
 		}},
+		{"denials hours apart don't confirm each other", func(c *Config) { c.Rotation = 0 }, []step{
+			{0, "unseal success", "unlocked: probe at 5s"},
+			{1 * minute, "probe denied", "degraded: probe at 2m0s"},
+			{2 * minute, "probe unreachable", "degraded: probe at 3m0s"},
+			{2 * h, "probe denied", "degraded: probe at 2h1m0s"},
+			{2*h + minute, "probe denied", "degraded: probe at 2h2m0s"},
+			{2*h + 2*minute, "probe denied", "degraded: probe at 2h3m0s"},
+			{2*h + 3*minute, "probe denied", "grace: halt"},
+		}},
 		{"a success clears", func(c *Config) { c.Rotation = 0 }, []step{
 			{0, "unseal success", "unlocked: probe at 5s"},
 			{1 * minute, "probe denied", "degraded: probe at 2m0s"},
