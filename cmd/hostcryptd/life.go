@@ -512,7 +512,11 @@ func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serv
 	runCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
 	go func() { ended <- runner.Run(runCtx) }()
-	stop = func() { cancel(); <-ended }
+	var watching sync.WaitGroup
+	if !d.opts.randomKey {
+		watching.Go(func() { d.watchForVault(runCtx, runner) })
+	}
+	stop = func() { cancel(); <-ended; watching.Wait() }
 
 	var timeout <-chan time.Time
 	if t := d.opts.unsealTimeout; t > 0 {
@@ -539,8 +543,55 @@ func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serv
 		return nil, fmt.Errorf("%s: not unsealed in %v: %w", d.opts.device, d.opts.unsealTimeout, reason())
 	case <-ended:
 		cancel()
+		watching.Wait()
 		return nil, fmt.Errorf("%s: %w", d.opts.device, reason())
 	}
+}
+
+// watchForVault waits for a vault key to be added to a volume that had none, and
+// has it looked at from then on. That a vault key is gone ends nothing: who can
+// write to the disk must not end the looks.
+func (d *daemon) watchForVault(ctx context.Context, runner *lifecycle.Runner) {
+	every := d.opts.life.heartbeat
+	if every <= 0 {
+		every = lifecycle.DefaultHeartbeat
+	}
+	for {
+		d.mu.Lock()
+		remote := d.left.Remote
+		d.mu.Unlock()
+		if remote {
+			return
+		}
+		if err := d.lookForVault(ctx, runner); err != nil && ctx.Err() == nil {
+			d.log.Error("looking whether a vault key was added", zap.Error(err))
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(every):
+		}
+	}
+}
+
+func (d *daemon) lookForVault(ctx context.Context, runner *lifecycle.Runner) error {
+	header, _, err := sector.ReadHeader(ctx, d.device)
+	if err != nil {
+		return err
+	}
+	bits, remote := keySize(sector.KeyTokens(header))
+	if !remote {
+		return nil
+	}
+	c, err := d.opts.life.config(d.uuid, bits, true)
+	if err != nil {
+		return fmt.Errorf("one was, but it can't be watched as this server was started: %w", err)
+	}
+	d.mu.Lock()
+	d.left.Bits, d.left.Remote = bits, true
+	d.mu.Unlock()
+	d.log.Info("a vault key was added to the volume, and is looked at from now on", zap.Duration("heartbeat", c.Heartbeat))
+	return runner.Watch(ctx, c)
 }
 
 // record writes to the log of key use.

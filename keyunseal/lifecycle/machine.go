@@ -528,6 +528,24 @@ func (m *Machine) Unlock(now time.Time) {
 	}
 }
 
+// Watch begins to look at a KEK that could not be taken away before: it takes
+// over Heartbeat, Rotation and MaxOffline of c. What counts from the last success
+// counts from now, since nobody has looked before.
+func (m *Machine) Watch(c Config, now time.Time) {
+	m.c.Heartbeat, m.c.Rotation, m.c.MaxOffline = c.Heartbeat, c.Rotation, c.MaxOffline
+	if m.wiped || m.halting {
+		return // unsealing it plans the rest
+	}
+	m.lastGood = now
+	if m.c.Heartbeat > 0 {
+		m.nextTry = now.Add(m.phase(m.c.Heartbeat))
+	}
+	if m.c.Rotation > 0 {
+		m.nextRotate = now.Add(m.phase(m.c.Rotation))
+	}
+	m.watchOffline()
+}
+
 // Erase is a command: stop now, for good.
 func (m *Machine) Erase(now time.Time) {
 	m.erased, m.lifting, m.givenUp = true, false, false

@@ -59,8 +59,9 @@ type Runner struct {
 }
 
 type command struct {
-	what Action // Halt for Lock, Unseal for Unlock, GiveUp for Erase
-	done chan struct{}
+	what   Action // Halt for Lock, Unseal for Unlock, GiveUp for Erase, Probe for Watch
+	config Config // for Watch
+	done   chan struct{}
 }
 
 // NewRunner returns a Runner that hasn't begun. c has been checked.
@@ -82,16 +83,22 @@ func (r *Runner) Snapshot() Snapshot {
 
 // Lock stops the volume now and wipes its keys; it stays so until Unlock. It
 // returns when that is done, or the error of ctx.
-func (r *Runner) Lock(ctx context.Context) error { return r.command(ctx, Halt) }
+func (r *Runner) Lock(ctx context.Context) error { return r.command(ctx, command{what: Halt}) }
 
 // Unlock takes a Lock back, and tries to unseal now.
-func (r *Runner) Unlock(ctx context.Context) error { return r.command(ctx, Unseal) }
+func (r *Runner) Unlock(ctx context.Context) error { return r.command(ctx, command{what: Unseal}) }
 
 // Erase stops the volume for good.
-func (r *Runner) Erase(ctx context.Context) error { return r.command(ctx, GiveUp) }
+func (r *Runner) Erase(ctx context.Context) error { return r.command(ctx, command{what: GiveUp}) }
 
-func (r *Runner) command(ctx context.Context, what Action) error {
-	c := command{what, make(chan struct{})}
+// Watch begins to look at a KEK that could not be taken away before, see
+// [Machine.Watch]. c has been checked.
+func (r *Runner) Watch(ctx context.Context, c Config) error {
+	return r.command(ctx, command{what: Probe, config: c})
+}
+
+func (r *Runner) command(ctx context.Context, c command) error {
+	c.done = make(chan struct{})
 	select {
 	case r.commands <- c:
 	case <-ctx.Done():
@@ -160,6 +167,8 @@ func (r *Runner) obey(c command) {
 			r.machine.Unlock(now)
 		case GiveUp:
 			r.machine.Erase(now)
+		case Probe:
+			r.machine.Watch(c.config, now)
 		}
 	})
 	r.mu.Lock()

@@ -143,6 +143,33 @@ func TestSuccessIsTold(t *testing.T) {
 	})
 }
 
+// TestWatch: a KEK that nobody could take away becomes one that somebody can.
+func TestWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeHost{unseal: ok, probe: func(context.Context) Outcome { return Outcome{Kind: Denied} }}
+		r, stop := start(t, f, func(c *Config) { c.Heartbeat, c.Rotation = 0, 0 })
+		time.Sleep(24 * time.Hour)
+		if n := f.count("probe") + f.count("rotate"); n != 0 {
+			t.Errorf("%d looks at what can't be taken away", n)
+		}
+		c := Config{Heartbeat: DefaultHeartbeat, Rotation: DefaultRotation}
+		if err := errors.Join(c.Check(), r.Watch(t.Context(), c)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(30 * time.Minute)
+		if s := r.Snapshot(); s.State != Grace || f.count("halt stop") != 0 {
+			t.Errorf("%v half an hour after it was watched first and denied", s.State)
+		}
+		time.Sleep(31 * time.Minute) // the grace period counts from Watch
+		if s := r.Snapshot(); s.State != Revoked || f.count("rotate") == 0 {
+			t.Errorf("%v after the grace period, %d looks for a newer version", s.State, f.count("rotate"))
+		}
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
 // TestRevocation: a key is disabled while all is well; the keys are wiped within
 // heartbeat, confirmation and grace, and the volume goes on when it's enabled.
 func TestRevocation(t *testing.T) {
