@@ -208,7 +208,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		server.Serve(&peerListener{l})
 	}()
 	return func() {
-		l.SetUnlinkOnClose(!d.leaving)
+		l.SetUnlinkOnClose(!d.leaving && !d.unchanged())
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		if server.Shutdown(ctx) != nil {

@@ -32,6 +32,9 @@ type serverState struct {
 	Bits   int                `json:"bits"`   // of the largest RSA key in a vault
 	Remote bool               `json:"remote"` // there is a key in a vault
 	Index  int                `json:"index"`  // of the kernel device
+
+	// Connections is how many sockets that has; 0 from a version that didn't say.
+	Connections int `json:"connections,omitempty"`
 }
 
 const serverStateVersion = 1

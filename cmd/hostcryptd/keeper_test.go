@@ -12,15 +12,20 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/keyunseal/lifecycle"
+	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/sector"
 	"hostcryptd/systemd"
 )
 
@@ -426,5 +431,86 @@ func TestStateVersion(t *testing.T) {
 	}
 	if s, err := parseState(nil); s != nil || err != nil {
 		t.Errorf("parseState(nil) = %v, %v", s, err)
+	}
+}
+
+// TestFailsBeforeServing: a server that was to go on with a volume and fails before
+// it serves leaves the key to the next try, and doesn't say that the service stops.
+func TestFailsBeforeServing(t *testing.T) {
+	dir := t.TempDir()
+	image := filepath.Join(dir, "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := packetConn(os.NewFile(uintptr(pair[0]), "server"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, err := packetConn(os.NewFile(uintptr(pair[1]), "keeper"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	server := func() *daemon {
+		o := serveOptions{device: image, attach: "auto", randomKey: true, sectorSize: 4096, connections: 1, control: filepath.Join(dir, "control")}
+		o.keys.auditLog = "none"
+		o.life.add(&cobra.Command{}) // what is the default
+		return &daemon{opts: o, log: zap.NewNop(), index: nbdnl.FirstFree, finished: make(chan struct{}), detach: make(chan *os.File, 1),
+			link: &keeperLink{conn: theirs, held: map[string]*os.File{}}}
+	}
+	first := server()
+	if first.device, err = first.openDevice(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(first.openHandover(), first.openRandom()); err != nil {
+		t.Fatal(err)
+	}
+	// The kernel here has no nbd, or no such device.
+	state := serverState{Version: serverStateVersion, Volume: first.volume.State(), Life: lifecycle.Snapshot{State: lifecycle.Unlocked}, Index: 1 << 19, Connections: 1}
+	if err := errors.Join(first.volume.Leave(), first.device.Close()); err != nil {
+		t.Fatal(err)
+	}
+	next := server()
+	next.goesOn = true
+	for range 2 { // device and key
+		var m keeperMessage
+		f, err := receivePacket(ours, &m)
+		if err != nil || f == nil {
+			t.Fatalf("received %+v, %v", m, err)
+		}
+		next.link.held[m.Hold] = f
+	}
+	fd, err := unix.FcntlInt(next.link.held[heldKey].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := next.run(t.Context(), &state); err == nil || !strings.Contains(err.Error(), "--attach") {
+		t.Fatalf("run() = %v, want that it can't attach", err)
+	}
+	h, err := sector.OpenHandover(os.NewFile(uintptr(fd), "key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	if !h.HasKey() {
+		t.Error("the key is gone")
+	}
+	theirs.Close()
+	for {
+		var m keeperMessage
+		f, err := receivePacket(ours, &m)
+		if err != nil {
+			break
+		}
+		if f != nil {
+			f.Close()
+		}
+		if slices.Contains(m.Notify, systemd.Stopping) || m.Over {
+			t.Errorf("it said %+v", m)
+		}
 	}
 }

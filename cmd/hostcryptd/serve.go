@@ -218,6 +218,7 @@ name, of processes that systemd doesn't kill.`,
 				if err != nil {
 					return err
 				}
+				d.goesOn = goOn != nil
 				if inherited, err = link.inheritedListeners(); err != nil {
 					return err
 				}
@@ -237,11 +238,11 @@ name, of processes that systemd doesn't kill.`,
 			go d.watch(watching)
 			err = d.run(ctx, goOn)
 			stopWatching()
-			if o.initrd && o.name != "" && !d.leaving {
+			if o.initrd && o.name != "" && !d.leaving && !d.unchanged() {
 				os.Remove(filepath.Join(initrdDir, o.name)) // from here on it's the service's again
 			}
 			d.log.Sync()
-			if !d.leaving && (goOn == nil || d.served) {
+			if !d.leaving && !d.unchanged() {
 				// Else it's up to the keeper to try again.
 				_ = link.send(keeperMessage{Over: true}, nil)
 			}
@@ -282,6 +283,7 @@ type daemon struct {
 	link     *keeperLink      // nil without a kernel device
 	handover *sector.Handover // the same
 	served   bool             // has been ready
+	goesOn   bool             // it began with the state of another server
 	leaving  bool             // another server goes on
 	stopLife func()           // ends the life of the key
 	memory   *nbd.Memory      // made by prepare, or nil
@@ -335,7 +337,7 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 		return err
 	}
 	defer func() {
-		if !d.leaving { // else it was closed
+		if !d.leaving && !d.unchanged() { // else it was closed, or ends with the process
 			err = errors.Join(err, d.device.Close())
 		}
 	}()
@@ -397,6 +399,9 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	d.stopLife = sync.OnceFunc(end)
 	defer func() {
 		d.stopLife()
+		if d.unchanged() {
+			return
+		}
 		if d.leaving {
 			err = errors.Join(err, d.volume.Leave())
 			return
@@ -419,12 +424,22 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, server.Close()) }()
+	defer func() {
+		if !d.unchanged() {
+			err = errors.Join(err, server.Close())
+		}
+	}()
 	d.mu.Lock()
 	d.server = server
 	d.mu.Unlock()
 	return d.serve(ctx)
 }
+
+// unchanged tells whether this server ends before it serves, where another had
+// served. The keeper tries again: the key stays for the next one, and the requests
+// that the kernel may have sent here are not answered. Their sockets end with this
+// process, and the kernel sends them again.
+func (d *daemon) unchanged() bool { return d.goesOn && !d.served }
 
 // readHeader reads what is to be known before the volume is unsealed.
 func (d *daemon) readHeader(ctx context.Context) error {
@@ -510,14 +525,21 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	clientCtx, stopClients := context.WithCancelCause(context.WithoutCancel(ctx))
 	serveCtx, stopServing := context.WithCancelCause(context.WithoutCancel(ctx))
 	var clients, serving sync.WaitGroup // serving: the kernel
-	failed := make(chan error, 2+len(d.inherited)+d.opts.connections)
+	if !d.goesOn || d.left.Connections == 0 {
+		d.mu.Lock()
+		d.left.Connections = d.opts.connections
+		d.mu.Unlock()
+	} else if d.left.Connections != d.opts.connections {
+		d.log.Warn("the kernel device keeps its number of sockets; --connections counts when it is attached anew", zap.Int("sockets", d.left.Connections))
+	}
+	failed := make(chan error, 2+len(d.inherited)+d.left.Connections)
 
 	var (
 		k       *kernelDevice
 		claimed *os.File // k, opened exclusively: nobody uses it
 	)
 	defer func() {
-		if d.leaving {
+		if d.leaving || d.unchanged() {
 			return
 		}
 		// Stop reading, answer what was accepted, flush; then the caller wipes
@@ -669,7 +691,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		d.serveKernel(ctx, server, serving, failed)
 	}
 	if again {
-		for range d.opts.connections - len(left) {
+		for range d.left.Connections - len(left) {
 			if err := d.reconnect(ctx, k, serving, failed); err != nil {
 				conn.Close()
 				return nil, fmt.Errorf("--attach: %w", err)
@@ -683,6 +705,9 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	d.attached, d.index = k.path(), k.index
 	d.mu.Unlock()
 	if err := nbdnl.WaitReady(ctx, k.index, uint64(size)); err != nil {
+		if d.unchanged() {
+			return nil, errors.Join(fmt.Errorf("--attach: %w", err), conn.Close())
+		}
 		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach(nil))
 	}
 	if again {
