@@ -125,6 +125,10 @@ func (d *daemon) openHandover() (err error) {
 		d.handover, err = sector.OpenHandover(f)
 		return err
 	}
+	if d.goesOn {
+		d.keyLost = true
+		d.log.Error("the keeper has lost the key of the volume; I/O waits until it is unsealed again", zap.Bool("random_key", d.opts.randomKey))
+	}
 	if d.handover, err = sector.NewHandover(); err != nil {
 		return err
 	}
@@ -134,7 +138,7 @@ func (d *daemon) openHandover() (err error) {
 // goOn makes the volume of the server before.
 func (d *daemon) goOn(s *serverState) error {
 	mode := sector.SuspendRefuse
-	if s.Life.Policy == lifecycle.Freeze && !s.Life.Locked {
+	if (s.Life.Policy == lifecycle.Freeze || d.keyLost) && !s.Life.Locked {
 		mode = sector.SuspendWait
 	}
 	v, err := sector.Continue(d.device, s.Volume, d.handover, mode)
@@ -206,13 +210,16 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 	d.mu.Lock()
 	d.left.Life = d.life.Snapshot()
 	d.mu.Unlock()
-	stopClients(errStopping)
-	clients.Wait()
 	begun := time.Now()
-	if !d.volume.Suspended() {
+	// Else requests may wait for a key. The kernel sends them again when its sockets
+	// die with this process.
+	if d.parked = d.volume.Suspended(); !d.parked {
+		stopClients(errStopping)
+		clients.Wait()
+		begun = time.Now()
 		stopKernel(nbd.ErrLeave)
 		kernel.Wait()
-	} // else requests may wait for a key; the kernel sends them again when its sockets die
+	}
 	drained := time.Since(begun)
 	d.pushState()
 	var errs []error

@@ -266,9 +266,9 @@ func (k *keeper) signal(s os.Signal) {
 	switch {
 	case s == unix.SIGHUP:
 		k.reload(false)
-	case s == unix.SIGTERM && k.next == nil && k.stop == nil && k.active != nil && k.active.ready && restartJob(k.log):
+	case s == unix.SIGTERM && k.next == nil && k.stop == nil && k.active != nil && k.active.ready && restartJob(k.log, k.storeSize()):
 		k.reload(true)
-	case s == unix.SIGTERM && k.active == nil && k.state != nil && restartJob(k.log):
+	case s == unix.SIGTERM && k.active == nil && k.state != nil && restartJob(k.log, k.storeSize()):
 		// This version can't go on with the state; the next one may.
 		if err := k.store(); err != nil {
 			k.log.Error("the service manager can't keep what the next server needs; this process goes on", zap.Error(err))
@@ -597,27 +597,35 @@ func (k *keeper) release(c *child) {
 	k.active = c
 	k.cancelWake()
 	k.forgetStored()
+	ok := true
 	for name, f := range k.held {
-		k.order(c, keeperOrder{Hold: name}, f)
+		ok = k.order(c, keeperOrder{Hold: name}, f) && ok
 	}
 	for i, f := range k.kernel {
-		k.order(c, keeperOrder{Hold: fmt.Sprintf("%s%d", heldKernel, i)}, f)
+		ok = k.order(c, keeperOrder{Hold: fmt.Sprintf("%s%d", heldKernel, i)}, f) && ok
 		// Only the server may have it: the kernel sees by its end that it died.
 		f.Close()
 	}
 	k.kernel = nil
 	c.state = k.state
+	if !ok {
+		c.process.Kill() // it must not go on without what it didn't get
+		return
+	}
 	k.order(c, keeperOrder{Go: true, State: k.state}, nil)
 	if k.stop != nil {
 		c.process.Signal(k.stop)
 	}
 }
 
-// order tells a server something. One that has died is found out elsewhere.
-func (k *keeper) order(c *child, o keeperOrder, f *os.File) {
-	if err := sendPacket(c.link, o, f); err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+// order tells a server something, and whether it could. One that has died is found
+// out elsewhere.
+func (k *keeper) order(c *child, o keeperOrder, f *os.File) bool {
+	err := sendPacket(c.link, o, f)
+	if err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
 		k.log.Error("a server was not told", zap.Error(err))
 	}
+	return err == nil
 }
 
 // dropStandby ends the server that stands by.

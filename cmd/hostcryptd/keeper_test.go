@@ -514,3 +514,52 @@ func TestFailsBeforeServing(t *testing.T) {
 		}
 	}
 }
+
+// TestKeyLost: without the key of the server before, requests wait instead of failing.
+func TestKeyLost(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[1])
+	conn, err := packetConn(os.NewFile(uintptr(pair[0]), "server"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	image := filepath.Join(t.TempDir(), "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{opts: serveOptions{device: image}, log: zap.NewNop(), link: &keeperLink{conn: conn}, goesOn: true}
+	if d.device, err = sector.OpenDevice(image, sector.DeviceOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	defer d.device.Close()
+	if err := errors.Join(d.openHandover(), d.goOn(&serverState{Volume: sector.State{Size: 1 << 20, Sector: 4096}, Life: lifecycle.Snapshot{State: lifecycle.Unlocked, Policy: lifecycle.Stop}})); err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan error, 1)
+	go func() {
+		_, err := d.volume.ReadAt(make([]byte, 4096), 0)
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		t.Errorf("a read ended with %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	if err := d.volume.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-read; !errors.Is(err, sector.ErrClosed) {
+		t.Errorf("the read ended with %v after the volume was closed", err)
+	}
+}
+
+func TestStoreSize(t *testing.T) {
+	k := &keeper{held: map[string]*os.File{heldDevice: nil, heldKey: nil, heldInherited + "0": nil}, state: json.RawMessage(`{"version":1,"connections":4}`)}
+	if n := k.storeSize(); n != 7 {
+		t.Errorf("%d descriptors, want the state, device, key, and 4 sockets", n)
+	}
+}

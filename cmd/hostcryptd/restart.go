@@ -3,10 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -55,8 +57,8 @@ func systemctl(args ...string) (string, error) {
 }
 
 // restartJob tells whether the service manager stops this process in order to
-// start it again, and keeps descriptors meanwhile.
-func restartJob(log *zap.Logger) bool {
+// start it again, and keeps that many descriptors meanwhile.
+func restartJob(log *zap.Logger, need int) bool {
 	unit := unitName()
 	if os.Getenv("NOTIFY_SOCKET") == "" || unit == "" {
 		return false
@@ -75,11 +77,25 @@ func restartJob(log *zap.Logger) bool {
 		return false
 	}
 	max, err := systemctl("show", "--property=FileDescriptorStoreMax", "--value", unit)
-	if err != nil || max == "" || max == "0" {
-		log.Warn("the unit keeps no descriptors (FileDescriptorStoreMax=), so the restart is a stop and a start", zap.Error(err))
+	if n, _ := strconv.Atoi(max); err != nil || n < need {
+		// It would take some and drop the others, without a word to this process.
+		log.Warn("the unit can't keep what the next server needs (FileDescriptorStoreMax=), so the restart is a stop and a start", zap.Int("descriptors", need), zap.String("max", max), zap.Error(err))
 		return false
 	}
 	return true
+}
+
+// storeSize tells how many descriptors store is going to give away.
+func (k *keeper) storeSize() int {
+	n := 1 // the state
+	for name := range k.held {
+		if !strings.HasPrefix(name, heldInherited) {
+			n++
+		}
+	}
+	var s serverState
+	_ = json.Unmarshal(k.state, &s) // of whatever version
+	return n + max(len(k.kernel), s.Connections, 1)
 }
 
 // store gives all that is held to the service manager.

@@ -285,6 +285,8 @@ type daemon struct {
 	served   bool             // has been ready
 	goesOn   bool             // it began with the state of another server
 	leaving  bool             // another server goes on
+	parked   bool             // requests waited for a key when it left
+	keyLost  bool             // there should have been one in handover
 	stopLife func()           // ends the life of the key
 	memory   *nbd.Memory      // made by prepare, or nil
 
@@ -399,7 +401,7 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	d.stopLife = sync.OnceFunc(end)
 	defer func() {
 		d.stopLife()
-		if d.unchanged() {
+		if d.abrupt() {
 			return
 		}
 		if d.leaving {
@@ -425,7 +427,7 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 		return err
 	}
 	defer func() {
-		if !d.unchanged() {
+		if !d.abrupt() {
 			err = errors.Join(err, server.Close())
 		}
 	}()
@@ -434,6 +436,10 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	d.mu.Unlock()
 	return d.serve(ctx)
 }
+
+// abrupt tells whether this process ends as if it were killed, and answers no
+// request any more: an answer would be an error.
+func (d *daemon) abrupt() bool { return d.unchanged() || d.leaving && d.parked }
 
 // unchanged tells whether this server ends before it serves, where another had
 // served. The keeper tries again: the key stays for the next one, and the requests
