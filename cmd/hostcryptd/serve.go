@@ -283,6 +283,7 @@ type daemon struct {
 	link     *keeperLink      // nil without a kernel device
 	handover *sector.Handover // the same
 	served   bool             // has been ready
+	gone     bool             // the kernel device is
 	goesOn   bool             // it began with the state of another server
 	leaving  bool             // another server goes on
 	parked   bool             // requests waited for a key when it left
@@ -445,7 +446,7 @@ func (d *daemon) abrupt() bool { return d.unchanged() || d.leaving && d.parked }
 // served. The keeper tries again: the key stays for the next one, and the requests
 // that the kernel may have sent here are not answered. Their sockets end with this
 // process, and the kernel sends them again.
-func (d *daemon) unchanged() bool { return d.goesOn && !d.served }
+func (d *daemon) unchanged() bool { return d.goesOn && !d.served && !d.gone }
 
 // readHeader reads what is to be known before the volume is unsealed.
 func (d *daemon) readHeader(ctx context.Context) error {
@@ -589,6 +590,10 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	}
 	if d.opts.attach != "" {
 		k, err = d.attachKernel(serveCtx, &serving, failed)
+		if d.gone {
+			d.log.Info("stopping, as the kernel device was detached while there was no server")
+			return nil
+		}
 		d.pushState()
 		if err != nil {
 			return err
@@ -684,6 +689,11 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		// A server and its keeper have died, and the kernel still waits.
 		d.log.Warn("going on with a kernel device whose server has died", zap.String("attached", nbdnl.Path(found)))
 		d.index = found
+	}
+	if d.goesOn && nbdnl.Detached(d.index, cfg.Backend) {
+		// By another program, or by the server before just before it died.
+		d.gone = true
+		return nil, conn.Close()
 	}
 	d.tellUdev()
 	k := &kernelDevice{conn: conn, index: d.index}

@@ -190,3 +190,22 @@ func TestAnnounce(t *testing.T) {
 		t.Errorf("the kernel was told %q, %v", b, err)
 	}
 }
+
+func TestDetached(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		has  map[string]string
+		want bool
+	}{
+		{"attached", map[string]string{"size": "8", "pid": "1", "backend": "ours\n"}, false},
+		{"detached", map[string]string{"size": "0"}, true},
+		{"another's", map[string]string{"size": "8", "pid": "1", "backend": "other\n"}, true},
+		{"somebody's", map[string]string{"size": "8", "pid": "1"}, false},
+		{"no sysfs", nil, false},
+	} {
+		fakeSysfs(t, tt.has)
+		if got := Detached(3, "ours"); got != tt.want {
+			t.Errorf("%s: %v", tt.name, got)
+		}
+	}
+}

@@ -167,6 +167,23 @@ func Announce(index int) error {
 	return nil
 }
 
+// Detached tells whether a device that was attached with a backend string is not
+// any more. It is false where that can't be known: without sysfs, and of a device
+// that somebody else has attached without such a string.
+func Detached(index int, backend string) bool {
+	if _, err := os.Stat(attribute(index, "size")); err != nil {
+		return false
+	}
+	// Both go with the last user of a device that has no sockets any more
+	// (nbd_config_put of Linux).
+	b, err := os.ReadFile(attribute(index, "backend"))
+	if err == nil {
+		return strings.TrimSpace(string(b)) != backend
+	}
+	_, perr := os.Stat(attribute(index, "pid"))
+	return errors.Is(err, os.ErrNotExist) && errors.Is(perr, os.ErrNotExist)
+}
+
 // Find returns the index of the device that was attached with a backend string,
 // or FirstFree.
 func Find(backend string) int {
