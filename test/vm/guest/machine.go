@@ -39,9 +39,6 @@ type machine struct {
 	// The scenario kills servers, so the kernel is expected to say that it lost a
 	// connection. Everything else counts.
 	reconnects bool
-	// Several servers start at once here, on an emulated machine: a request may
-	// take longer than the 5 s after which the kernel says so. It does nothing else.
-	slow bool
 
 	vault    *exec.Cmd
 	hangUp   io.Closer // its standard input, whose end ends it

@@ -275,7 +275,7 @@ func powerCutWrite(m *machine) error {
 	if err := c.recover(acked); err != nil {
 		return err
 	}
-	if err := kernelComplaints(false, false); err != nil {
+	if err := kernelComplaints(false); err != nil {
 		return err
 	}
 	if err := errors.Join(c.mount(), c.openSlots()); err != nil {

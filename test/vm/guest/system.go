@@ -263,7 +263,6 @@ func runLateVault() error {
 // systemVolumes looks at a machine that has booted with /var, swap and a data
 // volume in its tables.
 func systemVolumes(m *machine) error {
-	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
@@ -501,7 +500,6 @@ func lastLine(name string) (int, error) {
 // stops, and that ends only when systemd-shutdown kills what is left. So /var is
 // unmounted after that.
 func systemBusy(m *machine) error {
-	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
@@ -522,7 +520,6 @@ func systemBusy(m *machine) error {
 // systemAfter finds what systemBusy's machine has left: file systems that need no
 // repair, with all that was written.
 func systemAfter(m *machine) error {
-	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
@@ -573,7 +570,6 @@ func logCanaries(canary string) map[string]string {
 // systemLogs has the system's own services write the canary to /var: journald,
 // an application with its log, and systemd-coredump.
 func systemLogs(m *machine) error {
-	m.slow = true
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
