@@ -755,7 +755,13 @@ func systemWatchdog(m *machine) error {
 		return errors.New("a write still waits 90 s after the server was stopped, whose watchdog waits 8 s")
 	}
 	m.figure("I/O goes on after the server hung", time.Since(begun).Seconds(), "s")
-	if after, _, err = pids(); err != nil {
+	// The write is done before the service says that it is ready.
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		if after, _, err = pids(); err == nil && after["ActiveState"] == "active" || time.Now().After(end) {
+			break
+		}
+	}
+	if err != nil {
 		return err
 	}
 	if after["ActiveState"] != "active" || after["NRestarts"] == "0" {
