@@ -80,8 +80,7 @@ func (v *Volume) BeginWrite(p []byte, off int64, fua bool) (fd int, at int64, ti
 		v.leave()
 		return 0, 0, 0, false
 	}
-	// Held until EndWrite: a write of a part of one of these sectors would
-	// otherwise read what is about to be replaced.
+	// Held until EndWrite, see rangeLock.
 	if ticket, ok = v.ranges.try(off, off+int64(len(p))); !ok {
 		v.leave()
 		return 0, 0, 0, false

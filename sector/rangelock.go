@@ -2,10 +2,13 @@ package sector
 
 import "sync"
 
-// A rangeLock orders writes that overlap. A write of whole sectors holds its
-// range shared: two of them may overlap, and the disk decides which is last. A
-// write of a part of a sector reads the sector before it writes it, and holds
-// it exclusively, or it would put back what another write has just replaced.
+// A rangeLock keeps writes that overlap from being under way at the same time. A
+// write of a part of a sector reads the sector before it writes it, and would put
+// back what another write has just replaced. And a write of whole sectors may
+// be there twice: with several connections the kernel sends one that has taken 30 s
+// again on another (drivers/block/nbd.c, nbd_xmit_timeout). The first must have
+// ended before the second is answered, or it would end on top of what was written
+// after that.
 //
 // Ranges are granted in the order in which they were asked for, so nobody
 // starves. The list is searched linearly: it is as long as there are writes
@@ -18,24 +21,23 @@ type rangeLock struct {
 }
 
 type span struct {
-	ticket    uint64
-	from, to  int64
-	exclusive bool
+	ticket   uint64
+	from, to int64
 }
 
 func (a span) conflicts(b span) bool {
-	return a.from < b.to && b.from < a.to && (a.exclusive || b.exclusive)
+	return a.from < b.to && b.from < a.to
 }
 
 // lock waits for [from, to) and returns the ticket for unlock.
-func (l *rangeLock) lock(from, to int64, exclusive bool) uint64 {
+func (l *rangeLock) lock(from, to int64) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.freed.L == nil {
 		l.freed.L = &l.mu
 	}
 	l.ticket++
-	mine := span{l.ticket, from, to, exclusive}
+	mine := span{l.ticket, from, to}
 	l.held = append(l.held, mine)
 	for l.blocked(mine) {
 		l.freed.Wait()
@@ -43,11 +45,11 @@ func (l *rangeLock) lock(from, to int64, exclusive bool) uint64 {
 	return mine.ticket
 }
 
-// try is lock with a range held shared, if it can be had at once.
+// try is lock, if the range can be had at once.
 func (l *rangeLock) try(from, to int64) (ticket uint64, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	mine := span{l.ticket + 1, from, to, false}
+	mine := span{l.ticket + 1, from, to}
 	for _, h := range l.held {
 		if h.conflicts(mine) {
 			return 0, false

@@ -17,10 +17,10 @@
 //
 // # Concurrency
 //
-// A Volume serves any number of goroutines. Writes that touch a part of a
-// sector are read-modify-write and exclude other writes of that sector; reads
-// and writes of whole sectors that overlap in time are not ordered, as on any
-// disk.
+// A Volume serves any number of goroutines. A write waits for those before it that
+// touch one of its sectors: a part of a sector is read, changed and written, and
+// a write that a client sends again must not be overtaken by itself. Reads are
+// not ordered with writes of the same time, as on any disk.
 //
 // # Durability
 //

@@ -922,16 +922,16 @@ func TestExtent(t *testing.T) {
 	}
 }
 
-// TestRangeLockOrder checks that a waiting exclusive range is not overtaken by
-// later ones that conflict with it, and that others pass.
+// TestRangeLockOrder checks that a waiting range is not overtaken by later ones
+// that conflict with it, and that others pass.
 func TestRangeLockOrder(t *testing.T) {
 	var l rangeLock
-	first := l.lock(0, 10, false)
-	var exclusive atomic.Bool
+	first := l.lock(0, 10)
+	var second atomic.Bool
 	got := make(chan uint64)
 	go func() {
-		ticket := l.lock(5, 15, true)
-		exclusive.Store(true)
+		ticket := l.lock(5, 15)
+		second.Store(true)
 		got <- ticket
 	}()
 	for { // until it waits
@@ -943,11 +943,11 @@ func TestRangeLockOrder(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	l.unlock(l.lock(20, 30, true)) // does not conflict
+	l.unlock(l.lock(20, 30)) // does not conflict
 	later := make(chan bool)
 	go func() {
-		ticket := l.lock(9, 12, false)
-		later <- exclusive.Load()
+		ticket := l.lock(11, 12)
+		later <- second.Load()
 		l.unlock(ticket)
 	}()
 	select {
@@ -958,7 +958,72 @@ func TestRangeLockOrder(t *testing.T) {
 	l.unlock(first)
 	l.unlock(<-got)
 	if !<-later {
-		t.Error("the later range came before the exclusive one")
+		t.Error("the later range came before the one that waited")
+	}
+}
+
+// A slowDisk lets a write begin when told to.
+type slowDisk struct {
+	*sectortest.Disk
+	writes chan bool // each, before it begins
+	begin  chan bool
+}
+
+func (d *slowDisk) WriteAt(p []byte, off int64) (int, error) {
+	d.writes <- true
+	<-d.begin
+	return d.Disk.WriteAt(p, off)
+}
+
+// TestWritesOverlap: of two writes of the same sectors, each longer than a
+// buffer, the later one begins when the whole of the first one has ended. One of
+// other sectors waits for neither.
+func TestWritesOverlap(t *testing.T) {
+	d := &slowDisk{format(t, 4096, 16<<20), make(chan bool), make(chan bool)}
+	v := open1(t, d, OpenOptions{})
+	var running sync.WaitGroup
+	finish := sync.OnceFunc(func() {
+		close(d.begin)
+		go func() {
+			for range d.writes {
+			}
+		}()
+		running.Wait()
+	})
+	t.Cleanup(finish)
+	const parts = 3
+	old, new := alignedBytes(parts*largeBuffer), alignedBytes(parts*largeBuffer)
+	for i := range new {
+		new[i] = 1
+	}
+	write := func(p []byte, off int64) {
+		running.Go(func() {
+			if _, err := v.WriteAt(p, off); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	write(old, 0)
+	<-d.writes
+	write(new, 0)
+	for range parts - 1 {
+		select {
+		case <-d.writes:
+			t.Fatal("a write began while another of the same sectors was under way")
+		case <-time.After(30 * time.Millisecond):
+		}
+		d.begin <- true
+		<-d.writes
+	}
+	write(old[:4096], 8<<20)
+	<-d.writes // though the others have not ended
+	finish()
+	got := alignedBytes(len(new))
+	if _, err := v.ReadAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, new) {
+		t.Error("what is there is not what was written last")
 	}
 }
 

@@ -346,8 +346,10 @@ func (v *Volume) writeAt(p []byte, off int64, write writeFunc) (int, error) {
 type writeFunc func(p []byte, off int64) (int, error)
 
 // write encrypts p, or zeros if p is nil, to the sectors of e, a buffer at a
-// time.
+// time. No other write comes between the buffers.
 func (v *Volume) write(p []byte, e extent, write writeFunc) error {
+	ticket := v.ranges.lock(e.from, e.to)
+	defer v.ranges.unlock(ticket)
 	for e.len() > 0 {
 		buf := v.bufs.get(e.to - e.from)
 		part, rest := e.head(int64(len(buf)))
@@ -370,8 +372,6 @@ var zeros [largeBuffer]byte
 
 // writePart writes one extent whose sectors fit in buf.
 func (v *Volume) writePart(buf, src []byte, e extent, write writeFunc) error {
-	ticket := v.ranges.lock(e.from, e.to, !e.whole())
-	defer v.ranges.unlock(ticket)
 	if src == nil {
 		src = zeros[:e.len()]
 	}
@@ -457,7 +457,7 @@ func (v *Volume) trim(e extent) error {
 	if from == to {
 		return nil
 	}
-	ticket := v.ranges.lock(from, to, false)
+	ticket := v.ranges.lock(from, to)
 	defer v.ranges.unlock(ticket)
 	err := v.b.Discard(v.offset+from, to-from)
 	if errors.Is(err, errors.ErrUnsupported) {
