@@ -106,6 +106,7 @@ install: build ## install binary, manual, completions, units and udev rules unde
 	install -D -m 644 systemd/initrd/initrd.sh $(DESTDIR)$(PREFIX)/lib/hostcryptd/initrd.sh
 	install -D -m 755 systemd/initrd/initrd-lines $(DESTDIR)$(PREFIX)/lib/hostcryptd/initrd-lines
 	install -D -m 755 systemd/initrd/initramfs-hook $(DESTDIR)$(PREFIX)/share/initramfs-tools/hooks/hostcryptd
+	install -D -m 644 systemd/initrd/initramfs-conf $(DESTDIR)$(PREFIX)/share/initramfs-tools/conf-hooks.d/zz-hostcryptd
 	install -D -m 755 systemd/initrd/initramfs-local-top $(DESTDIR)$(PREFIX)/share/initramfs-tools/scripts/local-top/hostcryptd
 	install -D -m 755 systemd/initrd/dracut-module-setup.sh $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/95hostcryptd/module-setup.sh
 	install -m 755 systemd/initrd/dracut-hook.sh $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/95hostcryptd/hostcryptd.sh

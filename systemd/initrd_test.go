@@ -42,10 +42,13 @@ other /dev/sdc - x-initrd.attachment
 	if err != nil {
 		t.Fatal(err)
 	}
+	var warnings strings.Builder
 	run := func(args ...string) string {
 		t.Helper()
 		cmd := exec.CommandContext(t.Context(), "sh", append([]string{"initrd/initrd-lines"}, args...)...)
 		cmd.Env = append(os.Environ(), "HOSTCRYPTTAB="+tab)
+		warnings.Reset()
+		cmd.Stderr = &warnings
 		out, err := cmd.Output()
 		if err != nil {
 			t.Fatalf("initrd-lines %q: %v", args, err)
@@ -64,6 +67,11 @@ other /dev/sdc - x-initrd.attachment
 		}
 	}
 	files := strings.Split(run("--files", "x-initrd.attach"), "\n")
+	for _, want := range []string{"the host key of root", "the private key of the identity of root"} {
+		if !strings.Contains(warnings.String(), want) {
+			t.Errorf("initrd-lines --files warns %q, want %q", warnings.String(), want)
+		}
+	}
 	for _, want := range []string{key, "/etc/id.pem", "/etc/cloud.json", "/etc/hosts"} {
 		found := false
 		for _, f := range files {

@@ -120,6 +120,7 @@ func TestInstall(t *testing.T) {
 		"usr/lib/hostcryptd/initrd.sh":                                 "-rw-r--r--",
 		"usr/lib/hostcryptd/initrd-lines":                              "-rwxr-xr-x",
 		"usr/share/initramfs-tools/hooks/hostcryptd":                   "-rwxr-xr-x",
+		"usr/share/initramfs-tools/conf-hooks.d/zz-hostcryptd":         "-rw-r--r--",
 		"usr/share/initramfs-tools/scripts/local-top/hostcryptd":       "-rwxr-xr-x",
 		"usr/lib/dracut/modules.d/95hostcryptd/module-setup.sh":        "-rwxr-xr-x",
 		"usr/lib/dracut/modules.d/95hostcryptd/hostcryptd.sh":          "-rwxr-xr-x",
