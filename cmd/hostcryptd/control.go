@@ -139,6 +139,10 @@ func (d *daemon) serveControl() (stop func(), err error) {
 			return
 		}
 		<-d.finished
+		if d.leaving { // the request came with another for a new server, and was too late
+			http.Error(w, "another server goes on with the volume; ask that one", http.StatusConflict)
+			return
+		}
 		if d.result != nil {
 			http.Error(w, d.result.Error(), http.StatusInternalServerError)
 			return
