@@ -1218,7 +1218,7 @@ func (c *conn) execute(r *request) uint32 {
 	case r.cmd == cmdWriteZeroes:
 		err = c.dev.WriteZeroes(off, int64(r.length), fua)
 	}
-	return errorNumber(full(n, want, err))
+	return c.s.outcome(r, full(n, want, err))
 }
 
 // writeAt is WriteAt of the device, which may encrypt p in place.

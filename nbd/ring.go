@@ -345,7 +345,7 @@ func (l *ringLoop) end(r *request) {
 	} else {
 		n, err = l.dev.EndWrite(r.buf, int64(r.off), r.flags&cmdFlagFUA != 0, r.ticket, r.io.done, r.io.err)
 	}
-	r.errno = errorNumber(full(n, len(r.buf), err))
+	r.errno = l.c.s.outcome(r, full(n, len(r.buf), err))
 	if r.cmd == cmdWrite {
 		l.c.releaseBuf(r)
 	}

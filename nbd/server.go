@@ -20,7 +20,8 @@ import (
 
 // Config holds the limits of a server. The zero value is fit for use.
 type Config struct {
-	// Log is told about connections of ServeListener. Nil is silence.
+	// Log is told about connections of ServeListener, and about errors of
+	// devices: of the first, and then at most every 10 s. Nil is silence.
 	Log *zap.Logger
 
 	// Arena is the size in bytes of the memory for payloads, at least
@@ -132,6 +133,8 @@ type Server struct {
 	procs   int
 	engine  Engine
 	epoch   time.Time
+
+	faults faults
 
 	mu       sync.Mutex // guards what follows
 	open     int        // connections, including those in the handshake
