@@ -1230,21 +1230,34 @@ func (c *conn) writeAt(p []byte, off int64) (int, error) {
 	if !ok {
 		return c.dev.WriteAt(p, off)
 	}
-	done := 0
-	var err error
-	for done < len(p) && err == nil {
+	done, err := transfer(cmdWrite, false, fd, p, at)
+	return c.async.EndWrite(p, off, false, ticket, done, err)
+}
+
+// transfer reads or writes all of p, with fua durably, by system calls that
+// wait. At the end of the file it moves less, without an error.
+func transfer(cmd uint16, fua bool, fd int, p []byte, at int64) (done int, err error) {
+	for done < len(p) {
 		var n int
-		n, err = unix.Pwrite(fd, p[done:], at+int64(done))
+		switch rest, at := p[done:], at+int64(done); {
+		case cmd == cmdRead:
+			n, err = unix.Pread(fd, rest, at)
+		case fua:
+			n, err = unix.Pwritev2(fd, [][]byte{rest}, at, unix.RWF_DSYNC)
+		default:
+			n, err = unix.Pwrite(fd, rest, at)
+		}
 		switch {
 		case err == unix.EINTR:
-			err = nil
-		case err == nil && n == 0:
-			err = syscall.EIO
-		case err == nil:
+		case err != nil:
+			return done, err
+		case n == 0:
+			return done, nil
+		default:
 			done += n
 		}
 	}
-	return c.async.EndWrite(p, off, false, ticket, done, err)
+	return done, nil
 }
 
 // flush sends the replies that are due, unless another worker is at it, which

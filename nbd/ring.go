@@ -84,6 +84,7 @@ type ringIO struct {
 	at    int64
 	done  int // bytes
 	again int // how often it was put off
+	plain bool
 	err   error
 }
 
@@ -212,7 +213,12 @@ func (l *ringLoop) work(w *worker) {
 				c.wakeOne()
 			}
 			c.mu.Unlock()
-			errno := c.execute(r)
+			var errno uint32
+			if r.io.plain {
+				errno = l.plainly(r)
+			} else {
+				errno = c.execute(r)
+			}
 			if r.cmd == cmdWrite {
 				c.releaseBuf(r)
 			}
@@ -308,7 +314,11 @@ func (l *ringLoop) reap() {
 			l.kicked.Store(false) // what came before is seen by news
 		case tagCancel:
 		default:
-			l.completed(&l.c.slots[e.Data], int(e.Result))
+			result := int(e.Result)
+			if fault := l.c.s.fault; fault != nil {
+				result = fault(result)
+			}
+			l.completed(&l.c.slots[e.Data], result)
 		}
 	}
 }
@@ -330,22 +340,43 @@ func (l *ringLoop) completed(r *request, result int) {
 		r.io.again++
 		l.again.push(r)
 		return
+	case errno == syscall.EAGAIN, errno == syscall.ECANCELED, errno == syscall.ENOMEM, errno == syscall.EOPNOTSUPP:
+		// io_uring has given up on it, and the device may not have seen it: the
+		// kernel was short of memory or of a thread, or the device can't be
+		// asked without waiting. A worker asks the device.
+		r.io.plain = true
+		l.aside.push(r)
+		return
 	default:
 		r.io.err = errno
 	}
 	l.end(r)
 }
 
-// end does what comes after the I/O.
-func (l *ringLoop) end(r *request) {
-	l.onDevice--
+// plainly does the I/O of a request that io_uring has given up on, or the rest
+// of it, and what comes after.
+func (l *ringLoop) plainly(r *request) uint32 {
+	var n int
+	n, r.io.err = transfer(r.cmd, r.flags&cmdFlagFUA != 0, r.io.fd, r.buf[r.io.done:], r.io.at+int64(r.io.done))
+	r.io.done += n
+	return l.outcome(r)
+}
+
+// outcome does what comes after the I/O, and returns the NBD error.
+func (l *ringLoop) outcome(r *request) uint32 {
 	n, err := 0, error(nil)
 	if r.cmd == cmdRead {
 		n, err = l.dev.EndRead(r.buf, int64(r.off), r.io.done, r.io.err)
 	} else {
 		n, err = l.dev.EndWrite(r.buf, int64(r.off), r.flags&cmdFlagFUA != 0, r.ticket, r.io.done, r.io.err)
 	}
-	r.errno = l.c.s.outcome(r, full(n, len(r.buf), err))
+	return l.c.s.outcome(r, full(n, len(r.buf), err))
+}
+
+// end ends a request whose I/O was done by io_uring.
+func (l *ringLoop) end(r *request) {
+	l.onDevice--
+	r.errno = l.outcome(r)
 	if r.cmd == cmdWrite {
 		l.c.releaseBuf(r)
 	}
@@ -467,10 +498,10 @@ func (l *ringLoop) start() bool {
 // prepare does what comes before the I/O. It returns false if a worker has to
 // run the request.
 func (l *ringLoop) prepare(r *request) (ok bool) {
+	r.io = ringIO{}
 	if r.sync || r.length == 0 || r.length > asyncMax {
 		return false
 	}
-	r.io = ringIO{}
 	switch r.cmd {
 	case cmdRead:
 		r.io.fd, r.io.at, ok = l.dev.BeginRead(r.buf, int64(r.off))

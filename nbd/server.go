@@ -135,6 +135,7 @@ type Server struct {
 	epoch   time.Time
 
 	faults faults
+	fault  func(result int) int // if set by a test, changes what io_uring says of the device
 
 	mu       sync.Mutex // guards what follows
 	open     int        // connections, including those in the handshake
