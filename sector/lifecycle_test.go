@@ -321,20 +321,20 @@ func TestSlowToken(t *testing.T) {
 	if err := opens(t, d, ring(a, b), OpenOptions{HeadStart: 20 * time.Millisecond}); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(begun); took < 20*time.Millisecond || took > 2*time.Second {
+	if took := time.Since(begun); took < 20*time.Millisecond || took > 10*time.Second {
 		t.Errorf("opened after %v", took)
 	}
 	// Without another, it's bounded and says so.
 	begun = time.Now()
 	err := opens(t, d, ring(a), OpenOptions{TryTimeout: 50 * time.Millisecond})
-	if err == nil || !strings.Contains(err.Error(), "no answer in 50ms") || time.Since(begun) > 2*time.Second {
+	if err == nil || !strings.Contains(err.Error(), "no answer in 50ms") || time.Since(begun) > 10*time.Second {
 		t.Errorf("%v after %v", err, time.Since(begun))
 	}
 	// A caller who gives up isn't kept.
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
 	defer cancel()
 	begun = time.Now()
-	if _, err := Open(ctx, d, ring(a).unseal, OpenOptions{}); err == nil || time.Since(begun) > 2*time.Second {
+	if _, err := Open(ctx, d, ring(a).unseal, OpenOptions{}); err == nil || time.Since(begun) > 10*time.Second {
 		t.Errorf("%v after %v", err, time.Since(begun))
 	}
 	// One after the other while they answer: no vault is asked without need.
