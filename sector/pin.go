@@ -85,11 +85,20 @@ func (d PinDir) Load(volume string) (*Pin, error) {
 
 // Raise is as [Pins] says.
 func (d PinDir) Raise(volume string, p Pin) error {
+	return d.RaiseWith(volume, p, func() {})
+}
+
+// RaiseWith is Raise, and calls first before that, under the same lock: no other
+// process writes a pin of this host at that time. Where there is no directory that
+// could be locked, first is called all the same.
+func (d PinDir) RaiseWith(volume string, p Pin, first func()) error {
 	unlock, err := d.lock()
 	if err != nil {
+		first()
 		return err
 	}
 	defer unlock()
+	first()
 	old, err := d.Load(volume)
 	if err != nil {
 		return err
@@ -102,11 +111,20 @@ func (d PinDir) Raise(volume string, p Pin) error {
 
 // Set is as [Pins] says.
 func (d PinDir) Set(volume string, p Pin) error {
+	return d.SetWith(volume, p, func() error { return nil })
+}
+
+// SetWith is Set, and calls first before that, under the same lock. After an error
+// of first it does no more.
+func (d PinDir) SetWith(volume string, p Pin, first func() error) error {
 	unlock, err := d.lock()
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	if err := first(); err != nil {
+		return err
+	}
 	return d.write(volume, p)
 }
 
@@ -115,7 +133,15 @@ func (d PinDir) Remove(volume string) (bool, error) {
 	if !uuidForm.MatchString(volume) {
 		return false, fmt.Errorf("pin: %q is not a UUID", volume)
 	}
-	err := os.Remove(d.Path(volume))
+	if _, err := os.Stat(string(d)); errors.Is(err, fs.ErrNotExist) {
+		return false, nil // nor is a directory made for it
+	}
+	unlock, err := d.lock()
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	err = os.Remove(d.Path(volume))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}

@@ -80,6 +80,13 @@ func (p *hostPins) Load(volume string) (*sector.Pin, error) {
 // Raise is as [sector.Pins] says. Where the TPM can't be told, the file knows, and
 // the next time that the volume is opened tells the TPM.
 func (p *hostPins) Raise(volume string, pin sector.Pin) error {
+	return p.PinDir.RaiseWith(volume, pin, func() { p.raiseTPM(volume, pin) })
+}
+
+// raiseTPM is Raise for the TPM. It's called under the lock on the pins: if another
+// process wrote to the TPM between what is read here and what is written, the older
+// of the two generations could be the last.
+func (p *hostPins) raiseTPM(volume string, pin sector.Pin) {
 	known, _ := p.PinDir.Load(volume)
 	chip, err := p.loadTPM(volume)
 	if err == nil && (chip == nil || chip.Fingerprint == pin.Fingerprint && chip.Generation < pin.Generation) {
@@ -91,11 +98,14 @@ func (p *hostPins) Raise(volume string, pin sector.Pin) error {
 	if err != nil {
 		p.log.Warn("the TPM does not hold the newest header of this volume; the host's file of it does", zap.String("volume", volume), zap.Error(err))
 	}
-	return p.PinDir.Raise(volume, pin)
 }
 
 // Set is as [sector.Pins] says.
 func (p *hostPins) Set(volume string, pin sector.Pin) error {
+	return p.PinDir.SetWith(volume, pin, func() error { return p.setTPM(volume, pin) })
+}
+
+func (p *hostPins) setTPM(volume string, pin sector.Pin) error {
 	if _, err := p.storeTPM(volume, pin); err != nil {
 		e, ok := errors.AsType[*keyunseal.Error](err)
 		chip, lerr := p.loadTPM(volume)
@@ -105,7 +115,7 @@ func (p *hostPins) Set(volume string, pin sector.Pin) error {
 		}
 		p.log.Warn("the TPM can't remember this volume; the host's file of it does", zap.String("volume", volume), zap.Error(err))
 	}
-	return p.PinDir.Set(volume, pin)
+	return nil
 }
 
 // Remove forgets a volume, and says where it was remembered.
