@@ -71,14 +71,19 @@ func (c *tpmConn) Send(command []byte) ([]byte, error) {
 	if d, ok := c.ctx.Deadline(); ok && d.Before(limit) {
 		limit = d
 	}
+	var busy []byte
 	for wait := 5 * time.Millisecond; ; wait *= 2 {
 		response, err := c.exchange(command, limit)
+		if busy != nil && errors.Is(err, context.DeadlineExceeded) {
+			return busy, nil // which says more
+		}
 		if err != nil {
 			return nil, err
 		}
 		switch binary.BigEndian.Uint32(response[6:]) {
 		case rcRetry, rcYielded, rcTesting:
 			if time.Until(limit) > wait && c.ctx.Err() == nil {
+				busy = response
 				time.Sleep(wait)
 				continue
 			}
