@@ -161,13 +161,16 @@ func testRewrapLatency(t *testing.T, double *vaulttest.Server) {
 			t.Fatalf("%s: %d requests: too few to tell anything", kind, len(took[kind]))
 		}
 		slices.Sort(took[kind])
-		t.Logf("%-8s %6d requests: median %7v, 99 %% %8v, 99.9 %% %8v, longest %8v", kind, len(took[kind]),
-			p(kind, 0.5).Round(time.Microsecond), p(kind, 0.99).Round(time.Microsecond), p(kind, 0.999).Round(time.Microsecond), p(kind, 1).Round(time.Microsecond))
+		t.Logf("%-8s %6d requests: median %7v, 95 %% %8v, 99 %% %8v, 99.9 %% %8v, longest %8v", kind, len(took[kind]),
+			p(kind, 0.5).Round(time.Microsecond), p(kind, 0.95).Round(time.Microsecond), p(kind, 0.99).Round(time.Microsecond), p(kind, 0.999).Round(time.Microsecond), p(kind, 1).Round(time.Microsecond))
 	}
 	// A step would be the time of a header update, tens of milliseconds on a disk,
-	// in every rewrap. One request may be unlucky on a machine that is shared.
-	if with, without := p(rewraps, 0.99), p(checks, 0.99); with > 3*without+20*time.Millisecond {
-		t.Errorf("99 of 100 requests take up to %v during a rewrap, and %v during a check", with, without)
+	// in every rewrap. At a thousand requests in a second, one of 10 ms takes in more
+	// than one in twenty of those of a rewrap, which lasts 170 ms. One in a hundred
+	// may be unlucky on a machine that is shared: beside four other tests they took
+	// up to 16 ms during a rewrap, and 2 ms during a check.
+	if with, without := p(rewraps, 0.95), p(checks, 0.95); with > 3*without+10*time.Millisecond {
+		t.Errorf("95 of 100 requests take up to %v during a rewrap, and %v during a check", with, without)
 	}
 	if with, without := p(rewraps, 1), p(checks, 1); with > 500*time.Millisecond+2*without {
 		t.Errorf("a request took %v during a rewrap, and none more than %v during a check", with, without)
