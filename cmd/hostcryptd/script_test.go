@@ -178,16 +178,24 @@ func cmdWaitLog(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Fatalf("%s never had %q, it has:\n%s", args[0], args[1], b)
 }
 
+// codeLimit is what a command gets that is about to fail. A serve that doesn't would
+// go on for ever.
+const codeLimit = 2 * time.Minute
+
 // code N COMMAND... runs a command, and fails unless its exit code is N.
 func cmdCode(ts *testscript.TestScript, neg bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
-	err = ts.Exec(args[1], args[2:]...)
+	limit := []string{"--foreground", "--kill-after=10", strconv.Itoa(int(codeLimit.Seconds()))}
+	err = ts.Exec("timeout", append(limit, args[1:]...)...)
 	got := 0
 	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		got = exit.ExitCode()
 	} else {
 		ts.Check(err)
+	}
+	if got == 124 {
+		ts.Fatalf("it had not ended after %v, and should have with exit code %d", codeLimit, want)
 	}
 	if got != want {
 		ts.Fatalf("exit code %d, want %d", got, want)
