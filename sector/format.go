@@ -157,6 +157,9 @@ func verifyWritten(b Backing, uuid string, k *keys, recoveryKey []byte) error {
 	return nil
 }
 
+// IsUUID tells whether s has the form that the UUID of a volume has.
+func IsUUID(s string) bool { return uuidForm.MatchString(s) }
+
 var uuidForm = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 
 // newHeader checks the options against the device, and lays out the volume.

@@ -146,10 +146,22 @@ func repairHeader(ctx context.Context, b Backing, found luks2.Copies, readOnly b
 	return found.Describe() + "; it was repaired", true
 }
 
+// CheckUUID returns [ErrAuth] if what a header has for a UUID is none. File names are
+// made of it, before anything can authenticate it.
+func CheckUUID(h *luks2.Header) error {
+	if !IsUUID(h.UUID) {
+		return fmt.Errorf("%w: %.40q in the header is not the UUID of a volume", ErrAuth, h.UUID)
+	}
+	return nil
+}
+
 // supported returns the volume token of a header that this version can serve.
 func supported(h *luks2.Header) (*volumeToken, error) {
 	_, v, err := findVolumeToken(h)
 	if err != nil {
+		return nil, err
+	}
+	if err := CheckUUID(h); err != nil {
 		return nil, err
 	}
 	if err := h.CheckRequirements(); err != nil {

@@ -170,7 +170,7 @@ func (k *keyFlags) recordChange(event, volume, detail string, err error) {
 // only asked for something that can't be meant.
 func (k *keyFlags) changed(ctx context.Context, d *sector.Device, event, detail string, err error) {
 	volume := ""
-	if h, _, err := sector.ReadHeader(ctx, d); err == nil {
+	if h, _, err := sector.ReadHeader(ctx, d); err == nil && sector.CheckUUID(h) == nil {
 		volume = h.UUID
 	}
 	k.recordChange(event, volume, detail+" on "+d.Name(), err)

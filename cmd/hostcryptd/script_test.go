@@ -23,6 +23,7 @@ import (
 
 	"hostcryptd/keyunseal"
 	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/sector/luks2"
 )
 
 // TestMain lets the test binary be hostcryptd when a script calls it by that
@@ -100,6 +101,8 @@ func params(dir string) testscript.Params {
 			"size":       cmdSize,
 			"noise":      cmdNoise,
 			"poke":       cmdPoke,
+			"splice":     cmdSplice,
+			"setuuid":    cmdSetUUID,
 			"waitfor":    cmdWaitFor,
 			"waitstatus": cmdWaitStatus,
 			"waitlog":    cmdWaitLog,
@@ -137,6 +140,44 @@ func cmdPoke(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	_, err = f.WriteAt([]byte(args[2]), off)
 	ts.Check(errors.Join(err, f.Close()))
+}
+
+// splice FILE FROM N puts token N of another header into the one of a file, as
+// somebody does who can write to the disk and has no key.
+func cmdSplice(ts *testscript.TestScript, neg bool, args []string) {
+	from, err := os.Open(ts.MkAbs(args[1]))
+	ts.Check(err)
+	defer from.Close()
+	old, _, err := luks2.Read(from)
+	ts.Check(err)
+	id, err := strconv.Atoi(args[2])
+	ts.Check(err)
+	forge(ts, args[0], func(h *luks2.Header) {
+		if h.Tokens[id] = old.Tokens[id]; h.Tokens[id] == nil {
+			ts.Fatalf("%s has no token %d", args[1], id)
+		}
+	})
+}
+
+// setuuid FILE TEXT puts a text into the place of a header's UUID.
+func cmdSetUUID(ts *testscript.TestScript, neg bool, args []string) {
+	forge(ts, args[0], func(h *luks2.Header) { h.UUID = args[1] })
+}
+
+// forge changes both copies of a file's header, and makes their checksums right.
+func forge(ts *testscript.TestScript, file string, change func(h *luks2.Header)) {
+	f, err := os.OpenFile(ts.MkAbs(file), os.O_RDWR, 0)
+	ts.Check(err)
+	defer f.Close()
+	h, _, err := luks2.Read(f)
+	ts.Check(err)
+	change(h)
+	for _, off := range []uint64{0, h.Size} {
+		b, err := h.Encode(off)
+		ts.Check(err)
+		_, err = f.WriteAt(b, int64(off))
+		ts.Check(err)
+	}
 }
 
 // waitfor SOCKET waits until somebody listens on a socket.

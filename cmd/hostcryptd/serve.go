@@ -456,6 +456,9 @@ func (d *daemon) readHeader(ctx context.Context) error {
 	})
 	h, _, err := sector.ReadHeader(ctx, d.device)
 	locked.Stop()
+	if err == nil {
+		err = sector.CheckUUID(h)
+	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", d.opts.device, err)
 	}
