@@ -214,11 +214,11 @@ type conn struct {
 		polls [2]unix.PollFd
 	}
 
-	// raw is the connection if it is a socket that isn't encrypted. Its reader,
-	// or its ringLoop, then reads from sock, a descriptor of our own: the
-	// connection may be closed by others meanwhile, and its number be given to
-	// something else. event is an eventfd that interrupts.
-	raw         syscall.RawConn
+	// socket is the connection if it is a socket that isn't encrypted. Its reader,
+	// or its ringLoop, reads from sock, which is the descriptor of socket and our
+	// own: the connection may be closed by others meanwhile, and its number be
+	// given to something else. event is an eventfd that interrupts.
+	socket      *Socket
 	sock, event int
 
 	// Used by the sender only: the worker that has set sending.
@@ -300,41 +300,31 @@ func newConn(ctx context.Context, s *Server, ses session, in *input) (*conn, err
 		c.abort(nil)
 		return nil, fmt.Errorf("nbd: preparing the connection: %w", err)
 	}
-	if c.async != nil && c.raw != nil && s.engine == EngineURing && c.async.Async() {
+	if c.async != nil && c.socket != nil && s.engine == EngineURing && c.async.Async() {
 		c.ring = newRingLoop(c, c.async)
 	}
 	return c, nil
 }
 
-// openSocket fills in raw, sock and event if the connection is a socket.
+// openSocket fills in socket, sock and event if the connection is a socket that
+// isn't encrypted, and has nc mean that from now on.
 func (c *conn) openSocket() (err error) {
-	switch nc := c.nc.(type) {
-	case *net.UnixConn:
-		c.raw, err = nc.SyscallConn()
-	case *net.TCPConn:
-		c.raw, err = nc.SyscallConn()
-	default:
+	c.sock, err = duplicate(c.nc)
+	if errors.Is(err, errors.ErrUnsupported) {
 		return nil // TLS, which is not the kernel's
 	}
 	if err != nil {
 		return err
 	}
-	_, isUnix := c.nc.(*net.UnixConn)
-	if e := c.raw.Control(func(fd uintptr) {
-		if isUnix {
-			enlarge(int(fd))
-		}
-		c.sock, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
-	}); e != nil {
-		err = e
-	}
-	if err != nil {
-		return os.NewSyscallError("fcntl", err)
+	if domain, err := unix.GetsockoptInt(c.sock, unix.SOL_SOCKET, unix.SO_DOMAIN); err == nil && domain == unix.AF_UNIX {
+		enlarge(c.sock)
 	}
 	if c.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		unix.Close(c.sock)
 		return os.NewSyscallError("eventfd", err)
 	}
+	c.socket = newSocket(c.sock)
+	c.nc, c.reader.in.nc = c.socket, c.socket
 	c.reader.polls = [2]unix.PollFd{{Fd: int32(c.sock), Events: unix.POLLIN}, {Fd: int32(c.event), Events: unix.POLLIN}}
 	return nil
 }
@@ -343,8 +333,8 @@ func (c *conn) openSocket() (err error) {
 func (c *conn) closeSocket() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.raw != nil {
-		unix.Close(c.sock)
+	if c.socket != nil {
+		_ = c.socket.Close()
 		unix.Close(c.event)
 		c.sock, c.event = -1, -1
 	}
@@ -478,7 +468,7 @@ func (c *conn) shutdown() {
 // interrupt ends the wait of the reader for the socket, for good. c.ctx is done,
 // or about to be. Callers hold mu.
 func (c *conn) interrupt() {
-	if c.raw != nil {
+	if c.socket != nil {
 		_, _ = unix.Write(c.event, one)
 	} else {
 		_ = c.nc.SetReadDeadline(longAgo)
@@ -800,7 +790,7 @@ func (c *conn) readRest() error {
 // read reads once.
 func (c *conn) read() error {
 	rd := &c.reader
-	if c.raw != nil {
+	if c.socket != nil {
 		leaving := c.leaving()
 		if leaving && c.rest() == 0 {
 			return ErrLeave
@@ -1330,6 +1320,10 @@ func (c *conn) write(iov [][]byte) error {
 	defer c.sendSince.Store(0)
 	if c.sender.gather != nil {
 		return c.gatherWrite(iov)
+	}
+	if c.socket != nil {
+		_, err := c.socket.send(iov)
+		return err
 	}
 	c.sender.bufs = iov
 	_, err := c.sender.bufs.WriteTo(c.nc)

@@ -28,7 +28,11 @@ func TestLeave(t *testing.T) {
 		handover = 60
 	)
 	h := newHarness(t, nbd.Config{Grace: 20 * time.Second, InFlight: 4}, nbd.Export{Device: nbdtest.NewDevice(users*room, false)})
-	kernel, server := socketpair(t)
+	kernel, conn := socketpair(t)
+	server, err := nbd.NewSocket(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer kernel.Close()
 
 	type reply struct {
@@ -155,7 +159,9 @@ func TestLeave(t *testing.T) {
 			t.Fatal(err)
 		}
 		server.Close()
-		server = next.(*net.UnixConn)
+		if server, err = nbd.NewSocket(next); err != nil {
+			t.Fatal(err)
+		}
 	}
 	close(stop)
 	done := make(chan struct{})

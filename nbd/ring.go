@@ -580,10 +580,6 @@ func (l *ringLoop) reply() (room bool) {
 	}
 }
 
-func appendVector(iov []unix.Iovec, p []byte) []unix.Iovec {
-	return append(iov, unix.Iovec{Base: unsafe.SliceData(p), Len: uint64(len(p))})
-}
-
 // send gives the socket as much of iov as it takes.
 func (l *ringLoop) send() error {
 	c := l.c
@@ -605,16 +601,7 @@ func (l *ringLoop) send() error {
 			return os.NewSyscallError("sendmsg", errno)
 		}
 		c.sendSince.Store(0)
-		for n > 0 {
-			v := &l.iov[l.sent]
-			k := min(uint64(n), v.Len)
-			n -= uintptr(k)
-			if v.Len -= k; v.Len > 0 {
-				v.Base = (*byte)(unsafe.Add(unsafe.Pointer(v.Base), k))
-			} else {
-				l.sent++
-			}
-		}
+		l.sent += takeVectors(l.iov[l.sent:], uint64(n))
 	}
 	return nil
 }

@@ -277,6 +277,11 @@ func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
 // matches [io.EOF] when the client just went away, and [context.Cause] of ctx
 // after a cancellation. It doesn't close conn, but may leave deadlines set.
 func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
+	return s.serve(ctx, conn, false)
+}
+
+// serve is Serve. With own, conn is the server's, which may close it.
+func (s *Server) serve(ctx context.Context, conn net.Conn, own bool) error {
 	key, limited, err := s.checkPeer(conn)
 	if err != nil {
 		s.mu.Lock()
@@ -298,12 +303,20 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
 	case err != nil:
 		return err
 	}
+	if own {
+		// Else, with TLS say, it goes on as it is.
+		if sock, err := NewSocket(in.nc); err == nil {
+			defer sock.Close()
+			in.nc = sock
+		}
+	}
 	return s.transmission(ctx, *ses, in)
 }
 
 // ServeTransmission is Serve without a handshake. It is for the other end of a
-// socket that the kernel got from package nbdnl. What came after ctx was done
-// is left unread: the kernel sends it again on the next socket.
+// socket that the kernel got from package nbdnl, which is best made a [Socket].
+// What came after ctx was done is left unread: the kernel sends it again on the
+// next socket.
 //
 // With [ErrLeave] as the cause of ctx, the socket stays fit for use: the request
 // of which a part was read is read to its end, everything that was read is
@@ -374,7 +387,7 @@ func (s *Server) ServeListener(ctx context.Context, ln net.Listener) error {
 		}
 		conns.Go(func() {
 			defer conn.Close()
-			err := s.Serve(ctx, conn)
+			err := s.serve(ctx, conn, true)
 			switch {
 			case err == nil, errors.Is(err, io.EOF), ctx.Err() != nil:
 				s.cfg.Log.Debug("connection ended", zap.Error(err))

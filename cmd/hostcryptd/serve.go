@@ -291,7 +291,7 @@ type daemon struct {
 	stopLife func()           // ends the life of the key
 	memory   *nbd.Memory      // made by prepare, or nil
 
-	leftSockets []*net.UnixConn // of the kernel, guarded by mu; in use by nobody
+	leftSockets []*nbd.Socket // of the kernel, guarded by mu; in use by nobody
 
 	// detach receives a request to stop, with the kernel device opened
 	// exclusively, or nil if there is none. finished is closed when the volume
@@ -782,14 +782,20 @@ func (d *daemon) reconnect(ctx context.Context, k *kernelDevice, serving *sync.W
 // serveKernel serves a connection of the kernel.
 func (d *daemon) serveKernel(ctx context.Context, server *net.UnixConn, serving *sync.WaitGroup, failed chan<- error) {
 	serving.Go(func() {
-		err := d.server.ServeTransmission(ctx, server, d.exportName())
+		sock, err := nbd.NewSocket(server)
+		if err != nil {
+			server.Close()
+			failed <- &kernelConnError{err}
+			return
+		}
+		err = d.server.ServeTransmission(ctx, sock, d.exportName())
 		if errors.Is(err, nbd.ErrLeave) {
 			d.mu.Lock()
 			defer d.mu.Unlock()
-			d.leftSockets = append(d.leftSockets, server)
+			d.leftSockets = append(d.leftSockets, sock)
 			return
 		}
-		server.Close()
+		sock.Close()
 		if ctx.Err() != nil {
 			return
 		}

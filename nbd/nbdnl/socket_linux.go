@@ -18,7 +18,7 @@ const socketBuffer = 4 << 20
 
 // Socketpair makes a connection between the kernel and a server in this
 // process: kernel is for [Conn.Connect] or [Conn.Reconfigure], server for
-// nbd.Server.ServeTransmission. The caller closes both.
+// nbd.NewSocket and nbd.Server.ServeTransmission. The caller closes both.
 //
 // A Unix socket is used because its send path takes no lock that memory
 // reclaim could need, which a TCP socket on the same machine does.
