@@ -174,12 +174,29 @@ func (b *bench) temp(parent string) (string, error) {
 }
 
 // startAll starts the servers that take part on a medium.
-func (b *bench) startAll(c config, dir string, direct bool) (out []*server, err error) {
-	for _, p := range c.peers {
-		if direct && !p.direct {
-			continue
+func (b *bench) startAll(ps []peer, size int64, dir string, direct bool) (out []*server, err error) {
+	if direct {
+		ps = slices.DeleteFunc(slices.Clone(ps), func(p peer) bool { return !p.direct })
+	}
+	var files []string
+	for _, p := range ps {
+		file, err := b.image(p, dir, size)
+		if err != nil {
+			return nil, err
 		}
-		s, err := b.start(p, dir, c.size, direct)
+		if file != "" {
+			files = append(files, file)
+		}
+	}
+	chunk := int64(1 << 20)
+	if direct {
+		chunk = 1 << 40 // each file in one piece
+	}
+	if err := spread(files, chunk); err != nil {
+		return nil, err
+	}
+	for _, p := range ps {
+		s, err := b.start(p, dir, size, direct)
 		if err != nil {
 			return nil, err
 		}
@@ -230,7 +247,7 @@ func (b *bench) tmpfs(c config, r *result) error {
 		return err
 	}
 	started := len(b.cleanup)
-	servers, err := b.startAll(c, dir, false)
+	servers, err := b.startAll(c.peers, c.size, dir, false)
 	if err != nil {
 		return err
 	}
@@ -280,7 +297,7 @@ func (b *bench) realDisk(c config, r *result) error {
 	if err != nil {
 		return err
 	}
-	servers, err := b.startAll(c, dir, true)
+	servers, err := b.startAll(c.peers, c.size, dir, true)
 	if err != nil {
 		return err
 	}

@@ -47,10 +47,11 @@ func (b *bench) profile(c config, r *result) error {
 	if err != nil {
 		return err
 	}
-	s, err := b.start(peers[0], dir, c.size, false)
+	servers, err := b.startAll(peers[:1], c.size, dir, false)
 	if err != nil {
 		return err
 	}
+	s := servers[0]
 	columns := make([]map[string]float64, len(profiled))
 	var rates []float64
 	for i, l := range profiled {
