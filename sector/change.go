@@ -104,6 +104,13 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header) error)
 	}
 	u.h = h
 	u.generation++
+	if u.o.Changed != nil {
+		known, err := newKnown(h, v, u.opened)
+		if err != nil {
+			return true, err
+		}
+		u.o.Changed(known)
+	}
 	if u.o.Pins != nil {
 		if err := u.o.Pins.Raise(h.UUID, Pin{u.fingerprint, u.generation}); err != nil {
 			return true, fmt.Errorf("%w: %w", errNotNoted, err)

@@ -148,11 +148,13 @@ type State struct {
 	Tweak    uint64 `json:"tweak"`
 	ReadOnly bool   `json:"read_only"`
 	Discard  bool   `json:"discard"`
+
+	Known *Known `json:"known,omitempty"` // nil also from a version that didn't say
 }
 
 // State returns the volume's.
 func (v *Volume) State() State {
-	return State{v.uuid, v.label, v.Token(), v.offset, v.size, v.sector, v.tweak, v.readOnly, v.discard}
+	return State{v.uuid, v.label, v.Token(), v.offset, v.size, v.sector, v.tweak, v.readOnly, v.discard, v.known.Load().short()}
 }
 
 // Continue makes the volume again whose State another process has left, on the
@@ -185,6 +187,7 @@ func Continue(b Backing, s State, h *Handover, mode SuspendMode) (*Volume, error
 	if h.mem.failed.Load() != 0 {
 		v.flush.fail()
 	}
+	v.known.Store(s.Known)
 	if c == nil {
 		v.keys = nil
 		if mode == SuspendWait {

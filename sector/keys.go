@@ -136,6 +136,19 @@ func unwrapDEK(volumeKey *[VolumeKeySize]byte, w wrappedDEK, dek *[dekSize]byte,
 // programs, label and flags are left out, so that cryptsetup may change them.
 // FORMAT.md has an example.
 func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, v *volumeToken) ([]byte, error) {
+	list, err := authenticated(h, v)
+	if err != nil {
+		return nil, err
+	}
+	key := deriveKey(volumeKey, h.UUID, purposeMAC)
+	defer clear(key)
+	mac := hmac.New(sha256.New, key)
+	mac.Write(fields(list...))
+	return mac.Sum(nil), nil
+}
+
+// authenticated is what headerMAC is computed of.
+func authenticated(h *luks2.Header, v *volumeToken) ([]string, error) {
 	list := []string{fmt.Sprintf("hostcryptd v%d header", v.Version), h.UUID}
 	number := func(n uint64) { list = append(list, strconv.FormatUint(n, 10)) }
 
@@ -190,12 +203,7 @@ func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, v *volumeToken) 
 			list = append(list, "signature", s.KeyID, s.Algorithm, s.Value)
 		}
 	}
-
-	key := deriveKey(volumeKey, h.UUID, purposeMAC)
-	defer clear(key)
-	mac := hmac.New(sha256.New, key)
-	mac.Write(fields(list...))
-	return mac.Sum(nil), nil
+	return list, nil
 }
 
 // canonical writes a token such that it doesn't matter who wrote the JSON last:

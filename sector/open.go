@@ -35,6 +35,10 @@ type OpenOptions struct {
 	// volume otherwise: those that stand for them were denied.
 	SkipRetired bool
 
+	// Changed, if not nil, is told of a header that was written, under the lock on
+	// the header, by functions that change one.
+	Changed func(now *Known)
+
 	// Handover, if not nil, keeps the DEK for the next process that serves the
 	// volume, as long as this one has it.
 	Handover *Handover
@@ -92,6 +96,8 @@ func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volu
 		if w := o.raise(h.UUID, got); w != "" {
 			v.warnings = append(v.warnings, w)
 		}
+	} else {
+		v.known.Load().Generation = 0
 	}
 	return v, nil
 }
@@ -113,8 +119,13 @@ func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsea
 	if err != nil {
 		return nil, got, err
 	}
+	known, err := newKnown(h, t, got)
+	if err != nil {
+		return nil, got, err
+	}
 	v, err := newVolume(b, h, t.size(), got.token, k, c, o)
 	if err == nil {
+		v.known.Store(known)
 		o.Handover.put(k.dek)
 	}
 	return v, got, err

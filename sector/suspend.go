@@ -158,6 +158,10 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 		again.sector != v.sector || again.tweak != v.tweak {
 		return fmt.Errorf("%w: the header describes another volume than the one that was suspended", ErrAuth)
 	}
+	known := again.known.Load()
+	if err := v.known.Load().follows(known); err != nil {
+		return err
+	}
 	v.open.Lock()
 	defer v.open.Unlock()
 	if v.keys != nil {
@@ -165,6 +169,7 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 	}
 	v.keys, v.cipher = again.keys, again.cipher
 	v.token.Store(again.token.Load())
+	v.known.Store(known)
 	v.Restrict(false)
 	again.keys, again.cipher = nil, nil
 	if !v.gate.set(gateOpen) {

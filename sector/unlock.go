@@ -14,14 +14,14 @@ import (
 
 // A KeyToken is a token that holds the volume key, without what is secret.
 type KeyToken struct {
-	ID   int
-	Type string
-	Text json.RawMessage // the token
+	ID   int             `json:"id"`
+	Type string          `json:"type"`
+	Text json.RawMessage `json:"text"` // the token
 
 	// Retired is when another token took its place, or zero. It opens the volume
 	// as before, and goes with the first change of the header after KeepUntil.
-	Retired   time.Time
-	KeepUntil time.Time
+	Retired   time.Time `json:"retired,omitzero"`
+	KeepUntil time.Time `json:"keep_until,omitzero"`
 }
 
 // retirement are the members that this package adds to a token. They stand

@@ -40,6 +40,9 @@ type Volume struct {
 
 	handover *Handover // or nil
 
+	known      atomic.Pointer[Known] // nil without a header
+	refreshing sync.Mutex            // one look at the header at a time
+
 	// open is held shared by each request, so that Close and Suspend can't take
 	// the keys and buffers from under one. It guards keys and cipher. gate says
 	// what is to become of new requests, see suspend.go.

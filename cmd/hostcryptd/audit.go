@@ -166,14 +166,21 @@ func (k *keyFlags) recordChange(event, volume, detail string, err error) {
 	k.record(r)
 }
 
-// changed records what a command did to the volume on a device, unless it was
-// only asked for something that can't be meant.
+// changed records what a command did to the volume on a device, and tells the
+// server of the volume.
 func (k *keyFlags) changed(ctx context.Context, d *sector.Device, event, detail string, err error) {
 	volume := ""
 	if h, _, err := sector.ReadHeader(ctx, d); err == nil && sector.CheckUUID(h) == nil {
 		volume = h.UUID
 	}
 	k.recordChange(event, volume, detail+" on "+d.Name(), err)
+	if k.header == nil {
+		return
+	}
+	if err := tellServer(ctx, volume, k.header); err != nil {
+		fmt.Fprintf(os.Stderr, "hostcryptd: warning: the header was changed, but the server of the volume did not take that over: %v; it looks for itself, at the latest when it next looks at the key\n", err)
+	}
+	k.header = nil
 }
 
 // observe records each use of a KEK.

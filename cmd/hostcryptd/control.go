@@ -37,6 +37,8 @@ import (
 //	POST /v1/unlock   undo that, or try to unseal now; 204 at once
 //	POST /v1/reload   have the program that is on disk take over: 202 when this
 //	                  server leaves, 409 with the reason if it stays
+//	POST /v1/header   the header was changed; the body is what it is now, a
+//	                  [sector.Known]: 204 when that counts, 409 with the reason if not
 //	POST /v1/detach   stop, and answer when the volume is closed: 204 if all is
 //	                  well, 500 with the reason if something was lost, 409 if
 //	                  the kernel device is in use and nothing was done
@@ -72,6 +74,7 @@ type status struct {
 		// Tokens are those that the header has now: an old version of a key may be
 		// disabled when none of any volume names it.
 		Tokens []tokenInfo `json:"tokens,omitempty"`
+		Header string      `json:"header,omitempty"` // what is wrong with the header on the disk
 	} `json:"key"`
 
 	Volume *volumeStatus `json:"volume,omitempty"` // once it is unsealed
@@ -170,6 +173,18 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		case <-r.Context().Done():
 		}
 	})
+	mux.HandleFunc("POST /v1/header", func(w http.ResponseWriter, r *http.Request) {
+		var k sector.Known
+		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20)).Decode(&k)
+		if err == nil {
+			err = d.takeHeader(r.Context(), &k)
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
 	for path, command := range map[string]struct {
 		event string
 		run   func(*lifecycle.Runner, context.Context) error
@@ -181,24 +196,25 @@ func (d *daemon) serveControl() (stop func(), err error) {
 			d.mu.Lock()
 			life := d.life
 			d.mu.Unlock()
+			done := audit.Record{Event: command.event, Outcome: audit.OK}
+			fail := func(status int, why, detail string) {
+				done.Outcome, done.Detail = audit.Failed, detail+why
+				d.record(done)
+				http.Error(w, why, status)
+			}
 			if life == nil {
-				http.Error(w, "the daemon is starting", http.StatusConflict)
+				fail(http.StatusConflict, "the daemon is starting", "")
 				return
 			}
 			if d.opts.randomKey && command.event == audit.Unlock {
-				http.Error(w, "the volume's key was random; once it is wiped nothing brings it back", http.StatusConflict)
+				fail(http.StatusConflict, "the volume's key was random; once it is wiped nothing brings it back", "")
 				return
 			}
-			err := command.run(life, r.Context())
-			done := audit.Record{Event: command.event, Outcome: audit.OK}
-			if err != nil {
-				done.Outcome, done.Detail = audit.Failed, "not waited for: "+err.Error()
+			if err := command.run(life, r.Context()); err != nil {
+				fail(http.StatusInternalServerError, err.Error(), "not waited for: ")
+				return
 			}
 			d.record(done)
-			if err != nil {
-				http.Error(w, err.Error(), http.StatusInternalServerError)
-				return
-			}
 			w.WriteHeader(http.StatusNoContent)
 		})
 	}
@@ -351,7 +367,7 @@ func (d *daemon) status() *status {
 	}
 	if d.life != nil {
 		s.Key.Snapshot = d.life.Snapshot()
-		s.Key.Expires = d.lifeHost.firstExpiry()
+		s.Key.Expires, s.Key.Header = d.lifeHost.firstExpiry(), d.lifeHost.headerProblem()
 	}
 	if v := d.volume; v != nil {
 		token, size, requests := v.Token(), int64(0), v.Stats()
@@ -417,7 +433,11 @@ func newControlClient(path string) *controlClient {
 }
 
 func (c *controlClient) do(ctx context.Context, method, path string, answer any) error {
-	r, err := http.NewRequestWithContext(ctx, method, "http://hostcryptd"+path, nil)
+	return c.send(ctx, method, path, nil, answer)
+}
+
+func (c *controlClient) send(ctx context.Context, method, path string, body []byte, answer any) error {
+	r, err := http.NewRequestWithContext(ctx, method, "http://hostcryptd"+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -447,6 +467,30 @@ func reasonOf(err error) error {
 	}
 	if u, ok := errors.AsType[*url.Error](err); ok && !u.Timeout() {
 		return fmt.Errorf("no answer of a hostcryptd control socket: %w", u.Err)
+	}
+	return err
+}
+
+// controlEnv names the control socket of a server that commands are to tell of what
+// they do to its volume, where that isn't in its usual place.
+const controlEnv = "HOSTCRYPTD_CONTROL"
+
+// tellServer tells the server of a volume, if there is one, what its header is now.
+// What it isn't told it finds at its next look.
+func tellServer(ctx context.Context, volume string, k *sector.Known) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	body, err := json.Marshal(k)
+	if err != nil {
+		return err
+	}
+	path := cmp.Or(os.Getenv(controlEnv), filepath.Join(controlDir(), volume+".sock"))
+	if _, err := os.Stat(path); err != nil {
+		return nil
+	}
+	err = newControlClient(path).send(ctx, "POST", "/v1/header", body, nil)
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return nil // left behind by a server that was killed
 	}
 	return err
 }
@@ -493,6 +537,18 @@ func running(ctx context.Context, which string) ([]*status, error) {
 		return nil, withCode(codeDevice, fmt.Errorf("no volume %q is being served; 'hostcryptd status' lists those that are", which))
 	}
 	return list, nil
+}
+
+// theOne returns the status of the one daemon that which names.
+func theOne(ctx context.Context, which string) (*status, error) {
+	list, err := running(ctx, which)
+	if err != nil {
+		return nil, err
+	}
+	if len(list) > 1 {
+		return nil, usagef("%d volumes are called %q; name one by its UUID", len(list), which)
+	}
+	return list[0], nil
 }
 
 func (s *status) is(which string) bool {
@@ -626,6 +682,9 @@ func (s *status) printKey(p func(name, format string, args ...any)) {
 	if !k.NextTry.IsZero() {
 		p("next try", "in %v, after %d tries", max(0, time.Until(k.NextTry)).Round(time.Second), k.Attempts)
 	}
+	if k.Header != "" {
+		p("HEADER", "%s", k.Header)
+	}
 	for _, t := range k.Tokens {
 		p(fmt.Sprintf("token %d", t.ID), "%s", t.text())
 	}
@@ -654,14 +713,10 @@ func (a *app) postCommand(name, short, long, done string) *cobra.Command {
 		Long:  long + "\n\n" + whichHelp,
 		Args:  oneArg("VOLUME"),
 		RunE: func(c *cobra.Command, args []string) error {
-			list, err := running(c.Context(), args[0])
+			s, err := theOne(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			if len(list) > 1 {
-				return usagef("%d volumes are called %q; name one by its UUID", len(list), args[0])
-			}
-			s := list[0]
 			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/"+name, nil); err != nil {
 				return err
 			}
@@ -688,14 +743,10 @@ state, everything stays as it was. SIGHUP to the keeper does the same.
 ` + whichHelp,
 		Args: oneArg("VOLUME"),
 		RunE: func(c *cobra.Command, args []string) error {
-			list, err := running(c.Context(), args[0])
+			before, err := theOne(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			if len(list) > 1 {
-				return usagef("%d volumes are called %q; name one by its UUID", len(list), args[0])
-			}
-			before := list[0]
 			client := newControlClient(before.Control)
 			if err := client.do(c.Context(), "POST", "/v1/reload", nil); err != nil {
 				return err
@@ -730,14 +781,10 @@ the kernel device is mounted or otherwise in use.
 ` + whichHelp,
 		Args: oneArg("VOLUME"),
 		RunE: func(c *cobra.Command, args []string) error {
-			list, err := running(c.Context(), args[0])
+			s, err := theOne(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			if len(list) > 1 {
-				return usagef("%d volumes are called %q; name one by its UUID", len(list), args[0])
-			}
-			s := list[0]
 			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/detach", nil); err != nil {
 				return err
 			}

@@ -38,6 +38,8 @@ type keyFlags struct {
 
 	trusted []sector.TrustedKey // of signer
 
+	header *sector.Known // that a command has just written
+
 	// How to write it, see audit.go.
 	queue       *audit.Queue
 	auditFailed *sync.Once
@@ -92,7 +94,7 @@ func (k *keyFlags) tpmPath() string {
 
 // open says how commands unlock a header.
 func (k *keyFlags) open(log *zap.Logger) sector.OpenOptions {
-	return sector.OpenOptions{Pins: k.pinStore(log), Trusted: k.trusted}
+	return sector.OpenOptions{Pins: k.pinStore(log), Trusted: k.trusted, Changed: func(now *sector.Known) { k.header = now }}
 }
 
 // readSigner reads the file of --signer.

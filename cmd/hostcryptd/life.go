@@ -114,6 +114,11 @@ type keyHost struct {
 	lastErr error // of the last try to unseal
 	lost    error // what was lost when the volume was stopped
 
+	// header is what is wrong with the header on the disk, see tokens; nil if it is
+	// the one that is known.
+	header *headerFault
+	look   *headerLook // that is under way, or nil
+
 	// expires is when the vault keys of the tokens expire, by a token's text, as
 	// the last looks have shown.
 	expires map[string]time.Time
@@ -165,14 +170,19 @@ func (h *keyHost) unsealer(obtained func()) sector.Unsealer {
 	}
 }
 
+// openOptions are those for any look at the header.
+func (h *keyHost) openOptions() sector.OpenOptions {
+	k := &h.d.opts.keys
+	return sector.OpenOptions{Derive: deriveElsewhere, Pins: k.pinStore(h.d.log), Trusted: k.trusted, RequirePin: h.d.opts.requirePin}
+}
+
 func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome {
 	d := h.d
 	d.mu.Lock()
 	v := d.volume
 	d.mu.Unlock()
-	o := sector.OpenOptions{
-		ReadOnly: d.opts.readOnly, Discard: d.opts.discard, Derive: deriveElsewhere, Pins: d.opts.keys.pinStore(d.log), Trusted: d.opts.keys.trusted, RequirePin: d.opts.requirePin, Handover: d.handover,
-	}
+	o := h.openOptions()
+	o.ReadOnly, o.Discard, o.Handover = d.opts.readOnly, d.opts.discard, d.handover
 	// Probes look at the tokens that aren't retired. When those were denied, an
 	// older version of the key that is still enabled must not undo the stop.
 	o.SkipRetired = d.life.Snapshot().Denials > 0
@@ -211,21 +221,155 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	return outcome
 }
 
+// A headerFault is why the header on the disk of a volume that is served is not
+// the one to go by.
+type headerFault struct {
+	what string // for a status, and to tell one fault from another
+	err  error
+}
+
+// headerTimeout is what looking at a header that was changed may take. It's less
+// than a look at the KEK has, so that no header can be made that keeps the KEK
+// from being looked at.
+const headerTimeout = 30 * time.Second
+
+// tokens returns the tokens of the volume's header as it was authentic last. Other
+// processes of this host change it, which is found here; but so may be who
+// can write to the disk otherwise, and puts back a token of an older version of the
+// key that is still enabled, so that looks at the KEK succeed and a revocation is
+// not seen. So only tokens of an authentic header are ever looked at.
+//
+// A header that isn't authentic raises the alarm, and stops nothing. The key in
+// memory came from an authentic one, and the next server that wants to unseal will
+// refuse this one (exit code 16). To stop would protect nothing, and destroy much:
+// that memory may hold the last key to the data, if what has overwritten the header
+// was an accident. And it would let who can write one sector stop the volume, and
+// keep it stopped.
+func (h *keyHost) tokens(ctx context.Context) []sector.KeyToken {
+	d := h.d
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
+	before := v.Known()
+	if v.Suspended() && before != nil {
+		return before.Tokens // unsealing it looks at the header too
+	}
+	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
+	defer cancel()
+	list, err := h.lookAtHeader(ctx, v)
+	if now := v.Known(); now != before {
+		d.log.Info("the header was changed, and is authentic", zap.Uint64("generation", now.Generation), zap.Int("tokens", len(now.Tokens)))
+		d.pushState()
+	}
+	if !errors.Is(ctx.Err(), context.Canceled) && !errors.Is(err, context.Canceled) {
+		h.judgeHeader(err)
+	}
+	return list
+}
+
+// A headerLook is a call of [sector.Volume.Tokens].
+type headerLook struct {
+	cancel context.CancelFunc
+	done   chan struct{} // closed when list and err are there
+	list   []sector.KeyToken
+	err    error
+}
+
+// lookAtHeader is v.Tokens, and returns the tokens that are known when ctx ends: a
+// disk that doesn't answer must not keep the KEK from being looked at. There is one
+// look at a time, also if it hangs.
+func (h *keyHost) lookAtHeader(ctx context.Context, v *sector.Volume) ([]sector.KeyToken, error) {
+	h.mu.Lock()
+	l := h.look
+	if l == nil {
+		l = &headerLook{done: make(chan struct{})}
+		h.look = l
+		var lookCtx context.Context
+		lookCtx, l.cancel = context.WithCancel(ctx)
+		go func() {
+			l.list, l.err = v.Tokens(lookCtx, h.d.opts.keys.unsealer(h.d.log), h.openOptions())
+			if l.err != nil && errors.Is(lookCtx.Err(), context.Canceled) {
+				l.err = context.Canceled // which says nothing of the header
+			}
+			l.cancel()
+			h.mu.Lock()
+			h.look = nil
+			h.mu.Unlock()
+			close(l.done)
+		}()
+	}
+	h.mu.Unlock()
+	select {
+	case <-l.done:
+		return l.list, l.err
+	case <-ctx.Done():
+	}
+	// One that isn't in the disk's hands wipes the keys that it may have.
+	l.cancel()
+	select {
+	case <-l.done:
+		return l.list, l.err
+	case <-time.After(time.Second):
+	}
+	err := fmt.Errorf("%w: the header could not be read in %v", sector.ErrDevice, headerTimeout)
+	if k := v.Known(); k != nil {
+		return k.Tokens, err
+	}
+	return nil, err
+}
+
+// judgeHeader tells of a header that isn't authentic, once for each kind of
+// fault, and of one that is again.
+func (h *keyHost) judgeHeader(err error) {
+	d := h.d
+	var now *headerFault
+	switch o := outcomeOf(err); {
+	case err == nil:
+	case errors.Is(err, sector.ErrDevice):
+		now = &headerFault{"can't be read", err}
+	case errors.Is(err, sector.ErrNotVolume), errors.Is(err, sector.ErrDamaged):
+		now = &headerFault{"is gone: the volume goes on, and won't open again without a backup of the header", err}
+	case !errors.Is(err, sector.ErrAuth) && (o.Kind == lifecycle.Transient || o.Kind == lifecycle.Denied):
+		now = &headerFault{"is not the one that is known, and can't be authenticated now", err}
+	default:
+		now = &headerFault{"is not authentic: the volume goes on, and won't open again before the header is restored", err}
+	}
+	h.mu.Lock()
+	before := h.header
+	h.header = now
+	h.mu.Unlock()
+	switch {
+	case now == nil && before != nil:
+		d.log.Info("the header on the disk is authentic again")
+		d.record(audit.Record{Event: audit.Header, Outcome: audit.OK, Detail: "the header on the disk is authentic again"})
+	case now != nil && (before == nil || before.what != now.what):
+		d.log.Error("the header on the disk "+now.what, zap.String("device", d.opts.device), zap.Error(now.err))
+		d.record(audit.Record{Event: audit.Header, Outcome: audit.Failed, Class: outcomeOf(err).Class, Detail: "the header on the disk " + now.what + ": " + err.Error()})
+		d.notify(systemd.Status("the header on the disk %s", now.what))
+	}
+}
+
+// headerProblem is what status says of the header, or "".
+func (h *keyHost) headerProblem() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.header == nil {
+		return ""
+	}
+	return h.header.what + ": " + h.header.err.Error()
+}
+
 // Probe looks at every KEK that could open the volume: access is lost when all
 // of them deny it.
 func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
-	header, _, err := sector.ReadHeader(ctx, h.d.device)
-	if err != nil {
-		return lifecycle.Outcome{Kind: lifecycle.Transient, Class: "header", Text: err.Error()}
-	}
 	var errs []error
-	for _, t := range sector.KeyTokens(header) {
+	for _, t := range h.tokens(ctx) {
 		if !t.Retired.IsZero() {
 			continue
 		}
-		err := h.d.opts.keys.probe(ctx, header.UUID, t.Text, h.d.log)
+		err := h.d.opts.keys.probe(ctx, h.d.uuid, t.Text, h.d.log)
 		if err == nil {
-			err = h.deniedExpired(ctx, header.UUID, t.Text)
+			err = h.deniedExpired(ctx, h.d.uuid, t.Text)
 		}
 		if err == nil {
 			h.mu.Lock()
@@ -238,11 +382,15 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 			break
 		}
 	}
-	o := outcomeOf(errors.Join(errs...))
 	if len(errs) == 0 {
-		o = lifecycle.Outcome{Kind: lifecycle.Integrity, Text: "the header has no token left"}
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.header != nil { // and none was known: another version has left no state of it
+			return outcomeOf(h.header.err)
+		}
+		return lifecycle.Outcome{Kind: lifecycle.Integrity, Text: "the header has no token left"}
 	}
-	return o
+	return outcomeOf(errors.Join(errs...))
 }
 
 // Rotate looks for a newer version of the vault's key, and for its expiry, and
@@ -251,16 +399,11 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 	d := h.d
 	outcome := lifecycle.Outcome{Kind: lifecycle.Success}
-	header, _, err := sector.ReadHeader(ctx, d.device)
-	if err != nil {
-		d.log.Warn("header can't be read to look for a newer key version", zap.Error(err))
-		return outcome
-	}
 	over, expires := false, map[string]time.Time{}
 	h.mu.Lock()
 	before := h.expires
 	h.mu.Unlock()
-	for _, t := range sector.KeyTokens(header) {
+	for _, t := range h.tokens(ctx) {
 		if !t.Retired.IsZero() {
 			over = over || time.Now().After(t.KeepUntil)
 			continue
@@ -268,7 +411,7 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 		if t.Type != keyunseal.TypeKeyVault {
 			continue
 		}
-		status, err := d.opts.keys.inspect(ctx, header.UUID, t.Text, d.log)
+		status, err := d.opts.keys.inspect(ctx, d.uuid, t.Text, d.log)
 		expires[string(t.Text)] = before[string(t.Text)]
 		if err != nil {
 			// The permission is optional, and an outage is the heartbeat's matter.
@@ -308,15 +451,43 @@ func (h *keyHost) rewrap(ctx context.Context, flag, task string, fields ...zap.F
 	args := []string{"rewrap", h.d.opts.device, flag, "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--signer=" + k.signer, "--audit-log=" + k.auditFile()}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), controlEnv+"="+h.d.opts.control)
 	begun := time.Now()
+	before := h.d.volume.Known()
 	out, err := cmd.CombinedOutput()
 	fields = append(fields, zap.String("task", task), zap.Duration("took", time.Since(begun)), zap.String("output", strings.TrimSpace(string(out))))
+	if err != nil && ctx.Err() != nil {
+		h.d.log.Warn("rewrap was interrupted; "+h.leftHeader(before), fields...)
+		return lifecycle.Outcome{Kind: lifecycle.Transient, Text: "rewrap was interrupted"}
+	}
 	if err != nil {
-		h.d.log.Error("rewrap failed", append(fields, zap.Error(err))...)
+		h.d.log.Error("rewrap failed; "+h.leftHeader(before), append(fields, zap.Error(err))...)
 		return rewrapOutcome(cmd.ProcessState.ExitCode())
 	}
 	h.d.log.Info("rewrap is done", fields...)
 	return lifecycle.Outcome{Kind: lifecycle.Success}
+}
+
+// leftHeader says what is known of the header after a process that was to change it
+// has ended, and had known before. Whatever was written then, one copy of the
+// header is whole, and it's the one of before or the new one.
+func (h *keyHost) leftHeader(before *sector.Known) string {
+	ctx, cancel := context.WithTimeout(context.Background(), tokensTimeout)
+	defer cancel()
+	header, _, err := sector.ReadHeader(ctx, h.d.device)
+	var now uint64
+	if err == nil {
+		now, err = sector.Generation(header)
+	}
+	switch {
+	case err != nil:
+		return fmt.Sprintf("what it has left of the header can't be read: %v", err)
+	case before == nil:
+		return fmt.Sprintf("the header is of generation %d now", now)
+	case now > before.Generation:
+		return fmt.Sprintf("a new header was written before that, of generation %d after %d, and is whole; the next look at the key uses it", now, before.Generation)
+	}
+	return fmt.Sprintf("the header is as it was, of generation %d", now)
 }
 
 // rewrapOutcome says what the exit code of a rewrap that failed means for the
@@ -514,7 +685,13 @@ func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serv
 	go func() { ended <- runner.Run(runCtx) }()
 	var watching sync.WaitGroup
 	if !d.opts.randomKey {
-		watching.Go(func() { d.watchForVault(runCtx, runner) })
+		watching.Go(func() {
+			select {
+			case <-h.opened:
+				d.watchHeader(runCtx, runner)
+			case <-runCtx.Done():
+			}
+		})
 	}
 	stop = func() { cancel(); <-ended; watching.Wait() }
 
@@ -548,50 +725,69 @@ func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serv
 	}
 }
 
-// watchForVault waits for a vault key to be added to a volume that had none, and
-// has it looked at from then on. That a vault key is gone ends nothing: who can
-// write to the disk must not end the looks.
-func (d *daemon) watchForVault(ctx context.Context, runner *lifecycle.Runner) {
+// watchHeader looks for changes of the volume's keys: of a vault key that was added
+// to a volume that had none, which is looked at from then on, and of one that
+// wants another pace.
+func (d *daemon) watchHeader(ctx context.Context, runner *lifecycle.Runner) {
 	every := d.opts.life.heartbeat
 	if every <= 0 {
 		every = lifecycle.DefaultHeartbeat
 	}
 	for {
-		d.mu.Lock()
-		remote := d.left.Remote
-		d.mu.Unlock()
-		if remote {
-			return
-		}
 		if err := d.lookForVault(ctx, runner); err != nil && ctx.Err() == nil {
-			d.log.Error("looking whether a vault key was added", zap.Error(err))
+			d.log.Error("the volume's keys have changed, and can't be watched as this server was started", zap.Error(err))
 		}
 		select {
 		case <-ctx.Done():
 			return
+		case <-d.headerChanged:
 		case <-time.After(every):
 		}
 	}
 }
 
-func (d *daemon) lookForVault(ctx context.Context, runner *lifecycle.Runner) error {
-	header, _, err := sector.ReadHeader(ctx, d.device)
-	if err != nil {
+// takeHeader takes over what another process of this host says that it has just
+// made the header, and authenticated. Without that, the header is unlocked at the
+// next look at the KEK, which takes a use of one.
+func (d *daemon) takeHeader(ctx context.Context, k *sector.Known) error {
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
+	if v == nil {
+		return nil // to unseal it reads the header
+	}
+	if err := v.Learn(ctx, k); err != nil {
 		return err
 	}
-	bits, remote := keySize(sector.KeyTokens(header))
-	if !remote {
+	d.lifeHost.judgeHeader(nil)
+	d.pushState()
+	select {
+	case d.headerChanged <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// lookForVault takes over what the vault keys of the header ask for. That the last
+// one is gone ends nothing: the looks cost little then.
+func (d *daemon) lookForVault(ctx context.Context, runner *lifecycle.Runner) error {
+	bits, remote := keySize(d.lifeHost.tokens(ctx))
+	d.mu.Lock()
+	same := bits == d.left.Bits && d.left.Remote
+	d.mu.Unlock()
+	if !remote || same || ctx.Err() != nil {
 		return nil
 	}
 	c, err := d.opts.life.config(d.uuid, bits, true)
 	if err != nil {
-		return fmt.Errorf("one was, but it can't be watched as this server was started: %w", err)
+		return err
 	}
 	d.mu.Lock()
 	d.left.Bits, d.left.Remote = bits, true
 	d.mu.Unlock()
-	d.log.Info("a vault key was added to the volume, and is looked at from now on", zap.Duration("heartbeat", c.Heartbeat))
-	return runner.Watch(ctx, c)
+	d.log.Info("the volume's vault keys have changed, and are looked at from now on", zap.Duration("heartbeat", c.Heartbeat))
+	runner.Watch(c)
+	return nil
 }
 
 // record writes to the log of key use.

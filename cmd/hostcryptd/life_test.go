@@ -5,13 +5,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+
 	"hostcryptd/keyunseal"
 	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/sector"
+	"hostcryptd/sector/sectortest"
 )
 
 func TestOutcomeOf(t *testing.T) {
@@ -102,6 +107,95 @@ func TestLifeConfig(t *testing.T) {
 		if err != nil || c.Heartbeat != tt.heartbeat || c.Rotation != tt.rotation {
 			t.Errorf("%s: heartbeat %v, rotation %v, %v", tt.name, c.Heartbeat, c.Rotation, err)
 		}
+	}
+}
+
+// seal and unseal of a key that is known to all.
+func openSeal(_ context.Context, _ string, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
+	return json.Marshal(map[string]any{"type": "hostcryptd-test", "keyslots": []string{}, "key": key[:]})
+}
+
+func openUnseal(_ context.Context, _ string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
+	var text struct{ Key []byte }
+	err := json.Unmarshal(token, &text)
+	copy(key[:], text.Key)
+	return err
+}
+
+// TestHangingHeader: a disk that doesn't give out the header keeps nobody from
+// looking at the keys that are known.
+func TestHangingHeader(t *testing.T) {
+	disk := sectortest.New(24 << 20)
+	if _, err := sector.Format(t.Context(), disk, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	v, err := sector.Open(t.Context(), disk, openUnseal, sector.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	h := &keyHost{d: &daemon{volume: v, log: zap.NewNop(), opts: serveOptions{keys: keyFlags{auditLog: "none"}}}}
+	reads, answers := make(chan bool, 100), make(chan bool)
+	disk.Fail(func(op sectortest.Op, n int, off int64, length int) error {
+		reads <- true
+		<-answers
+		return nil
+	})
+	for range 2 { // the second finds the first still there
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		if list := h.tokens(ctx); len(list) != 1 {
+			t.Errorf("%d tokens", len(list))
+		}
+		cancel()
+		if s := h.headerProblem(); !strings.HasPrefix(s, "can't be read") {
+			t.Errorf("the status says %q", s)
+		}
+	}
+	if len(reads) != 1 {
+		t.Errorf("%d reads of a disk that doesn't answer", len(reads))
+	}
+	close(answers)
+	for begun := time.Now(); h.headerProblem() != ""; time.Sleep(10 * time.Millisecond) {
+		if h.tokens(t.Context()); time.Since(begun) > 20*time.Second {
+			t.Fatalf("the status goes on saying %q", h.headerProblem())
+		}
+	}
+}
+
+// TestLeftHeader: what is said of a rewrap that was killed is what it has done.
+func TestLeftHeader(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 32<<20)); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := sector.OpenDevice(image, sector.DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	if _, err := sector.Format(t.Context(), dev, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	v, err := sector.Open(t.Context(), dev, openUnseal, sector.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	h, before := &keyHost{d: &daemon{device: dev, volume: v}}, v.Known()
+	if s := h.leftHeader(before); !strings.Contains(s, "as it was, of generation 1") {
+		t.Error(s)
+	}
+	if _, err := sector.AddToken(t.Context(), dev, openUnseal, openSeal, sector.OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if s := h.leftHeader(before); !strings.Contains(s, "of generation 2 after 1") {
+		t.Error(s)
+	}
+	if _, err := dev.WriteAt(make([]byte, 1<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	if s := h.leftHeader(before); !strings.Contains(s, "can't be read") {
+		t.Error(s)
 	}
 }
 

@@ -207,7 +207,7 @@ name, of processes that systemd doesn't kill.`,
 			}
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree}
+			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), headerChanged: make(chan struct{}, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree}
 			signal.Notify(d.hangup(), syscall.SIGHUP)
 			var goOn *serverState
 			if link != nil {
@@ -318,6 +318,7 @@ type daemon struct {
 	tokens   []tokenInfo // that the header had when it was last looked at
 
 	readingTokens atomic.Bool
+	headerChanged chan struct{} // capacity 1: to watchHeader
 }
 
 // States of a daemon, as status shows them.

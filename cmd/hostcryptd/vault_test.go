@@ -185,7 +185,7 @@ func challenge(authority, resource string) vaulttest.FaultFunc {
 }
 
 // command is the script command: vault down|up|disable|enable|delete|deny|permit|
-// permitsign|noidentity|throttle|expire|unexpire|garble WHAT|retire DEVICE|clear.
+// permitsign|large|noidentity|throttle|expire|unexpire|garble WHAT|retire DEVICE|clear.
 func (v *vault) command(ts *testscript.TestScript, neg bool, args []string) {
 	key := ts.Getenv("KEY")
 	switch args[0] {
@@ -199,6 +199,9 @@ func (v *vault) command(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(v.double.SetEnabled(key, true))
 	case "rotate":
 		_, err := v.double.AddKey(key, 2048)
+		ts.Check(err)
+	case "large":
+		_, err := v.double.AddKey(key+"-large", 4096)
 		ts.Check(err)
 	case "delete":
 		ts.Check(v.double.Delete(key))

@@ -528,13 +528,15 @@ func (m *Machine) Unlock(now time.Time) {
 	}
 }
 
-// Watch begins to look at a KEK that could not be taken away before: it takes
-// over Heartbeat, Rotation and MaxOffline of c. What counts from the last success
-// counts from now, since nobody has looked before.
+// Watch takes over Heartbeat, Rotation and MaxOffline of c, since other KEKs are to
+// be looked at from now on. Where there was none that could be taken away, what
+// counts from the last success counts from now, since nobody has looked before.
+// Otherwise nothing else changes before the next look.
 func (m *Machine) Watch(c Config, now time.Time) {
+	looks := m.c.Heartbeat > 0
 	m.c.Heartbeat, m.c.Rotation, m.c.MaxOffline = c.Heartbeat, c.Rotation, c.MaxOffline
-	if m.wiped || m.halting {
-		return // unsealing it plans the rest
+	if m.wiped || m.halting || looks {
+		return // unsealing it, or the look that is due, plans the rest
 	}
 	m.lastGood = now
 	if m.c.Heartbeat > 0 {

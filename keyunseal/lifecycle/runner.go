@@ -53,25 +53,25 @@ type Runner struct {
 	Limit time.Duration
 
 	commands chan command
+	wake     chan struct{} // capacity 1: the machine has other plans
 
 	mu      sync.Mutex // guards machine
 	machine *Machine
 }
 
 type command struct {
-	what   Action // Halt for Lock, Unseal for Unlock, GiveUp for Erase, Probe for Watch
-	config Config // for Watch
-	done   chan struct{}
+	what Action // Halt for Lock, Unseal for Unlock, GiveUp for Erase
+	done chan struct{}
 }
 
 // NewRunner returns a Runner that hasn't begun. c has been checked.
 func NewRunner(c Config, host Host) *Runner {
-	return &Runner{host: host, machine: New(c, now()), commands: make(chan command)}
+	return &Runner{host: host, machine: New(c, now()), commands: make(chan command), wake: make(chan struct{}, 1)}
 }
 
 // RestoreRunner is NewRunner with a machine of [Restore].
 func RestoreRunner(c Config, s Snapshot, wiped bool, host Host) *Runner {
-	return &Runner{host: host, machine: Restore(c, s, wiped, now()), commands: make(chan command)}
+	return &Runner{host: host, machine: Restore(c, s, wiped, now()), commands: make(chan command), wake: make(chan struct{}, 1)}
 }
 
 // Snapshot returns what is known now.
@@ -91,10 +91,15 @@ func (r *Runner) Unlock(ctx context.Context) error { return r.command(ctx, comma
 // Erase stops the volume for good.
 func (r *Runner) Erase(ctx context.Context) error { return r.command(ctx, command{what: GiveUp}) }
 
-// Watch begins to look at a KEK that could not be taken away before, see
-// [Machine.Watch]. c has been checked.
-func (r *Runner) Watch(ctx context.Context, c Config) error {
-	return r.command(ctx, command{what: Probe, config: c})
+// Watch takes over what a change of the KEKs asks for, see [Machine.Watch]. c has
+// been checked. It waits for nothing, and ends no attempt that is under way: a
+// rewrap may be what has changed the KEK.
+func (r *Runner) Watch(c Config) {
+	r.update(func(now time.Time) { r.machine.Watch(c, now) })
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
 }
 
 func (r *Runner) command(ctx context.Context, c command) error {
@@ -150,6 +155,7 @@ func (r *Runner) wait(ctx context.Context, action Action, d time.Duration) bool 
 	case <-ctx.Done():
 		return false
 	case <-timer:
+	case <-r.wake:
 	case c := <-r.commands:
 		r.obey(c)
 	}
@@ -167,8 +173,6 @@ func (r *Runner) obey(c command) {
 			r.machine.Unlock(now)
 		case GiveUp:
 			r.machine.Erase(now)
-		case Probe:
-			r.machine.Watch(c.config, now)
 		}
 	})
 	r.mu.Lock()

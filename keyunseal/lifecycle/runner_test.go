@@ -153,9 +153,10 @@ func TestWatch(t *testing.T) {
 			t.Errorf("%d looks at what can't be taken away", n)
 		}
 		c := Config{Heartbeat: DefaultHeartbeat, Rotation: DefaultRotation}
-		if err := errors.Join(c.Check(), r.Watch(t.Context(), c)); err != nil {
+		if err := c.Check(); err != nil {
 			t.Fatal(err)
 		}
+		r.Watch(c)
 		time.Sleep(30 * time.Minute)
 		if s := r.Snapshot(); s.State != Grace || f.count("halt stop") != 0 {
 			t.Errorf("%v half an hour after it was watched first and denied", s.State)
@@ -163,6 +164,33 @@ func TestWatch(t *testing.T) {
 		time.Sleep(31 * time.Minute) // the grace period counts from Watch
 		if s := r.Snapshot(); s.State != Revoked || f.count("rotate") == 0 {
 			t.Errorf("%v after the grace period, %d looks for a newer version", s.State, f.count("rotate"))
+		}
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// TestWatchOther: other KEKs want another pace, which is no success, and waits for
+// the next look.
+func TestWatchOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fakeHost{unseal: ok, probe: ok}
+		r, stop := start(t, f, nil)
+		time.Sleep(3 * time.Hour)
+		before, probes := r.Snapshot(), f.count("probe")
+		c := Config{Heartbeat: HeartbeatFor(4096), Rotation: DefaultRotation}
+		if err := c.Check(); err != nil {
+			t.Fatal(err)
+		}
+		r.Watch(c)
+		synctest.Wait()
+		if s := r.Snapshot(); s.LastGood != before.LastGood || s.NextTry != before.NextTry {
+			t.Errorf("last good %v, next %v; before it was %v and %v", s.LastGood, s.NextTry, before.LastGood, before.NextTry)
+		}
+		time.Sleep(30 * time.Hour)
+		if n := f.count("probe") - probes; n < 50 || n > 75 {
+			t.Errorf("%d looks in 30 hours, want about 60", n)
 		}
 		if err := stop(); err != nil {
 			t.Fatal(err)

@@ -1,0 +1,175 @@
+package sector
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"slices"
+	"testing"
+	"time"
+
+	"hostcryptd/sector/luks2"
+)
+
+// TestKnownTokens changes the header under a volume that is served: by those who have
+// its key, and by those who can only write to the disk.
+func TestKnownTokens(t *testing.T) {
+	a, b := &kek{name: "a"}, &kek{name: "b"}
+	both := ring(a, b)
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+	v, err := Open(t.Context(), d, both.unseal, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	unseals := 0
+	counted := func(ctx context.Context, volume string, token json.RawMessage, key *[32]byte) error {
+		unseals++
+		return both.unseal(ctx, volume, token, key)
+	}
+	look := func(want error, ids ...int) {
+		t.Helper()
+		list, err := v.Tokens(t.Context(), counted, OpenOptions{})
+		if !errors.Is(err, want) {
+			t.Errorf("Tokens() = %v, want %v", err, want)
+		}
+		got := []int{}
+		for _, k := range list {
+			if k.Retired.IsZero() {
+				got = append(got, k.ID)
+			}
+		}
+		if !slices.Equal(got, ids) {
+			t.Errorf("tokens %v, want %v", got, ids)
+		}
+	}
+	restore := func(header []byte) {
+		t.Helper()
+		if _, err := d.WriteAt(header[:2*copySize], 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	look(nil, 0)
+	if unseals != 0 {
+		t.Errorf("%d unseals of a header that is known", unseals)
+	}
+	first := d.Bytes()
+	rewrap := func(ctx context.Context, volume string, _ json.RawMessage, key *[32]byte) (json.RawMessage, error) {
+		return b.seal(ctx, volume, key)
+	}
+	id, err := ReplaceToken(t.Context(), d, both.unseal, 0, rewrap, time.Hour, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	look(nil, id)
+	look(nil, id)
+	if unseals != 1 {
+		t.Errorf("%d unseals for one change", unseals)
+	}
+	second := d.Bytes()
+
+	// The whole header of before; the next server knows as much.
+	restore(first)
+	look(ErrAuth, id)
+	empty, err := NewHandover()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer empty.Close()
+	next, err := Continue(d, v.State(), empty, SuspendRefuse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if list, err := next.Tokens(t.Context(), both.unseal, OpenOptions{}); !errors.Is(err, ErrAuth) || len(list) != 2 {
+		t.Errorf("the next server: %v, %v", list, err)
+	}
+	next.Close()
+	// A volume that was suspended isn't resumed with it either.
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Resume(t.Context(), both.unseal, OpenOptions{}); !errors.Is(err, ErrAuth) {
+		t.Errorf("Resume() with an older header = %v, want %v", err, ErrAuth)
+	}
+	restore(second)
+	if err := v.Resume(t.Context(), both.unseal, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	look(nil, id)
+
+	// Only the token.
+	h, _, err := luks2.Read(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, _, err := luks2.Read(bytes.NewReader(first))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Tokens[0] = old.Tokens[0]
+	if err := luks2.Write(d, h); err != nil {
+		t.Fatal(err)
+	}
+	look(ErrAuth, id)
+
+	// Another volume, of the same UUID and a key that is known to all.
+	other := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, UUID: v.UUID()})
+	restore(other.Bytes())
+	look(ErrAuth, id)
+	// Nothing.
+	restore(make([]byte, 2*copySize))
+	look(ErrNotVolume, id)
+
+	// A change that can't be authenticated now is taken over when it can.
+	restore(second)
+	if err := RemoveToken(t.Context(), d, both.unseal, 0, false, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	b.down = true
+	list, err := v.Tokens(t.Context(), both.unseal, OpenOptions{})
+	if err == nil || len(list) != 2 {
+		t.Errorf("with the KEK down: %v, %v", list, err)
+	}
+	b.down = false
+	if list, err = v.Tokens(t.Context(), both.unseal, OpenOptions{}); err != nil || len(list) != 1 {
+		t.Errorf("with the KEK up: %v, %v", list, err)
+	}
+
+	// Who has made a header can say so, if it's true.
+	before := *v.Known()
+	var told *Known
+	if _, err := AddToken(t.Context(), d, both.unseal, a.seal, OpenOptions{Changed: func(k *Known) { told = k }}); err != nil {
+		t.Fatal(err)
+	}
+	unseals = 0
+	another := *told
+	another.Digest = before.Digest
+	if err := v.Learn(t.Context(), &another); !errors.Is(err, ErrAuth) {
+		t.Errorf("Learn() of a header that isn't there = %v, want %v", err, ErrAuth)
+	}
+	if err := v.Learn(t.Context(), told); err != nil {
+		t.Error(err)
+	}
+	look(nil, 0, id)
+	if unseals != 0 {
+		t.Errorf("%d unseals of a header that was told", unseals)
+	}
+	if err := v.Learn(t.Context(), &before); !errors.Is(err, ErrAuth) {
+		t.Errorf("Learn() of an older header = %v, want %v", err, ErrAuth)
+	}
+}
+
+// TestKnownShort: the state that goes to the next server is bounded.
+func TestKnownShort(t *testing.T) {
+	k := &Known{Digest: "d", Tokens: make([]KeyToken, 30)}
+	for i := range k.Tokens {
+		k.Tokens[i].Text = make([]byte, 2000)
+	}
+	if s := k.short(); len(s.Tokens) != 16 || s.Digest != k.Digest || len(k.Tokens) != 30 {
+		t.Errorf("%d tokens of %d", len(s.Tokens), len(k.Tokens))
+	}
+	if (*Known)(nil).short() != nil {
+		t.Error("something of nothing")
+	}
+}
