@@ -37,6 +37,8 @@ import (
 //	POST /v1/unlock   undo that, or try to unseal now; 204 at once
 //	POST /v1/reload   have the program that is on disk take over: 202 when this
 //	                  server leaves, 409 with the reason if it stays
+//	POST /v1/erase    stop, wipe the keys and destroy every way into the volume of
+//	                  ?uuid=: 200 with an [eraseAnswer], 409 if nothing was done
 //	POST /v1/header   the header was changed; the body is what it is now, a
 //	                  [sector.Known]: 204 when that counts, 409 with the reason if not
 //	POST /v1/detach   stop, and answer when the volume is closed: 204 if all is
@@ -173,6 +175,19 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		case <-r.Context().Done():
 		}
 	})
+	mux.HandleFunc("POST /v1/erase", func(w http.ResponseWriter, r *http.Request) {
+		// Who has begun it and goes away has begun it.
+		answer, err := d.erase(context.WithoutCancel(r.Context()), r.URL.Query().Get("uuid"))
+		if err != nil {
+			status := http.StatusInternalServerError
+			if exitCode(err) == codeBusy {
+				status = http.StatusConflict
+			}
+			http.Error(w, err.Error(), status)
+			return
+		}
+		json.NewEncoder(w).Encode(answer)
+	})
 	mux.HandleFunc("POST /v1/header", func(w http.ResponseWriter, r *http.Request) {
 		var k sector.Known
 		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20)).Decode(&k)
@@ -208,6 +223,10 @@ func (d *daemon) serveControl() (stop func(), err error) {
 			}
 			if d.opts.randomKey && command.event == audit.Unlock {
 				fail(http.StatusConflict, "the volume's key was random; once it is wiped nothing brings it back", "")
+				return
+			}
+			if command.event == audit.Unlock && life.Snapshot().State == lifecycle.Erased {
+				fail(http.StatusConflict, "the volume was erased; nothing brings it back", "")
 				return
 			}
 			if err := command.run(life, r.Context()); err != nil {
@@ -665,6 +684,8 @@ func (s *status) printKey(p func(name, format string, args ...any)) {
 	switch {
 	case k.Locked:
 		text += " by an operator; 'hostcryptd unlock' opens it again"
+	case k.State == lifecycle.Erased:
+		text += ": the volume has stopped, and every way into it is destroyed"
 	case k.State == lifecycle.Revoked && k.Wiped:
 		text += ": the volume has stopped and its keys are wiped"
 	case k.State == lifecycle.Revoked:

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -17,6 +19,7 @@ func (a *app) eraseCommand() *cobra.Command {
 		keys  keyFlags
 		yes   string
 		force bool
+		inUse bool
 	)
 	c := &cobra.Command{
 		Use:   "erase DEVICE",
@@ -25,14 +28,24 @@ func (a *app) eraseCommand() *cobra.Command {
 random bytes and then zeros, reads that back, discards the area where the device
 can do that, and forgets what this host remembers of the volume, in a file and in
 the TPM. Without them the data is noise, whatever keys anybody has. The data itself
-is not touched. The volume must not be in use.
+is not touched.
+
+A volume that is in use is refused, unless --in-use says to stop it now, whoever uses
+it: its server lets requests fail, flushes what was answered, wipes the keys, and then
+erases the volume. It goes on running, and says so in its status, until it's detached.
 
 Out of its reach are backups of the header, copies and snapshots of the disk, and
 blocks that the disk itself has set aside. If there may be such, disable or delete
 the key in the vault too; for a key of the TPM, clear the TPM.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
+			if inUse {
+				return a.eraseInUse(c.Context(), args[0], yes)
+			}
 			d, err := sector.OpenDevice(args[0], sector.DeviceOptions{})
+			if exitCode(err) == codeBusy {
+				return fmt.Errorf("%w; if it's a volume that hostcryptd serves, --in-use stops and erases it", err)
+			}
 			if err != nil {
 				return err
 			}
@@ -55,36 +68,73 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
 			// Only a header shows that the volume named is the one that is gone now.
-			var pin, chip bool
+			answer := &eraseAnswer{Device: args[0], UUID: done.UUID, Bytes: done.Bytes, Discarded: done.Discarded, OutOfReach: eraseOutOfReach}
+			pins := keys.pinStore(a.cliLog())
 			if done.UUID != "" {
-				if pin, chip, err = keys.pinStore(a.cliLog()).Remove(done.UUID); err != nil {
-					err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w", args[0], err)
+				if answer.Pin, answer.Chip, err = pins.Remove(done.UUID); err != nil {
+					err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w; 'hostcryptd header forget' removes that", args[0], err)
 				}
+			} else if known, perr := pins.Load(uuid); known != nil || perr != nil {
+				answer.Kept = uuid
 			}
-			if a.json {
-				return errors.Join(err, a.printJSON(map[string]any{
-					"device": args[0], "uuid": done.UUID, "bytes": done.Bytes, "discarded": done.Discarded, "pin_removed": pin, "tpm_pin_removed": chip,
-					"out_of_reach": eraseOutOfReach,
-				}))
-			}
-			fmt.Fprintf(a.stdout, "%s is erased: %s overwritten and read back", args[0], bytesText(uint64(done.Bytes)))
-			if done.Discarded {
-				fmt.Fprint(a.stdout, ", and discarded")
-			}
-			if chip {
-				fmt.Fprint(a.stdout, "\nThe TPM has forgotten it")
-			}
-			fmt.Fprintln(a.stdout, "\nOut of reach of this command:")
-			for _, what := range eraseOutOfReach {
-				fmt.Fprintln(a.stdout, "  "+what)
-			}
-			return err
+			return errors.Join(err, a.printErased(answer))
 		},
 	}
 	c.Flags().StringVar(&yes, "yes-erase", "", "don't ask; erase the volume with this `UUID`")
 	c.Flags().BoolVar(&force, "force", false, "erase the place of the header though there is no readable one, as after an interrupted erase")
+	c.Flags().BoolVar(&inUse, "in-use", false, "stop the server of the volume, which may be named as for status, and erase it")
+	c.MarkFlagsMutuallyExclusive("in-use", "force")
 	keys.addPins(c)
 	return a.jsonFlag(c)
+}
+
+// An eraseAnswer is what erase has done.
+type eraseAnswer struct {
+	Device     string   `json:"device"`
+	UUID       string   `json:"uuid"` // of the header that was there, or ""
+	Bytes      int64    `json:"bytes"`
+	Discarded  bool     `json:"discarded"`
+	Pin        bool     `json:"pin_removed"`
+	Chip       bool     `json:"tpm_pin_removed"`
+	Kept       string   `json:"pin_kept,omitempty"` // UUID of a volume that this host still remembers
+	OutOfReach []string `json:"out_of_reach"`
+}
+
+func (a *app) printErased(e *eraseAnswer) error {
+	if a.json {
+		return a.printJSON(e)
+	}
+	fmt.Fprintf(a.stdout, "%s is erased: %s overwritten and read back", e.Device, bytesText(uint64(e.Bytes)))
+	if e.Discarded {
+		fmt.Fprint(a.stdout, ", and discarded")
+	}
+	if e.Chip {
+		fmt.Fprint(a.stdout, "\nThe TPM has forgotten it")
+	}
+	if e.Kept != "" {
+		fmt.Fprintf(a.stdout, "\nNothing there said which volume it was, so this host still remembers volume %s;\n'hostcryptd header forget %s' removes that", e.Kept, e.Kept)
+	}
+	fmt.Fprintln(a.stdout, "\nOut of reach of this command:")
+	for _, what := range e.OutOfReach {
+		fmt.Fprintln(a.stdout, "  "+what)
+	}
+	return nil
+}
+
+// eraseInUse has the server of a volume erase it.
+func (a *app) eraseInUse(ctx context.Context, which, yes string) error {
+	s, err := theOne(ctx, which)
+	if err != nil {
+		return err
+	}
+	if err := a.confirmUUID("This stops volume "+s.UUID+" on "+s.Device+", which is in use, and destroys it for ever.", "--yes-erase", yes, s.UUID); err != nil {
+		return err
+	}
+	var answer eraseAnswer
+	if err := newControlClient(s.Control).do(ctx, "POST", "/v1/erase?uuid="+url.QueryEscape(s.UUID), &answer); err != nil {
+		return err
+	}
+	return a.printErased(&answer)
 }
 
 // notForeign refuses a device that carries something else than what is left of

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -22,7 +23,7 @@ backup and one of the keys that were in it can open the volume, also after that
 key was removed from the volume.`,
 		Args: cobra.NoArgs,
 	}
-	c.AddCommand(a.headerBackupCommand(), a.headerRestoreCommand(), a.headerRepairCommand(), a.headerVerifyCommand(), a.headerAcceptCommand(), a.headerSignCommand())
+	c.AddCommand(a.headerBackupCommand(), a.headerRestoreCommand(), a.headerRepairCommand(), a.headerVerifyCommand(), a.headerAcceptCommand(), a.headerForgetCommand(), a.headerSignCommand())
 	return c
 }
 
@@ -319,5 +320,47 @@ disk could have forged it, or put back an old one with a key that you removed.`,
 	}
 	c.Flags().StringVar(&yes, "yes", "", "confirm with the `UUID` of the volume")
 	keys.add(c)
+	return a.jsonFlag(c)
+}
+
+func (a *app) headerForgetCommand() *cobra.Command {
+	var keys keyFlags
+	c := &cobra.Command{
+		Use:   "forget UUID",
+		Short: "forget what this host remembers of a volume that is gone",
+		Long: `erase forgets the volume that it erases, as long as a header says which one that
+is. forget is for a volume whose disk is gone, or whose erase was interrupted. It
+removes what this host remembers, in a file and in the TPM, and nothing else. If the
+volume should come back, it's one that this host has never seen: whatever header it
+has is trusted at first sight.`,
+		Args: oneArg("UUID"),
+		RunE: func(c *cobra.Command, args []string) error {
+			uuid := strings.ToLower(args[0])
+			if !sector.IsUUID(uuid) {
+				return usagef("%q is not the UUID of a volume", args[0])
+			}
+			if list, _ := running(c.Context(), uuid); len(list) > 0 {
+				return withCode(codeBusy, fmt.Errorf("volume %s is being served from %s, so it isn't gone; nothing was changed", uuid, list[0].Device))
+			}
+			file, chip, err := keys.pinStore(a.cliLog()).Remove(uuid)
+			keys.recordChange(audit.Header, uuid, "forget", err)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(map[string]any{"uuid": uuid, "pin_removed": file, "tpm_pin_removed": chip})
+			}
+			switch {
+			case file && chip:
+				fmt.Fprintf(a.stdout, "this host and its TPM have forgotten volume %s\n", uuid)
+			case file || chip:
+				fmt.Fprintf(a.stdout, "this host has forgotten volume %s\n", uuid)
+			default:
+				fmt.Fprintf(a.stdout, "this host remembers no volume %s\n", uuid)
+			}
+			return nil
+		},
+	}
+	keys.addPins(c)
 	return a.jsonFlag(c)
 }

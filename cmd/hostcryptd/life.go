@@ -790,6 +790,43 @@ func (d *daemon) lookForVault(ctx context.Context, runner *lifecycle.Runner) err
 	return nil
 }
 
+// erase stops the volume for good and destroys every way into it. That is what the
+// state erased is for: only who asks for it gets there. A header that is merely gone
+// does not lead there, see tokens.
+func (d *daemon) erase(ctx context.Context, uuid string) (*eraseAnswer, error) {
+	d.mu.Lock()
+	life, v := d.life, d.volume
+	d.mu.Unlock()
+	refuse := func(why string) (*eraseAnswer, error) {
+		return nil, withCode(codeBusy, fmt.Errorf("%s; nothing was changed", why))
+	}
+	switch {
+	case uuid != d.uuid:
+		return refuse(fmt.Sprintf("this is volume %s, not %q", d.uuid, uuid))
+	case d.opts.randomKey:
+		return refuse("the volume's key is random and stored nowhere: 'hostcryptd lock' destroys it")
+	case d.opts.readOnly:
+		return refuse("the volume is served read-only")
+	case life == nil || v == nil:
+		return refuse("the volume is not unsealed yet: stop its server, and erase it then")
+	}
+	if err := life.Erase(ctx); err != nil {
+		return nil, err
+	}
+	// With force: an erase of before may have been interrupted, and nobody else has
+	// had the device since.
+	done, err := sector.Erase(ctx, d.device, d.uuid, true)
+	d.opts.keys.recordChange(audit.Erase, d.uuid, d.opts.device+", in use", err)
+	if err != nil {
+		return nil, fmt.Errorf("the volume has stopped and its keys are wiped, but %s: %w", d.opts.device, err)
+	}
+	a := &eraseAnswer{Device: d.opts.device, UUID: d.uuid, Bytes: done.Bytes, Discarded: done.Discarded, OutOfReach: eraseOutOfReach}
+	if a.Pin, a.Chip, err = d.opts.keys.pinStore(d.log).Remove(d.uuid); err != nil {
+		return nil, fmt.Errorf("%s is erased, but not what this host remembers of it: %w; 'hostcryptd header forget' removes that", d.opts.device, err)
+	}
+	return a, nil
+}
+
 // record writes to the log of key use.
 func (d *daemon) record(r audit.Record) {
 	r.Volume = d.uuid
