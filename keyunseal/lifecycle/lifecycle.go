@@ -59,7 +59,8 @@ const (
 	Grace
 	// Revoked: access was lost and the volume has stopped as its policy says.
 	Revoked
-	// Erased: the ways in were destroyed; there is nothing to come.
+	// Erased: the ways in were destroyed, as an operator has told the server to do;
+	// there is nothing to come. A header that is found gone doesn't lead here.
 	Erased
 )
 
