@@ -258,7 +258,7 @@ name, of processes that systemd doesn't kill.`,
 	f.StringVar(&o.certificates, "tls-certificates", "", tlsHelp)
 	f.StringVar(&o.attach, "attach", "", "attach the volume to the kernel: auto or `/dev/nbdN`")
 	f.IntVar(&o.connections, "connections", 1, "`NUMBER` of sockets between the kernel and the server")
-	f.StringVar(&o.control, "control", "", "control `SOCKET` (default "+filepath.Join(runDir, "UUID.sock")+")")
+	f.StringVar(&o.control, "control", "", "control `SOCKET`; commands that change the header tell the server there, if it is the default or in $"+controlEnv+" (default "+filepath.Join(runDir, "UUID.sock")+")")
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes, and write nothing to the device")
 	f.BoolVar(&o.direct, "direct", false, "keep an image file out of the page cache (O_DIRECT), as block devices are")
 	f.BoolVar(&o.discard, "discard", false, "pass discards on to the device, which shows an observer what is not in use")
