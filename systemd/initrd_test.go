@@ -90,3 +90,45 @@ hostcryptd_has root _netdev && ! hostcryptd_has dump _netdev && ! hostcryptd_has
 		t.Errorf("names: %q, %v; want root dump has", got, err)
 	}
 }
+
+// TestInitrdHostKey checks that a host key is taken along when the volume has one,
+// and that not knowing is said.
+func TestInitrdHostKey(t *testing.T) {
+	dir := t.TempDir()
+	tab := filepath.Join(dir, "hostcrypttab")
+	for _, tt := range []struct {
+		device, key, program string // what hostcryptd does when it is asked for the keys of the device
+		file, warning        string
+	}{
+		{device: `UUID="1"`, key: "-", program: "echo ' 0  hostcryptd-hostkey'", file: "/etc/default.key", warning: "is in the initramfs"},
+		{device: "UUID='1'", key: "none", program: "echo ' 0  hostcryptd-azurekv'"},
+		{device: "UUID=1", key: "-", program: "echo 'no such device' >&2; exit 4", warning: "no host key is in the initramfs"},
+		{device: "UUID=1", key: "/etc/own.key", program: "exit 1", file: "/etc/own.key", warning: "is in the initramfs"},
+		{device: "UUID=1", key: "/dev/urandom", program: "exit 1"},
+	} {
+		program := `#!/bin/sh
+case $* in
+"key list /dev/disk/by-uuid/1") ` + tt.program + ` ;;
+"serve --help") echo '      --host-key FILE   the host key (default "/etc/default.key")' ;;
+*) echo "hostcryptd $*" >&2; exit 2 ;;
+esac
+`
+		if err := os.WriteFile(filepath.Join(dir, "hostcryptd"), []byte(program), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(tab, []byte("root "+tt.device+" "+tt.key+" x-initrd.attach"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.CommandContext(t.Context(), "sh", "initrd/initrd-lines", "--files", "x-initrd.attach")
+		cmd.Env = append(os.Environ(), "HOSTCRYPTTAB="+tab, "PATH="+dir+":"+os.Getenv("PATH"))
+		var warnings strings.Builder
+		cmd.Stderr = &warnings
+		out, err := cmd.Output()
+		if err != nil || strings.TrimSpace(string(out)) != tt.file {
+			t.Errorf("%s %s: files %q, %v; want %q", tt.device, tt.key, out, err, tt.file)
+		}
+		if !strings.Contains(warnings.String(), tt.warning) || tt.warning == "" && warnings.Len() > 0 {
+			t.Errorf("%s %s: warning %q, want %q", tt.device, tt.key, warnings.String(), tt.warning)
+		}
+	}
+}

@@ -16,9 +16,9 @@ hostcryptd_tab=${hostcryptd_tab:-/etc/hostcrypttab}
 # hostcryptd_names OPTION: the names of the volumes whose line has the option.
 hostcryptd_names() {
 	[ -r "$hostcryptd_tab" ] || return 0
-	while read -r name _device _key options _rest; do
+	while read -r name _device _key options _rest || [ -n "$name" ]; do
 		case $name in '' | '#'*) continue ;; esac
-		case ",${options%%#*}," in *",$1,"*) echo "$name" ;; esac
+		case ",$options," in *",$1,"*) echo "$name" ;; esac
 	done <"$hostcryptd_tab"
 }
 
