@@ -732,7 +732,7 @@ func (c *conn) receive() error {
 }
 
 // leaving reports whether the connection is to be left between two requests.
-func (c *conn) leaving() bool { return c.ses.leaves && context.Cause(c.parent) == ErrLeave }
+func (c *conn) leaving() bool { return c.ses.kernel && context.Cause(c.parent) == ErrLeave }
 
 // rest returns how many bytes are still to come of what was read in part, or 0
 // between two requests. What it returns may not be all.
@@ -997,6 +997,9 @@ func (c *conn) parse() error {
 			return errDisconnect
 		}
 		errno := h.check(c.size, &c.ses)
+		if errno != 0 && c.grown() {
+			errno = h.check(c.size, &c.ses)
+		}
 		if errno != 0 && h.payload(c.ses.mode) > maxDiscard {
 			return fmt.Errorf("nbd: request %#x with a payload of %d bytes: %w", h.cookie, h.length, ErrProtocol)
 		}
@@ -1040,6 +1043,21 @@ func (c *conn) parse() error {
 			rd.taken.push(r)
 		}
 	}
+}
+
+// grown tells whether the device has more than this connection knows of, and
+// takes note of it. A client that did a handshake was told what there is, and the
+// protocol has no word for more.
+func (c *conn) grown() bool {
+	if !c.ses.kernel {
+		return false
+	}
+	size, err := c.ses.export.size()
+	if err != nil || size <= c.size {
+		return false
+	}
+	c.size = size
+	return true
 }
 
 // parsePayload takes what has come of the payload of a write. It reports

@@ -112,9 +112,10 @@ type session struct {
 	// when there is no reply, it sends them again on the next socket.
 	refuseLate bool
 
-	// leaves ends a session whose cancellation has the cause [ErrLeave] between
-	// two requests.
-	leaves bool
+	// kernel is a session without a handshake. A cancellation with the cause
+	// [ErrLeave] ends it between two requests, and its peer learns elsewhere that
+	// the device has grown.
+	kernel bool
 }
 
 // A handshake is the state of one.

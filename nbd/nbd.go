@@ -64,9 +64,11 @@ import (
 
 // A Device is what an export serves. Offsets and lengths are bytes.
 //
-// The server keeps every request within the Size that it saw when the
-// connection's transmission phase began, and calls the methods from many
-// goroutines at once, also for ranges that overlap.
+// The server keeps every request within the Size, and calls the methods from many
+// goroutines at once, also for ranges that overlap. Size may grow while the device
+// is served, and must not become less. A client that did a handshake has the Size
+// that there was when its transmission phase began, as the protocol can't tell it
+// of another; a connection of [Server.ServeTransmission] has what there is.
 //
 // An error becomes an NBD error by the [syscall.Errno] in its chain: EPERM,
 // EACCES and EROFS are sent as EPERM, ENOSPC, EDQUOT and EFBIG as ENOSPC;
@@ -75,7 +77,7 @@ import (
 type Device interface {
 	// ReadAt must not keep p. WriteAt must neither change nor keep it. p starts
 	// on a page boundary. A write longer than 512 KiB comes as several calls,
-	// from several goroutines. Size must not change while the device is served. After Sync, all data whose WriteAt, Trim or
+	// from several goroutines. After Sync, all data whose WriteAt, Trim or
 	// WriteZeroes returned before Sync was called is on stable storage.
 	backend.Backend
 

@@ -332,7 +332,7 @@ func (s *Server) ServeTransmission(ctx context.Context, conn net.Conn, exportNam
 		return err
 	}
 	defer s.leave(peerKey{}, false)
-	return s.transmission(ctx, session{export: e, flags: e.transmissionFlags(), leaves: true}, &input{nc: conn})
+	return s.transmission(ctx, session{export: e, flags: e.transmissionFlags(), kernel: true}, &input{nc: conn})
 }
 
 // ServeListener serves the connections that ln accepts until ctx is done or ln
@@ -483,7 +483,7 @@ func (s *Server) transmission(ctx context.Context, ses session, in *input) error
 	delete(s.conns, c)
 	s.counts.merge(&c.counts)
 	s.mu.Unlock()
-	if ctx.Err() != nil && !(ses.leaves && context.Cause(ctx) == ErrLeave) {
+	if ctx.Err() != nil && !(ses.kernel && context.Cause(ctx) == ErrLeave) {
 		return context.Cause(ctx)
 	}
 	return err

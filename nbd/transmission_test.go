@@ -24,6 +24,66 @@ const (
 	eSHUTDWN = uint32(syscall.ESHUTDOWN)
 )
 
+// A growing device has the size that it is told to have.
+type growing struct {
+	*nbdtest.Async
+	size atomic.Int64
+}
+
+func (g *growing) Size() (int64, error) { return g.size.Load(), nil }
+
+// TestDeviceGrows: what is beyond the end of a device is within it when it has
+// grown, for the kernel. A client that did a handshake keeps the size that it was
+// told, until it connects again.
+func TestDeviceGrows(t *testing.T) {
+	const before, after = 1 << 20, 2<<20 + 4096
+	a, err := nbdtest.NewAsync(nbdtest.NewDevice(after, false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Close() }) // after the harness's
+	g := &growing{Async: a}
+	g.size.Store(before)
+	h := newHarness(t, nbd.Config{}, nbd.Export{Device: g})
+	ours, theirs := socketpair(t)
+	defer ours.Close()
+	h.serves.Go(func() { h.s.ServeTransmission(h.ctx, theirs, ""); theirs.Close() })
+	kernel := &nbdtest.Client{Conn: ours}
+	client, _ := h.dial("")
+
+	p := pattern(8192, 1)
+	for _, tt := range []struct {
+		off    uint64
+		before uint32
+	}{{before - 8192, ok}, {before - 4096, eNOSPC}, {before, eNOSPC}, {after - 8192, eNOSPC}} {
+		for name, c := range map[string]*nbdtest.Client{"kernel": kernel, "client": client} {
+			if errno, err := c.Write(p, tt.off, 0); err != nil || errno != tt.before {
+				t.Errorf("%s: write at %d before: error %d, %v; want %d", name, tt.off, errno, err, tt.before)
+			}
+		}
+	}
+	g.size.Store(after)
+	for _, off := range []uint64{before - 4096, before, after - 8192} {
+		if errno, err := kernel.Write(p, off, nbdtest.FUA); err != nil || errno != ok {
+			t.Errorf("kernel: write at %d after: error %d, %v", off, errno, err)
+		}
+		got := make([]byte, len(p))
+		if errno, err := kernel.Read(got, off); err != nil || errno != ok || !bytes.Equal(got, p) {
+			t.Errorf("kernel: read at %d after: error %d, %v, equal %v", off, errno, err, bytes.Equal(got, p))
+		}
+		if errno, err := client.Write(p, off, 0); err != nil || errno != eNOSPC {
+			t.Errorf("client: write at %d after: error %d, %v; want %d", off, errno, err, eNOSPC)
+		}
+	}
+	if errno, err := kernel.Write(p, after-4096, 0); err != nil || errno != eNOSPC {
+		t.Errorf("kernel: write over the new end: error %d, %v; want %d", errno, err, eNOSPC)
+	}
+	again, _ := h.dial("")
+	if errno, err := again.Write(p, after-8192, 0); err != nil || errno != ok {
+		t.Errorf("client that connects again: write at the new end: error %d, %v", errno, err)
+	}
+}
+
 // TestTransmissionRules sends one request each and checks its reply, and then,
 // by a read whose result is known, that the connection is still in step.
 func TestTransmissionRules(t *testing.T) {
