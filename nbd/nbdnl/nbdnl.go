@@ -190,7 +190,7 @@ func (c *Conn) Connect(cfg Config, socks ...*os.File) (int, error) {
 
 // Reconfigure gives new sockets to an attached device in place of dead ones.
 // backend must be that of the Connect. It changes nothing else: a size in this
-// message freezes the queue, which deadlocks with requests in flight.
+// message freezes the queue, which deadlocks while a socket is dead.
 //
 // The kernel replaces only sockets that it found dead, and reports success for
 // sockets that it had no use for. To tell, close socks after the call and see
@@ -211,6 +211,32 @@ func (c *Conn) Reconfigure(index int, backend string, socks ...*os.File) error {
 		encodeSockets(ae, fds)
 	})
 	runtime.KeepAlive(socks)
+	if err != nil {
+		return fmt.Errorf("nbdnl: %s: %w", doing, classify(err))
+	}
+	return nil
+}
+
+// Resize gives an attached device another size in bytes, a multiple of its block
+// size, while it is in use. backend must be that of the Connect. Its server must
+// serve that size already, as the kernel may use it before Resize returns.
+//
+// Since Linux 6.9 the driver first waits until the requests under way have been
+// answered (blk_mq_freeze_queue in nbd_set_size), with new ones and every other
+// user of generic netlink waiting behind it. So a server has to be answering, and
+// one that dies in the middle of that can't be replaced: its successor's sockets
+// would come by generic netlink.
+func (c *Conn) Resize(index int, backend string, size uint64) error {
+	doing := "resizing " + Path(index)
+	if size == 0 || size > math.MaxInt64 {
+		return fmt.Errorf("nbdnl: %s: size %d is out of range", doing, size)
+	}
+	err := c.acknowledged(cmdReconfigure, index, func(ae *netlink.AttributeEncoder) {
+		ae.Uint64(attrSizeBytes, size)
+		if backend != "" {
+			ae.String(attrBackendIdentifier, backend)
+		}
+	})
 	if err != nil {
 		return fmt.Errorf("nbdnl: %s: %w", doing, classify(err))
 	}

@@ -202,6 +202,7 @@ func TestErrors(t *testing.T) {
 			return err
 		},
 		"Reconfigure": func(c *Conn) error { return c.Reconfigure(4, "", socks...) },
+		"Resize":      func(c *Conn) error { return c.Resize(4, "", 512) },
 		"Disconnect":  func(c *Conn) error { return c.Disconnect(4) },
 		"Status":      func(c *Conn) error { _, err := c.Status(4); return err },
 	}
@@ -268,6 +269,34 @@ func TestReconfigure(t *testing.T) {
 	}
 	if err := c.Reconfigure(7, ""); err == nil {
 		t.Error("Reconfigure() without sockets succeeded")
+	}
+}
+
+// TestResize: a size and, if there is one, the backend; never a block size, which
+// would change with it, nor sockets.
+func TestResize(t *testing.T) {
+	k := &kernel{t: t, answer: func(genetlink.Message) ([]genetlink.Message, error) { return nil, genltest.Error(0) }}
+	c := k.dial()
+	if err := c.Resize(7, "volume 1", 3<<30); err != nil {
+		t.Error(err)
+	}
+	if err := c.Resize(0, "", 512); err != nil {
+		t.Error(err)
+	}
+	want := []genetlink.Message{
+		{Header: genetlink.Header{Command: 3, Version: 1}, Data: attrs(u32(1, 7), u64(2, 3<<30), str(10, "volume 1"))},
+		{Header: genetlink.Header{Command: 3, Version: 1}, Data: attrs(u32(1, 0), u64(2, 512))},
+	}
+	if diff := cmp.Diff(want, k.got); diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]netlink.HeaderFlags{netlink.Request | netlink.Acknowledge, netlink.Request | netlink.Acknowledge}, k.flags); diff != "" {
+		t.Errorf("flags (-want +got):\n%s", diff)
+	}
+	for _, size := range []uint64{0, 1 << 63} {
+		if err := c.Resize(7, "", size); err == nil || len(k.got) != 2 {
+			t.Errorf("Resize() to %d = %v; the kernel got %d messages", size, err, len(k.got)-2)
+		}
 	}
 }
 

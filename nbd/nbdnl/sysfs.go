@@ -62,14 +62,23 @@ func WaitReady(ctx context.Context, index int, size uint64) error {
 	}
 }
 
+// Size is the size in bytes that the device has for its users.
+func Size(index int) (uint64, error) {
+	sectors, err := readUint(attribute(index, "size")) // always in units of 512
+	if err != nil {
+		return 0, fmt.Errorf("nbdnl: size of %s: %w", Path(index), err)
+	}
+	return sectors * 512, nil
+}
+
 // ready returns what the device lacks.
 func ready(index int, size uint64) error {
-	sectors, err := readUint(attribute(index, "size")) // always in units of 512
+	got, err := Size(index)
 	if err != nil {
 		return err
 	}
-	if sectors != size/512 {
-		return fmt.Errorf("size is %d bytes, want %d", sectors*512, size)
+	if got != size {
+		return fmt.Errorf("size is %d bytes, want %d", got, size)
 	}
 	_, err = readUint(attribute(index, "pid"))
 	return err
