@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -24,7 +25,7 @@ import (
 // [DeviceOptions].Direct.
 type Device struct {
 	f        *os.File
-	size     int64
+	size     atomic.Int64 // never less than it was
 	align    int
 	physical int
 	block    bool
@@ -101,7 +102,7 @@ func openDevice(name string, o DeviceOptions) (_ *Device, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d.size, err = d.f.Seek(0, io.SeekEnd)
+	_, err = d.Measure()
 	return d, err
 }
 
@@ -196,7 +197,7 @@ func Reopen(f *os.File, name string, o DeviceOptions) (*Device, error) {
 		err = d.probeFile(o)
 	}
 	if err == nil {
-		d.size, err = d.f.Seek(0, io.SeekEnd)
+		_, err = d.Measure()
 	}
 	if err != nil {
 		d.Close()
@@ -252,8 +253,24 @@ func (d *Device) Close() error { return d.f.Close() }
 // Name is the path that the device was opened with.
 func (d *Device) Name() string { return d.f.Name() }
 
-// Size is in bytes.
-func (d *Device) Size() int64 { return d.size }
+// Size is in bytes: the most that the device had whenever it was measured. What
+// is beyond the end of one that was cut off since then can't be read or written.
+func (d *Device) Size() int64 { return d.size.Load() }
+
+// Measure asks the system how many bytes the device has now. A bigger one has a
+// bigger Size afterwards.
+func (d *Device) Measure() (int64, error) {
+	size, err := d.f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return 0, err
+	}
+	for {
+		before := d.size.Load()
+		if size <= before || d.size.CompareAndSwap(before, size) {
+			return size, nil
+		}
+	}
+}
 
 // Alignment is the logical block size of a block device, what O_DIRECT wants of
 // a file, 1 for a file with the page cache.

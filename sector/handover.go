@@ -148,13 +148,14 @@ type State struct {
 	Tweak    uint64 `json:"tweak"`
 	ReadOnly bool   `json:"read_only"`
 	Discard  bool   `json:"discard"`
+	Dynamic  bool   `json:"dynamic"` // it may grow; a version that didn't say so left false
 
 	Known *Known `json:"known,omitempty"` // nil also from a version that didn't say
 }
 
 // State returns the volume's.
 func (v *Volume) State() State {
-	return State{v.uuid, v.label, v.Token(), v.offset, v.size, v.sector, v.tweak, v.readOnly, v.discard, v.known.Load().short()}
+	return State{v.uuid, v.label, v.Token(), v.offset, v.size.Load(), v.sector, v.tweak, v.readOnly, v.discard, v.dynamic, v.known.Load().short()}
 }
 
 // Continue makes the volume again whose State another process has left, on the
@@ -184,6 +185,7 @@ func Continue(b Backing, s State, h *Handover, mode SuspendMode) (*Volume, error
 		k.free()
 		return nil, err
 	}
+	v.dynamic = s.Dynamic
 	if h.mem.failed.Load() != 0 {
 		v.flush.fail()
 	}

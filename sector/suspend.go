@@ -154,7 +154,7 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 		return err
 	}
 	defer again.Close() // only what is left of it
-	if again.uuid != v.uuid || again.offset != v.offset || again.size != v.size ||
+	if again.uuid != v.uuid || again.offset != v.offset || again.size.Load() != v.size.Load() ||
 		again.sector != v.sector || again.tweak != v.tweak {
 		return fmt.Errorf("%w: the header describes another volume than the one that was suspended", ErrAuth)
 	}

@@ -25,12 +25,13 @@ type Volume struct {
 
 	secretMemory string // kind of
 
-	offset   int64  // of the volume on the backing device
-	size     int64  // of the volume
-	sector   int64  // size of a sector
-	tweak    uint64 // of the first sector
-	align    int64  // of the backing device
-	fd       int    // of the backing device, or -1 if it isn't a descriptor
+	offset   int64        // of the volume on the backing device
+	size     atomic.Int64 // of the volume
+	dynamic  bool         // it is as big as the backing device, see Grow
+	sector   int64        // size of a sector
+	tweak    uint64       // of the first sector
+	align    int64        // of the backing device
+	fd       int          // of the backing device, or -1 if it isn't a descriptor
 	readOnly bool
 	discard  bool
 
@@ -66,8 +67,8 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 	v := &Volume{
 		b: b, uuid: h.UUID, label: h.Label,
 		offset: int64(s.Offset), sector: sectorSize, tweak: s.IVTweak,
-		size:     size / sectorSize * sectorSize,
 		align:    int64(b.Alignment()),
+		dynamic:  s.Dynamic,
 		readOnly: o.ReadOnly, discard: o.Discard, fd: -1,
 		keys: k, cipher: c, secretMemory: k.mem.kind, handover: o.Handover,
 	}
@@ -76,8 +77,9 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 	if d, ok := b.(descriptor); ok {
 		v.fd = d.Descriptor()
 	}
+	v.size.Store(size / sectorSize * sectorSize)
 	if !s.Dynamic {
-		v.size = int64(s.Size)
+		v.size.Store(int64(s.Size))
 	} else if size%sectorSize != 0 {
 		v.warnings = append(v.warnings, fmt.Sprintf("the backing device is not a multiple of %d bytes any more; the last %d are not used", sectorSize, size%sectorSize))
 	}
@@ -137,9 +139,47 @@ func (v *Volume) SecretMemory() string { return v.secretMemory }
 // Implementation names the XTS implementation at work.
 func (v *Volume) Implementation() string { return xts.Implementation() }
 
-// Size is the size of the volume in bytes. The error is always nil; it is
-// there for go-nbd's backend.Backend.
-func (v *Volume) Size() (int64, error) { return v.size, nil }
+// Size is the size of the volume in bytes, which only [Volume.Grow] changes. The
+// error is always nil; it is there for go-nbd's backend.Backend.
+func (v *Volume) Size() (int64, error) { return v.size.Load(), nil }
+
+// A measurer is a [Backing] whose size can change.
+type measurer interface {
+	Backing
+	Measure() (int64, error)
+}
+
+// Grow gives the volume the room by which its backing device has grown since it
+// was opened, and returns its size. It writes nothing: a segment whose size is
+// dynamic has no size in the header. What the new sectors hold is noise.
+//
+// A volume never shrinks. Of a device that has less than it had, which is
+// [ErrDevice], data is missing; and a header that gives the segment a size is
+// [ErrUnsupported]. Requests may run meanwhile.
+func (v *Volume) Grow() (size int64, err error) {
+	before := v.size.Load()
+	now := v.b.Size()
+	if m, ok := v.b.(measurer); ok {
+		if now, err = m.Measure(); err != nil {
+			return before, fmt.Errorf("sector: size of the backing device: %w", err)
+		}
+	}
+	size = (now - v.offset) / v.sector * v.sector
+	switch {
+	case size < before:
+		return before, fmt.Errorf("%w: it has room for %d bytes of data now, and the volume has %d; a volume is not made smaller, and what was beyond the end can't be read until the device has its size back", ErrDevice, max(size, 0), before)
+	case size > before && !v.dynamic:
+		return before, fmt.Errorf("%w: its header gives the volume %d bytes, whatever the device has", ErrUnsupported, before)
+	}
+	for {
+		if v.size.CompareAndSwap(before, size) {
+			return size, nil
+		}
+		if before = v.size.Load(); before >= size {
+			return before, nil // somebody else saw more
+		}
+	}
+}
 
 // Stats are counts since the volume was opened.
 type Stats struct {
@@ -197,8 +237,8 @@ func (v *Volume) count(op string, off int64, err error) error {
 
 // check tells whether a range lies in the volume.
 func (v *Volume) check(off, length int64) error {
-	if off < 0 || length < 0 || off > v.size || length > v.size-off {
-		return fmt.Errorf("%d bytes reach over the end of the volume at %d: %w", length, v.size, syscall.EINVAL)
+	if size := v.size.Load(); off < 0 || length < 0 || off > size || length > size-off {
+		return fmt.Errorf("%d bytes reach over the end of the volume at %d: %w", length, size, syscall.EINVAL)
 	}
 	return nil
 }
@@ -231,8 +271,8 @@ func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
 	defer v.leave()
 	v.stats.reads.Add(1)
 	var eof error
-	if off >= 0 && off <= v.size && int64(len(p)) > v.size-off {
-		p, eof = p[:v.size-off], io.EOF
+	if size := v.size.Load(); off >= 0 && off <= size && int64(len(p)) > size-off {
+		p, eof = p[:size-off], io.EOF
 	}
 	err := v.check(off, int64(len(p)))
 	if err == nil {
