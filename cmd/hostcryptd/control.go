@@ -41,6 +41,9 @@ import (
 //	                  ?uuid=: 200 with an [eraseAnswer], 409 if nothing was done
 //	POST /v1/header   the header was changed; the body is what it is now, a
 //	                  [sector.Known]: 204 when that counts, 409 with the reason if not
+//	POST /v1/resize   take the room that the backing device has now: a [resized],
+//	                  409 if it can't be done now, 422 if the device or its
+//	                  header doesn't allow it
 //	POST /v1/detach   stop, and answer when the volume is closed: 204 if all is
 //	                  well, 500 with the reason if something was lost, 409 if
 //	                  the kernel device is in use and nothing was done
@@ -200,6 +203,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+	mux.HandleFunc("POST /v1/resize", d.serveResize)
 	for path, command := range map[string]struct {
 		event string
 		run   func(*lifecycle.Runner, context.Context) error
@@ -471,6 +475,8 @@ func (c *controlClient) send(ctx context.Context, method, path string, body []by
 		return fmt.Errorf("%s: %w", c.path, err)
 	case resp.StatusCode == http.StatusConflict:
 		return withCode(codeBusy, errors.New(string(bytes.TrimSpace(b))))
+	case resp.StatusCode == http.StatusUnprocessableEntity:
+		return withCode(codeDevice, errors.New(string(bytes.TrimSpace(b))))
 	case resp.StatusCode/100 != 2:
 		return fmt.Errorf("%s: %s", c.path, bytes.TrimSpace(b))
 	case answer == nil:

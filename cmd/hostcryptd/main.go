@@ -106,7 +106,7 @@ func (a *app) root() *cobra.Command {
 		return withCode(codeUsage, fmt.Errorf("%w; '%s --help' lists the flags", err, c.CommandPath()))
 	})
 	root.AddCommand(
-		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.reloadCommand(), a.detachCommand(), a.dumpCommand(),
+		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.reloadCommand(), a.resizeCommand(), a.detachCommand(), a.dumpCommand(),
 		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(),
 	)
 	return root

@@ -319,6 +319,7 @@ type daemon struct {
 
 	readingTokens atomic.Bool
 	headerChanged chan struct{} // capacity 1: to watchHeader
+	resizing      sync.Mutex    // held while the volume grows, and from when it is left
 }
 
 // States of a daemon, as status shows them.
@@ -702,6 +703,12 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	d.tellUdev()
 	k := &kernelDevice{conn: conn, index: d.index}
 	again := d.index >= 0
+	shown := uint64(size)
+	if again {
+		if shown, err = d.kernelSize(d.index, uint64(size)); err != nil {
+			return nil, errors.Join(fmt.Errorf("--attach: %w", err), conn.Close())
+		}
+	}
 	left, err := d.link.takeKernel()
 	if err != nil {
 		conn.Close()
@@ -724,7 +731,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	d.mu.Lock()
 	d.attached, d.index = k.path(), k.index
 	d.mu.Unlock()
-	if err := nbdnl.WaitReady(ctx, k.index, uint64(size)); err != nil {
+	if err := nbdnl.WaitReady(ctx, k.index, shown); err != nil {
 		if d.unchanged() {
 			return nil, errors.Join(fmt.Errorf("--attach: %w", err), conn.Close())
 		}
