@@ -396,6 +396,10 @@ func systemVolumes(m *machine) error {
 			return fmt.Errorf("systemd-analyze security: %w: %s", err, out)
 		}
 		m.figure("exposure of "+name, v, "")
+		// See the unit.
+		if limit := map[string]float64{"swap": 2.0}[name]; v > cmp.Or(limit, 2.2) {
+			return fmt.Errorf("the exposure of hostcryptd@%s.service is %v: %s", name, v, out)
+		}
 	}
 	return m.restartVolumes()
 }
