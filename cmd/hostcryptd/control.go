@@ -503,7 +503,7 @@ const controlEnv = "HOSTCRYPTD_CONTROL"
 // tellServer tells the server of a volume, if there is one, what its header is now.
 // What it isn't told it finds at its next look.
 func tellServer(ctx context.Context, volume string, k *sector.Known) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
 	body, err := json.Marshal(k)
 	if err != nil {

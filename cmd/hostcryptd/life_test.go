@@ -141,8 +141,9 @@ func TestHangingHeader(t *testing.T) {
 		<-answers
 		return nil
 	})
-	for range 2 { // the second finds the first still there
-		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	// The first has time to get to the disk, the second finds it still there.
+	for _, limit := range []time.Duration{2 * time.Second, 50 * time.Millisecond} {
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
 		if list := h.tokens(ctx); len(list) != 1 {
 			t.Errorf("%d tokens", len(list))
 		}
