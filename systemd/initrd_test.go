@@ -1,9 +1,11 @@
 package systemd
 
 import (
+	"crypto/sha256"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -131,4 +133,105 @@ esac
 			t.Errorf("%s %s: warning %q, want %q", tt.device, tt.key, warnings.String(), tt.warning)
 		}
 	}
+}
+
+// crashTree copies scripts of an initramfs to a folder that stands for its root,
+// with what they call: a daemon that "attaches" dir/volume and writes what it was
+// asked for to dir/asked.
+func crashTree(t *testing.T, tab string) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	for _, sub := range []string{"bin", "dev", "etc", "proc", "run", "usr/lib/hostcryptd"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// All paths, those of /proc/sysrq-trigger and /dev first of all, are below dir.
+	below := regexp.MustCompile(`(^|[\s"=<>])/(usr|run|proc|dev/k|dev/c|etc|s?bin)`)
+	files := map[string]string{
+		"etc/hostcrypttab": tab, "proc/uptime": "12.34 5.6\n", "proc/meminfo": "MemAvailable: 1 kB\n", "proc/vmcore": "the memory",
+		"bin/hostcryptd": "#!/bin/sh\necho \"$*\" >>" + dir + "/asked\necho " + dir + "/volume\n",
+		"bin/modprobe":   "#!/bin/sh\n", "bin/mount": "#!/bin/sh\n", "bin/umount": "#!/bin/sh\n", "bin/reboot": "#!/bin/sh\n", "bin/sleep": "#!/bin/sh\n",
+		// A file in memory has no O_DIRECT, and no bad block.
+		"usr/lib/hostcryptd/dd": `#!/bin/sh
+[ ! -e ` + dir + `/unreadable ] || case $* in *if=*) exit 1 ;; esac
+for word; do
+	shift
+	case $word in ?flag=direct) ;; *) set -- "$@" "$word" ;; esac
+done
+exec dd "$@"
+`,
+	}
+	for _, name := range []string{"initrd.sh", "dracut-hook.sh"} {
+		b, err := os.ReadFile(filepath.Join("initrd", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files["usr/lib/hostcryptd/"+name] = below.ReplaceAllString(string(b), "${1}"+dir+"/$2")
+	}
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// runIn runs a script after initrd.sh of a crashTree.
+func runIn(t *testing.T, dir, script string, args ...string) (out string, err error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "sh", append([]string{"-c", "hostcryptd_tab=" + dir + "/etc/hostcrypttab; . " + dir + "/usr/lib/hostcryptd/initrd.sh; " + script, "sh"}, args...)...)
+	cmd.Env = append(os.Environ(), "PATH="+dir+"/bin:"+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	b, err := cmd.CombinedOutput()
+	console, _ := os.ReadFile(dir + "/dev/console")
+	return string(b) + string(console), err
+}
+
+// TestInitrdDumpDestroysNothing checks what a dump is written to: a file system, or
+// the whole of a volume that has nothing on it.
+func TestInitrdDumpDestroysNothing(t *testing.T) {
+	for _, tt := range []struct {
+		name, make string // what makes the volume, from 64 MiB of zeros
+		says       string
+		writes     bool // to its first byte
+		file       bool
+	}{
+		{name: "empty", make: ":", says: "writing the dump to", writes: true},
+		{name: "ext4", make: "mkfs.ext4 -q volume", says: "writing the dump to", file: true},
+		{name: "partitions", make: "echo 'label: gpt\n,8M' | sfdisk -q volume", says: "left as it is"},
+		{name: "ambivalent", make: "mkfs.ext4 -q volume && printf '\\001CD001\\001' | dd of=volume bs=1 seek=32768 conv=notrunc status=none", says: "left as it is"},
+		{name: "unreadable", make: "touch unreadable", says: "can't be read"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := crashTree(t, "dump /dev/sdb - x-kdump.attach")
+			out, err := exec.CommandContext(t.Context(), "sh", "-c", "cd "+dir+" && PATH=$PATH:/usr/sbin:/sbin && truncate -s 64M volume && "+tt.make).CombinedOutput()
+			if err != nil {
+				t.Fatalf("%s (Debian packages fdisk and e2fsprogs; make deps): %v\n%s", tt.make, err, out)
+			}
+			before := fileSum(t, dir+"/volume")
+			said, err := runIn(t, dir, "hostcryptd_dump_to dump")
+			if ok := tt.writes || tt.file; (err == nil) != ok || !strings.Contains(said, tt.says) {
+				t.Errorf("%v, said %q; want %q", err, said, tt.says)
+			}
+			if changed := fileSum(t, dir+"/volume") != before; changed != tt.writes {
+				t.Errorf("the volume was changed: %v, want %v", changed, tt.writes)
+			}
+			dumps, _ := filepath.Glob(dir + "/run/hostcryptd-dump/*/dump.*")
+			if (len(dumps) == 1) != tt.file {
+				t.Errorf("files %q", dumps)
+			}
+			if tt.file && fileSum(t, dumps[0]) != fileSum(t, dir+"/proc/vmcore") {
+				t.Error("the dump is not the memory")
+			}
+		})
+	}
+}
+
+func fileSum(t *testing.T, name string) [sha256.Size]byte {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(b)
 }

@@ -48,8 +48,8 @@ hostcryptd_say() {
 # the option x-kdump.attach, and boots anew. It doesn't return: what can't be
 # written encrypted isn't written.
 #
-# The volume has a file system, and gets the dump as a file, or nothing, and gets
-# it from its first byte. Both are written with O_DIRECT: this kernel has too
+# The volume has a file system, and gets the dump as a file, or nothing at all, and
+# gets it from its first byte. Both are written with O_DIRECT: this kernel has too
 # little memory for pages that wait for the server that is to encrypt them.
 hostcryptd_dump() {
 	for hostcryptd_name in $(hostcryptd_names x-kdump.attach); do
@@ -68,11 +68,18 @@ hostcryptd_dump() {
 
 hostcryptd_dump_to() {
 	dev=$(hostcryptd_attach "$1") || return 1
-	type=$(blkid -p -o value -s TYPE "$dev")
 	dir=
-	case $type in
-	'') file=$dev ;;
-	*)
+	type=$(blkid -p -o value -s TYPE "$dev")
+	case $?:$type in
+	2:)
+		# blkid says this of a device that it can't read, too.
+		if ! /usr/lib/hostcryptd/dd "if=$dev" of=/dev/null bs=1M count=1 iflag=direct 2>/dev/null; then
+			hostcryptd_say "volume $1 can't be read"
+			return 1
+		fi
+		file=$dev
+		;;
+	0:?*)
 		dir=/run/hostcryptd-dump
 		mkdir -p "$dir"
 		modprobe -q "$type" || true
@@ -80,6 +87,10 @@ hostcryptd_dump_to() {
 		stamp=$(date -u +%Y%m%d%H%M%S)
 		mkdir -p "$dir/$stamp" || return 1
 		file=$dir/$stamp/dump.$stamp
+		;;
+	*)
+		hostcryptd_say "volume $1 is neither empty nor one file system, but has a partition table or more than one signature: it is left as it is"
+		return 1
 		;;
 	esac
 	hostcryptd_say "writing the dump to $file; $(grep MemAvailable /proc/meminfo)"
