@@ -2,6 +2,7 @@ package systemd
 
 import (
 	"crypto/sha256"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -224,6 +225,51 @@ func TestInitrdDumpDestroysNothing(t *testing.T) {
 				t.Error("the dump is not the memory")
 			}
 		})
+	}
+}
+
+// TestInitrdDumpEnds checks that a kernel after a crash waits neither for a vault
+// nor for the network for ever.
+func TestInitrdDumpEnds(t *testing.T) {
+	for options, want := range map[string]string{
+		"x-kdump.attach": "serve dump --unseal-timeout 5m --initrd",
+		"x-kdump.attach,x-systemd.device-timeout=9": "serve dump --unseal-timeout 5m --initrd",
+		"timeout=0,x-kdump.attach":                  "serve dump --initrd", // the line says it
+	} {
+		dir := crashTree(t, "other /dev/sdc - timeout=9\ndump /dev/sdb - "+options)
+		said, err := runIn(t, dir, "hostcryptd() { echo \"$*\" >>"+dir+"/asked; return 1; }; hostcryptd_dump_to dump")
+		asked, _ := os.ReadFile(dir + "/asked")
+		if err == nil || strings.TrimSpace(string(asked)) != want {
+			t.Errorf("%s: %v, asked for %q, want %q\n%s", options, err, asked, want, said)
+		}
+	}
+
+	for _, tt := range []struct {
+		options, uptime string
+		online, dumps   bool
+	}{
+		{options: "x-kdump.attach", uptime: "3.01", dumps: true},
+		{options: "x-kdump.attach,_netdev", uptime: "3.01"},
+		{options: "x-kdump.attach,_netdev", uptime: "149.99"},
+		{options: "x-kdump.attach,_netdev", uptime: "150.00", dumps: true},
+		{options: "x-kdump.attach,_netdev", uptime: "9.01", online: true, dumps: true},
+	} {
+		dir := crashTree(t, "dump /dev/sdb - "+tt.options)
+		lib := dir + "/usr/lib/hostcryptd/initrd.sh"
+		b, err := os.ReadFile(lib)
+		if err == nil {
+			err = os.WriteFile(lib, append(b, "\nhostcryptd_dump() { echo dumps; }\n"...), 0o644)
+		}
+		if err == nil && tt.online {
+			err = os.WriteFile(dir+"/run/hostcryptd-online", nil, 0o644)
+		}
+		if err := errors.Join(err, os.WriteFile(dir+"/proc/uptime", []byte(tt.uptime+" 1.0\n"), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		out, err := runIn(t, dir, ". "+dir+"/usr/lib/hostcryptd/dracut-hook.sh")
+		if got := out == "dumps\n"; err != nil || got != tt.dumps {
+			t.Errorf("%s, online %v, %s s after the start: %q, %v; want a dump: %v", tt.options, tt.online, tt.uptime, out, err, tt.dumps)
+		}
 	}
 }
 

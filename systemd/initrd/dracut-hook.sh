@@ -16,7 +16,12 @@ if [ -e /proc/vmcore ] && [ -n "$(hostcryptd_names x-kdump.attach)" ]; then
 	for hostcryptd_name in $(hostcryptd_names x-kdump.attach); do
 		hostcryptd_reachable "$hostcryptd_name" || hostcryptd_wait=1
 	done
-	[ -n "$hostcryptd_wait" ] || hostcryptd_dump
+	# dracut stops for a person after 180 s (rd.retry=) at the earliest. Without the
+	# network a volume may still open, by another key; if none does, that ends too.
+	read -r hostcryptd_uptime _ </proc/uptime
+	if [ -z "$hostcryptd_wait" ] || [ "${hostcryptd_uptime%.*}" -ge 150 ]; then
+		hostcryptd_dump
+	fi
 else
 	for hostcryptd_name in $(hostcryptd_names x-initrd.attach); do
 		if [ ! -e "/run/hostcryptd/initrd/$hostcryptd_name" ] && hostcryptd_reachable "$hostcryptd_name"; then

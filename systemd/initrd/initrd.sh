@@ -22,19 +22,21 @@ hostcryptd_names() {
 	done <"$hostcryptd_tab"
 }
 
-# hostcryptd_has NAME OPTION: whether a line has the option.
+# hostcryptd_has NAME OPTION: whether a line has the option, with a value or without.
 hostcryptd_has() {
-	for hostcryptd_i in $(hostcryptd_names "$2"); do
-		[ "$hostcryptd_i" != "$1" ] || return 0
-	done
+	[ -r "$hostcryptd_tab" ] || return 1
+	while read -r name _device _key options _rest || [ -n "$name" ]; do
+		[ "$name" = "$1" ] || continue
+		case ",$options," in *",$2"[,=]*) return 0 ;; esac
+	done <"$hostcryptd_tab"
 	return 1
 }
 
-# hostcryptd_attach NAME: prints the kernel device when the volume is ready. As
-# long as a vault can't be reached, that is not before it can.
+# hostcryptd_attach NAME [FLAG...]: prints the kernel device when the volume is
+# ready. As long as a vault can't be reached, that is not before it can.
 hostcryptd_attach() {
 	modprobe -q nbd || true
-	hostcryptd serve "$1" --initrd
+	hostcryptd serve "$@" --initrd
 }
 
 # hostcryptd_say TEXT: on the console, also when that is quiet.
@@ -67,7 +69,12 @@ hostcryptd_dump() {
 }
 
 hostcryptd_dump_to() {
-	dev=$(hostcryptd_attach "$1") || return 1
+	# A machine that has crashed is to run again, with a dump or without.
+	if hostcryptd_has "$1" timeout; then
+		dev=$(hostcryptd_attach "$1")
+	else
+		dev=$(hostcryptd_attach "$1" --unseal-timeout 5m)
+	fi || return 1
 	dir=
 	type=$(blkid -p -o value -s TYPE "$dev")
 	case $?:$type in
