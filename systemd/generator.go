@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -113,7 +114,13 @@ func (v *Volume) generate(dir, source string) error {
 		fmt.Fprintf(&b, "RequiresMountsFor=%s\n", quoted(v.Device))
 	}
 	if v.KeyFile != "" && !strings.HasPrefix(v.KeyFile, "/dev/") {
-		fmt.Fprintf(&b, "RequiresMountsFor=%s\n", quoted(v.KeyFile))
+		// Needed to start, and no longer. RequiresMountsFor= would also stop the service
+		// when a stick with the key is unplugged, and at shutdown, which then waits for
+		// what is on the volume: up to half an hour (JobTimeoutSec= of poweroff.target).
+		// What is no mount unit is ignored. Since systemd 256 this is WantsMountsFor=.
+		for _, m := range mountsFor(v.KeyFile) {
+			fmt.Fprintf(&b, "Wants=%s\nAfter=%s\n", m, m)
+		}
 	}
 	b.WriteString("\n[Service]\n")
 	if v.MakeFS != "" {
@@ -168,6 +175,15 @@ func (v *Volume) devices() []string {
 		return []string{filepath.Join(VolumeDir, v.Name)}
 	}
 	return []string{filepath.Join(VolumeDir, v.Name), v.Attach}
+}
+
+// mountsFor are the mount units that may be above a file, the root excepted.
+func mountsFor(path string) (units []string) {
+	for dir := filepath.Dir(filepath.Clean(path)); dir != "/" && dir != "."; dir = filepath.Dir(dir) {
+		units = append(units, EscapePath(dir)+".mount")
+	}
+	slices.Reverse(units)
+	return units
 }
 
 func write(dir, sub, name string, content []byte) error {
