@@ -139,9 +139,17 @@ type keeper struct {
 	deaths []time.Time
 
 	stop   os.Signal    // that it was told to stop by, or nil; each server is told
-	wanted bool         // a reload, as soon as one serves
+	wanted wish         // as soon as one serves, and no other is to
 	exit   func() error // what ends the keeper; nil as long as nothing does
 }
+
+// A wish is what a keeper was asked for and can't do yet.
+type wish int
+
+const (
+	wantReload wish = iota + 1
+	wantRestart
+)
 
 // A child is a server process.
 type child struct {
@@ -153,6 +161,7 @@ type child struct {
 	prepared bool
 	ready    bool
 	told     bool // to leave
+	stopping bool // told to stop
 	over     bool
 	state    json.RawMessage // as it said last
 }
@@ -217,7 +226,8 @@ func (k *keeper) run() error {
 	k.alarm = time.NewTimer(time.Hour)
 	k.alarm.Stop()
 	if k.active != nil {
-		k.keepStandby()
+		k.tellStop()
+		k.settled()
 	} else if err := k.startNext(); err != nil {
 		return err
 	}
@@ -238,18 +248,46 @@ func (k *keeper) run() error {
 	return k.exit()
 }
 
-// listenToSignals returns where a keeper's signals come from then on. A signal that
-// comes before ends the process. For the one that is executed by become that would
-// leave a volume in use without a keeper, so main calls it before anything else.
+// listenToSignals returns where a keeper's signals come from then on. main calls it
+// before anything else in a process that is executed by become, see exec.
 func listenToSignals() chan os.Signal {
 	if keeperSignals == nil {
 		keeperSignals = make(chan os.Signal, 8)
-		signal.Notify(keeperSignals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	}
+	signal.Notify(keeperSignals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	return keeperSignals
 }
 
 var keeperSignals chan os.Signal
+
+// exec executes a program, and returns if that fails. A service manager says only
+// once that a process is to stop, and then waits for its end. Here it would wait for
+// ever, or there would be no keeper any more: a signal that was taken before the
+// execve(2) may not have come as far as the channel, and between that and
+// listenToSignals nobody takes one. Blocking them doesn't help, as Go's runtime
+// unblocks in all threads what ends a process, before it has its handlers. So they are
+// ignored meanwhile, and then the service manager is asked: what it sent before, it
+// knows of, and what it sends later is heard.
+//
+// As to SIGINT and SIGHUP, the runtime leaves it at that when they are ignored at the
+// start. SIGTERM ends the process from the runtime's start to listenToSignals, which
+// are some milliseconds.
+func (k *keeper) exec(path string, env []string) error {
+	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	err := unix.Exec(path, k.args, env)
+	listenToSignals()
+	k.askForStop()
+	return err
+}
+
+// askForStop has the keeper told by a signal if the service manager waits for its end.
+func (k *keeper) askForStop() {
+	go func() {
+		if stopJob(k.log) {
+			keeperSignals <- unix.SIGINT
+		}
+	}()
+}
 
 // after has f called in a while, instead of what was to be called before.
 func (k *keeper) after(d time.Duration, f func()) {
@@ -266,22 +304,27 @@ func (k *keeper) signal(s os.Signal) {
 	switch {
 	case s == unix.SIGHUP:
 		k.reload(false)
-	case s == unix.SIGTERM && k.next == nil && k.stop == nil && k.active != nil && k.active.ready && restartJob(k.log, k.storeSize()):
-		k.reload(true)
-	case s == unix.SIGTERM && k.active == nil && k.state != nil && restartJob(k.log, k.storeSize()):
-		// This version can't go on with the state; the next one may.
-		if err := k.store(); err != nil {
-			k.log.Error("the service manager can't keep what the next server needs; this process goes on", zap.Error(err))
-			return
-		}
-		k.exit = func() error { return nil }
+	case k.stop == nil && k.state != nil && restartJob(k.log, k.storeSize()):
+		k.restart()
 	default:
 		// A server that dies before it has stopped leaves that to the next one, which
 		// has to take the device back before it can let it go.
 		k.stop = s
-		if k.active != nil {
-			k.active.process.Signal(s)
+		if k.next != nil && k.active != nil && !k.active.told {
+			k.refuse("it is stopping")
 		}
+		k.tellStop()
+	}
+}
+
+// tellStop tells the server that it is to stop, if that is so. One that has to take
+// the device back first is told when it has: on its way there it would fail by it, as
+// would the next. One that was told to leave has to do that. It is told once: at its
+// end it doesn't listen any more.
+func (k *keeper) tellStop() {
+	if c := k.active; k.stop != nil && c != nil && !c.told && !c.stopping && (c.ready || k.state == nil) {
+		c.stopping = true
+		c.process.Signal(k.stop)
 	}
 }
 
@@ -475,12 +518,25 @@ func (k *keeper) serves(c *child) {
 			}
 		}
 	}
-	if k.wanted {
-		k.wanted = false
-		k.reload(false)
+	k.tellStop()
+	k.settled()
+}
+
+// settled is called when a server serves and no other is to.
+func (k *keeper) settled() {
+	if k.active == nil || !k.active.ready || k.next != nil {
 		return
 	}
-	k.keepStandby()
+	w := k.wanted
+	k.wanted = 0
+	switch w {
+	case wantReload:
+		k.reload(false)
+	case wantRestart:
+		k.reload(true)
+	default:
+		k.keepStandby()
+	}
 }
 
 // keepStandby has a server stand by if there should always be one.
@@ -515,7 +571,7 @@ func (k *keeper) reload(store bool) {
 		return
 	}
 	if !k.active.ready {
-		k.wanted = true // as soon as it is
+		k.wanted = max(k.wanted, wantReload) // as soon as it is
 		return
 	}
 	usec := int64(0)
@@ -545,6 +601,19 @@ func (k *keeper) reload(store bool) {
 	k.after(prepareTimeout, func() { k.refuse("the new program was not ready in " + prepareTimeout.String()) })
 }
 
+// restart leaves the volume to the process that the service manager starts next.
+func (k *keeper) restart() {
+	switch {
+	case k.active == nil:
+		// This version can't go on with the state; the next one may.
+		k.handOver()
+	case k.next != nil || !k.active.ready:
+		k.wanted = wantRestart
+	default:
+		k.reload(true)
+	}
+}
+
 // refuse ends a reload: everything stays as it was.
 func (k *keeper) refuse(why string) {
 	k.log.Error("the volume stays with the server that it has", zap.String("why", why))
@@ -565,13 +634,13 @@ func (k *keeper) refuse(why string) {
 	if stop {
 		// The service manager waits for the end of this process all the same.
 		k.stop = unix.SIGTERM
-		k.active.process.Signal(k.stop)
+		k.tellStop()
 	} else if k.stop != nil {
 		return
 	} else if err := systemd.Notify(systemd.Ready); err != nil {
 		k.log.Warn("service manager was not notified", zap.Error(err))
 	}
-	k.keepStandby()
+	k.settled()
 }
 
 // hasLeft is called when the active server has left.
@@ -581,15 +650,25 @@ func (k *keeper) hasLeft() {
 		k.proceed()
 		return
 	}
-	if err := k.store(); err != nil {
-		k.log.Error("the service manager can't keep what the next server needs; this process goes on", zap.Error(err))
-		k.dropStandby()
-		k.next, k.storing = nil, false
+	k.dropStandby()
+	k.next.close()
+	k.next, k.storing = nil, false
+	if !k.handOver() {
 		k.proceed()
-		return
+	}
+}
+
+// handOver gives what is held to the service manager, and ends. If that can't be, it
+// is a stop, for the service manager waits for the end of this process.
+func (k *keeper) handOver() bool {
+	if err := k.store(); err != nil {
+		k.log.Error("the service manager can't keep what the next server needs; this process goes on, and the volume stops as soon as nobody uses it", zap.Error(err))
+		k.stop = unix.SIGTERM
+		return false
 	}
 	k.log.Info("the service manager keeps what the next server needs")
 	k.exit = func() error { return nil }
+	return true
 }
 
 // release makes it the turn of a server.
@@ -613,9 +692,7 @@ func (k *keeper) release(c *child) {
 		return
 	}
 	k.order(c, keeperOrder{Go: true, State: k.state}, nil)
-	if k.stop != nil {
-		c.process.Signal(k.stop)
-	}
+	k.tellStop()
 }
 
 // order tells a server something, and whether it could. One that has died is found
@@ -713,8 +790,11 @@ type keeperState struct {
 	Program int             `json:"program"`
 	Held    map[string]int  `json:"held"`
 	State   json.RawMessage `json:"state"`
-	PID     int             `json:"pid"`  // of the server
-	Link    int             `json:"link"` // to it
+	PID     int             `json:"pid"`     // of the server
+	Link    int             `json:"link"`    // to it
+	Stop    unix.Signal     `json:"stop"`    // that the keeper was told to stop by, or 0
+	Stopped bool            `json:"stopped"` // the server was told
+	Wanted  wish            `json:"wanted"`
 }
 
 const keeperStateVersion = 1
@@ -733,8 +813,8 @@ func (k *keeper) become() error {
 			stopped = true
 		case e := <-k.events:
 			k.handle(e)
-			if k.active != c {
-				return errors.New("the server has died")
+			if k.active != c || c.over || k.next != nil {
+				return errors.New("something else came first")
 			}
 		}
 	}
@@ -743,7 +823,7 @@ func (k *keeper) become() error {
 		c.done = make(chan struct{})
 		go k.listen(c)
 	}()
-	s := keeperState{Version: keeperStateVersion, Swap: k.swap, Path: k.path, Held: map[string]int{}, State: k.state, PID: c.process.Pid}
+	s := keeperState{Version: keeperStateVersion, Swap: k.swap, Path: k.path, Held: map[string]int{}, PID: c.process.Pid}
 	var pass []*os.File // open across the exec
 	keep := func(f *os.File) (int, error) {
 		n, err := descriptor(f)
@@ -777,6 +857,17 @@ func (k *keeper) become() error {
 			return err
 		}
 	}
+	k.log.Sync()
+	for len(keeperSignals) > 0 {
+		k.signal(<-keeperSignals)
+	}
+	if k.active != c || c.over || k.next != nil {
+		return errors.New("a signal came first")
+	}
+	s.State, s.Wanted = k.state, k.wanted
+	if k.stop != nil {
+		s.Stop, s.Stopped = k.stop.(unix.Signal), c.stopping
+	}
 	b, err := json.Marshal(s)
 	if err != nil {
 		return err
@@ -790,8 +881,7 @@ func (k *keeper) become() error {
 	if err != nil {
 		return err
 	}
-	k.log.Sync()
-	return unix.Exec(fmt.Sprintf("/proc/self/fd/%d", s.Program), k.args, append(os.Environ(), fmt.Sprintf("%s=%d", keeperEnv, fd)))
+	return k.exec(fmt.Sprintf("/proc/self/fd/%d", s.Program), append(os.Environ(), fmt.Sprintf("%s=%d", keeperEnv, fd)))
 }
 
 // resume goes on with what another version of this process has left; ok is false
@@ -820,8 +910,11 @@ func (a *app) resume() (ok bool, err error) {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return true, fmt.Errorf("what the keeper has left: %w", err)
 	}
-	k := &keeper{log: a.daemonLog(true), swap: s.Swap, path: s.Path, args: os.Args, held: map[string]*os.File{}, state: s.State, events: make(chan keeperEvent)}
+	k := &keeper{log: a.daemonLog(true), swap: s.Swap, path: s.Path, args: os.Args, held: map[string]*os.File{}, state: s.State, wanted: s.Wanted, events: make(chan keeperEvent)}
 	defer k.log.Sync()
+	if s.Stop != 0 {
+		k.stop = s.Stop
+	}
 	k.program = &program{f: open(s.Program, "program")}
 	if fi, err := k.program.f.Stat(); err == nil {
 		k.program.size = int(fi.Size())
@@ -830,7 +923,7 @@ func (a *app) resume() (ok bool, err error) {
 	for name, fd := range s.Held {
 		k.hold(name, open(fd, name))
 	}
-	c := &child{program: k.program, version: version(), prepared: true, ready: true, state: s.State, done: make(chan struct{})}
+	c := &child{program: k.program, version: version(), prepared: true, ready: true, stopping: s.Stopped, state: s.State, done: make(chan struct{})}
 	if c.link, err = packetConn(open(s.Link, "server")); err != nil {
 		return true, err
 	}
@@ -839,6 +932,7 @@ func (a *app) resume() (ok bool, err error) {
 	}
 	k.active = c
 	go k.listen(c)
+	k.askForStop()
 	k.log.Info("the keeper goes on with this version", zap.String("version", version()))
 	if err := systemd.Notify(systemd.Ready); err != nil {
 		k.log.Warn("service manager was not notified", zap.Error(err))

@@ -39,6 +39,9 @@ const fakeKeeperEnv = "HOSTCRYPTD_TEST_KEEPER"
 
 func fakeKeeper() int {
 	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	if name := filepath.Join(os.Getenv("FAKE_DIR"), "cgroup"); isFile(name) {
+		cgroupFile = name
+	}
 	if _, ok := os.LookupEnv(serverEnv); ok {
 		err := fakeServer()
 		fmt.Println("server", os.Getpid(), "ends:", err)
@@ -69,6 +72,11 @@ func fakeKeeper() int {
 	return 0
 }
 
+func isFile(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
+}
+
 func fakeServer() error {
 	behave := os.Getenv(fakeKeeperEnv)
 	if b, err := os.ReadFile(filepath.Join(os.Getenv("FAKE_DIR"), "behave")); err == nil {
@@ -78,13 +86,13 @@ func fakeServer() error {
 	if err != nil {
 		return err
 	}
-	term := make(chan os.Signal, 1)
-	signal.Notify(term, unix.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer stop()
 	signal.Ignore(unix.SIGHUP)
 	if behave == "unprepared" {
 		return errors.New("it can't")
 	}
-	state, err := link.standBy(context.Background(), func() error {
+	state, err := link.standBy(ctx, func() error {
 		fmt.Println("stands by:", os.Getpid())
 		return nil
 	})
@@ -96,6 +104,12 @@ func fakeServer() error {
 	}
 	if behave == "dies" {
 		os.Exit(3)
+	}
+	if behave == "slow" {
+		time.Sleep(200 * time.Millisecond)
+	}
+	if ctx.Err() != nil && state != nil {
+		return errors.New("a signal came before it served")
 	}
 	count := 0
 	if state != nil {
@@ -135,13 +149,13 @@ func fakeServer() error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(link.send(keeperMessage{State: b}, nil), link.send(keeperMessage{Ready: true}, nil)); err != nil {
+	if err := errors.Join(link.send(keeperMessage{State: b}, nil), link.send(keeperMessage{Ready: true}, nil), link.send(keeperMessage{Notify: []string{systemd.Ready}}, nil)); err != nil {
 		return err
 	}
 	fmt.Println("serves", os.Getpid(), os.Getppid(), count, fresh, string(text))
 	go link.listen(zap.NewNop())
 	if behave == "lingers" && count == 1 {
-		<-term
+		<-ctx.Done()
 		fmt.Println("lingers")
 		select {}
 	}
@@ -155,7 +169,7 @@ func fakeServer() error {
 			return err
 		}
 		return errors.Join(link.send(keeperMessage{Hold: heldKernel + "0"}, f), link.send(keeperMessage{Left: true}, nil))
-	case <-term:
+	case <-ctx.Done():
 		return link.send(keeperMessage{Over: true}, nil)
 	}
 }
@@ -258,11 +272,25 @@ func (k *keeperRun) kill(pid int, s unix.Signal) {
 func (k *keeperRun) end() {
 	k.t.Helper()
 	k.kill(k.cmd.Process.Pid, unix.SIGTERM)
-	for line := range k.lines {
-		fmt.Fprintln(&k.log, line)
-	}
-	if err := k.cmd.Wait(); err != nil {
-		k.t.Fatal(err)
+	k.ended()
+}
+
+// ended waits for the end of the keeper, and its servers.
+func (k *keeperRun) ended() {
+	k.t.Helper()
+	for timeout := time.After(20 * time.Second); ; {
+		select {
+		case line, ok := <-k.lines:
+			if !ok {
+				if err := k.cmd.Wait(); err != nil {
+					k.t.Fatal(err)
+				}
+				return
+			}
+			fmt.Fprintln(&k.log, line)
+		case <-timeout:
+			k.t.Fatal("the keeper does not end")
+		}
 	}
 }
 
@@ -356,11 +384,180 @@ func TestKeeperStops(t *testing.T) {
 	k.line("it is stopping")
 	k.kill(pid, unix.SIGKILL)
 	k.serves(2, true)
-	for line := range k.lines {
-		fmt.Fprintln(&k.log, line)
+	k.ended()
+}
+
+// TestKeeperStopsLate: a server that is to go on where another was killed is told to
+// stop when it serves, and not on its way there.
+func TestKeeperStopsLate(t *testing.T) {
+	t.Parallel()
+	k := startKeeper(t, "slow")
+	pid := k.serves(1, true)
+	k.kill(pid, unix.SIGKILL)
+	k.line("the server has died")
+	k.line("stands by:")
+	k.kill(k.cmd.Process.Pid, unix.SIGTERM)
+	k.serves(2, true)
+	k.ended()
+}
+
+// A fakeManager is what a keeper sees of the service manager.
+type fakeManager struct {
+	t    *testing.T
+	k    *keeperRun
+	conn *net.UnixConn
+	said chan string // what it was notified of
+}
+
+// startManaged starts a keeper that believes to be a service.
+func startManaged(t *testing.T, behave string) *fakeManager {
+	t.Helper()
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := k.cmd.Wait(); err != nil {
-		t.Errorf("the keeper ended with %v", err)
+	t.Cleanup(func() { conn.Close() })
+	m := &fakeManager{t: t, conn: conn, said: make(chan string, 1000)}
+	go func() {
+		defer close(m.said)
+		for b, oob := make([]byte, 1000), make([]byte, unix.CmsgSpace(4)); ; {
+			n, oobn, _, _, err := conn.ReadMsgUnix(b, oob)
+			if err != nil {
+				return
+			}
+			list, _ := unix.ParseSocketControlMessage(oob[:oobn])
+			for _, c := range list {
+				fds, _ := unix.ParseUnixRights(&c)
+				for _, fd := range fds {
+					unix.Close(fd) // which is the answer to a barrier
+				}
+			}
+			m.said <- string(b[:n])
+		}
+	}()
+	m.k = startKeeper(t, behave, func(c *exec.Cmd) {
+		dir := filepath.Dir(c.Path)
+		script := "#!/bin/sh\ncase \"$*\" in\nlist-jobs*) cat jobs;;\n*ActiveState*) cat state;;\n*FileDescriptorStoreMax*) echo 32;;\nesac\n"
+		if err := errors.Join(
+			os.WriteFile(filepath.Join(dir, "cgroup"), []byte("0::/system.slice/fake.service\n"), 0o600),
+			os.WriteFile(filepath.Join(dir, "state"), []byte("active\n"), 0o600),
+			os.WriteFile(filepath.Join(dir, "jobs"), nil, 0o600),
+			os.WriteFile(filepath.Join(dir, "systemctl"), []byte(script), 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		c.Dir = dir
+		c.Env = append(c.Env, "NOTIFY_SOCKET="+conn.LocalAddr().String(), "PATH="+dir+":"+os.Getenv("PATH"))
+	})
+	return m
+}
+
+// ready waits until the keeper knows that its server serves.
+func (m *fakeManager) ready() {
+	m.t.Helper()
+	for timeout := time.After(20 * time.Second); ; {
+		select {
+		case s := <-m.said:
+			if s == systemd.Ready {
+				return
+			}
+		case <-timeout:
+			m.t.Fatal("the service manager was not told that it is ready")
+		}
+	}
+}
+
+// job begins to stop the service, or to restart it.
+func (m *fakeManager) job(kind string) {
+	m.t.Helper()
+	for name, text := range map[string]string{"jobs": "7 fake.service " + kind + " running\n", "state": "deactivating\n"} {
+		name = filepath.Join(m.k.dir, name)
+		if err := errors.Join(os.WriteFile(name+".new", []byte(text), 0o600), os.Rename(name+".new", name)); err != nil {
+			m.t.Fatal(err)
+		}
+	}
+	m.k.kill(m.k.cmd.Process.Pid, unix.SIGINT) // see keeper.exec
+}
+
+// TestKeeperStopDuringExec tells a keeper to stop at about the time when it executes
+// another program.
+func TestKeeperStopDuringExec(t *testing.T) {
+	t.Parallel()
+	for i := range 20 {
+		m := startManaged(t, "plain")
+		m.k.serves(1, true)
+		m.k.kill(m.k.cmd.Process.Pid, unix.SIGHUP)
+		m.k.serves(2, false) // it has said so just before
+		time.Sleep(time.Duration(i) * 200 * time.Microsecond)
+		m.job("stop")
+		m.k.ended()
+	}
+}
+
+// TestKeeperRestarts: what the next process needs is with the service manager at the
+// end, also if a restart was asked for while a reload was under way.
+func TestKeeperRestarts(t *testing.T) {
+	for _, reload := range []bool{false, true} {
+		t.Run(fmt.Sprintf("reload=%v", reload), func(t *testing.T) {
+			t.Parallel()
+			m := startManaged(t, "plain")
+			m.k.serves(1, true)
+			m.ready()
+			if reload {
+				if err := os.WriteFile(filepath.Join(m.k.dir, "behave"), []byte("slow"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				m.k.kill(m.k.cmd.Process.Pid, unix.SIGHUP)
+				m.k.line("stands by:")
+			}
+			m.job("restart")
+			if reload {
+				m.k.serves(2, false)
+				m.k.line("the keeper goes on with this version")
+			}
+			m.k.line("the service manager keeps what the next server needs")
+			m.k.ended()
+			m.conn.Close()
+			kept := map[string]bool{}
+			for s := range m.said {
+				if name, ok := strings.CutPrefix(s, "FDSTORE=1\nFDPOLL=0\nFDNAME="+storedPrefix); ok {
+					kept[name] = true
+				}
+			}
+			if !kept[storedState] || !kept["thing"] || !kept[heldKernel+"0"] || len(kept) != 3 {
+				t.Errorf("the service manager keeps %v", kept)
+			}
+		})
+	}
+}
+
+// TestKeeperNotStored: a restart is a stop if the service manager doesn't take what
+// the next process needs.
+func TestKeeperNotStored(t *testing.T) {
+	for _, dead := range []bool{false, true} {
+		t.Run(fmt.Sprintf("dead=%v", dead), func(t *testing.T) {
+			t.Parallel()
+			m := startManaged(t, "plain")
+			pid := m.k.serves(1, true)
+			m.ready()
+			m.conn.Close()
+			behave := filepath.Join(m.k.dir, "behave")
+			if dead { // the server, and there is no other one that would have to leave
+				if err := os.WriteFile(behave, []byte("unprepared"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				m.k.kill(pid, unix.SIGKILL)
+				m.k.line("a server died before it served")
+			}
+			m.job("restart")
+			m.k.line("the service manager can't keep")
+			if dead {
+				if err := os.Remove(behave); err != nil {
+					t.Fatal(err)
+				}
+			}
+			m.k.serves(2, dead)
+			m.k.ended()
+		})
 	}
 }
 

@@ -34,7 +34,7 @@ const (
 // unitName is the unit that this process belongs to, as its control group says,
 // or "".
 func unitName() string {
-	b, err := os.ReadFile("/proc/self/cgroup")
+	b, err := os.ReadFile(cgroupFile)
 	if err != nil {
 		return ""
 	}
@@ -48,6 +48,8 @@ func unitName() string {
 	}
 	return ""
 }
+
+var cgroupFile = "/proc/self/cgroup"
 
 func systemctl(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), systemctlTimeout)
@@ -83,6 +85,20 @@ func restartJob(log *zap.Logger, need int) bool {
 		return false
 	}
 	return true
+}
+
+// stopJob tells whether the service manager waits for the end of this process, be it
+// to start it again.
+func stopJob(log *zap.Logger) bool {
+	unit := unitName()
+	if os.Getenv("NOTIFY_SOCKET") == "" || unit == "" {
+		return false
+	}
+	state, err := systemctl("show", "--property=ActiveState", "--value", unit)
+	if err != nil {
+		log.Warn("systemctl doesn't say whether this service is to stop; if it is, it has to be told again, by a signal", zap.Error(err))
+	}
+	return state == "deactivating"
 }
 
 // storeSize tells how many descriptors store is going to give away.
