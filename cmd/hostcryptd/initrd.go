@@ -39,7 +39,7 @@ const deviceState = "X_HOSTCRYPTD_DEVICE="
 // waits until it is ready or has ended. inTab says that the name is one of the
 // table.
 func (a *app) launch(name string, inTab bool) error {
-	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: fmt.Sprintf("@hostcryptd-initrd-%d", os.Getpid()), Net: "unixgram"})
+	notify, err := listenNotify(fmt.Sprintf("@hostcryptd-initrd-%d", os.Getpid()))
 	if err != nil {
 		return err
 	}
@@ -71,11 +71,11 @@ func (a *app) launch(name string, inTab bool) error {
 	go func() {
 		device, buf := "", make([]byte, 4096)
 		for {
-			n, err := notify.Read(buf)
+			text, err := receiveNotify(notify, buf, cmd.Process.Pid)
 			if err != nil {
 				return
 			}
-			for line := range strings.Lines(string(buf[:n])) {
+			for line := range strings.Lines(text) {
 				line = strings.TrimSpace(line)
 				if d, ok := strings.CutPrefix(line, deviceState); ok {
 					device = d
@@ -84,7 +84,7 @@ func (a *app) launch(name string, inTab bool) error {
 					fmt.Fprintf(a.stderr, "hostcryptd: %s: %s\n", name, printable(text))
 				}
 			}
-			if strings.Contains(string(buf[:n]), systemd.Ready) {
+			if strings.Contains(text, systemd.Ready) {
 				ready <- device
 				return
 			}
@@ -110,6 +110,53 @@ func (a *app) launch(name string, inTab bool) error {
 			fmt.Fprintln(a.stdout, device)
 		}
 		return nil
+	}
+}
+
+// listenNotify makes a socket for notifications, which has the kernel say who sent
+// each.
+func listenNotify(name string) (*net.UnixConn, error) {
+	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err != nil {
+		return nil, err
+	}
+	raw, err := c.SyscallConn()
+	if err == nil {
+		cerr := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1) })
+		err = errors.Join(err, cerr)
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// receiveNotify returns the next notification of one process. Any user of the host
+// can send to the socket: its name is in no folder, as / may be read-only. What others
+// have sent is dropped.
+func receiveNotify(c *net.UnixConn, buf []byte, pid int) (string, error) {
+	oob := make([]byte, unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4*16))
+	for {
+		n, oobn, _, _, err := c.ReadMsgUnix(buf, oob)
+		if err != nil {
+			return "", err
+		}
+		from := 0
+		list, _ := unix.ParseSocketControlMessage(oob[:oobn])
+		for _, m := range list {
+			if cred, err := unix.ParseUnixCredentials(&m); err == nil {
+				from = int(cred.Pid)
+			}
+			if fds, err := unix.ParseUnixRights(&m); err == nil {
+				for _, fd := range fds {
+					unix.Close(fd)
+				}
+			}
+		}
+		if from == pid {
+			return string(buf[:n]), nil
+		}
 	}
 }
 
