@@ -330,7 +330,7 @@ func (d *daemon) requestDetach() error {
 	var claimed *os.File
 	if attached != "" {
 		var err error
-		if claimed, err = claimDevice(attached); err != nil {
+		if claimed, err = claimDevice(attached, d.log); err != nil {
 			return err
 		}
 	}
@@ -811,6 +811,13 @@ the kernel device is mounted or otherwise in use.
 			s, err := theOne(c.Context(), args[0])
 			if err != nil {
 				return err
+			}
+			if s.Attached != "" {
+				// A service can't see what others have open, and this process can.
+				d := &usedDevice{path: s.Attached, numbers: deviceNumbers(s.Attached)}
+				if by, unseen := d.waitProcesses(s.PID); len(by) > 0 {
+					return inUse(s.Attached, slices.Concat(d.mounts(), d.swaps(), d.holders(), by), unseen)
+				}
 			}
 			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/detach", nil); err != nil {
 				return err

@@ -36,8 +36,8 @@ func TestMain(m *testing.M) {
 	if os.Getenv(notifyEnv) != "" {
 		os.Exit(notifyMain())
 	}
-	if os.Getenv(notifyEnv) != "" {
-		os.Exit(notifyMain())
+	if os.Getenv(claimEnv) != "" {
+		os.Exit(claimMain())
 	}
 	if os.Getenv(fakeKeeperEnv) != "" {
 		if os.Getenv(keeperEnv) != "" {

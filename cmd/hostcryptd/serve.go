@@ -826,7 +826,7 @@ func (d *daemon) backend() string { return "hostcryptd-" + d.uuid }
 func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
 
 // claim claims the device, see claimDevice.
-func (k *kernelDevice) claim() (*os.File, error) { return claimDevice(k.path()) }
+func (k *kernelDevice) claim(log *zap.Logger) (*os.File, error) { return claimDevice(k.path(), log) }
 
 // detach flushes what the kernel still holds for the device, and detaches it.
 // claimed is what claim returned; it is closed.
@@ -850,7 +850,7 @@ func (d *daemon) waitUnused(k *kernelDevice) *os.File {
 	}
 	said := ""
 	for {
-		f, err := k.claim()
+		f, err := k.claim(d.log)
 		if err == nil {
 			return f
 		}

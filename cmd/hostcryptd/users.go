@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,43 +21,63 @@ const claimTime = 2 * time.Second
 // claimDevice opens a block device exclusively, which it can only if nobody uses
 // it: no mount, no swap, no device on top of it. Nobody can begin to use it in
 // such a way while it is open. A process that just has it open doesn't keep it from
-// that, and would lose what it has not yet written; so it is looked for. A device
-// that is gone gives nil.
-func claimDevice(path string) (*os.File, error) {
+// that, and would lose what it has not yet written; so it is looked for, and that
+// not all can be seen is logged. A device that is gone gives nil.
+func claimDevice(path string, log *zap.Logger) (*os.File, error) {
 	for begun := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
 		switch {
 		case errors.Is(err, unix.EBUSY):
-			return nil, inUse(path, users(path))
+			by, unseen := users(path)
+			return nil, inUse(path, by, unseen)
 		case errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV), errors.Is(err, os.ErrNotExist):
 			return nil, nil
 		case err != nil:
 			return nil, err
 		}
-		list := (&usedDevice{numbers: deviceNumbers(path)}).processes()
+		list, unseen := (&usedDevice{numbers: deviceNumbers(path)}).processes()
 		if len(list) == 0 {
+			if unseen != "" {
+				log.Warn("the device is not mounted or otherwise claimed; what a process that just has it open has not written yet will be lost", zap.String("device", path), zap.String("unseen", unseen))
+			}
 			return f, nil
 		}
 		f.Close()
 		if time.Since(begun) > claimTime {
-			return nil, inUse(path, list)
+			return nil, inUse(path, list, unseen)
 		}
 	}
 }
 
-func inUse(path string, by []string) error {
+// waitProcesses is processes, when those that look at a new or changed device are
+// done.
+func (d *usedDevice) waitProcesses(but ...int) (list []string, unseen string) {
+	for begun := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		if list, unseen = d.processes(but...); len(list) == 0 || time.Since(begun) > claimTime {
+			return list, unseen
+		}
+	}
+}
+
+// inUse is the error of a device that by use. unseen says who could not be looked at.
+func inUse(path string, by []string, unseen string) error {
 	what := ""
 	if len(by) > 0 {
 		what = ": " + strings.Join(by, ", ")
+	}
+	if unseen != "" {
+		what += "; " + unseen + ", but 'fuser -v " + path + "' as root shows who has it open"
 	}
 	return withCode(codeBusy, fmt.Errorf("%s is in use%s", path, what))
 }
 
 // users says who uses a block device or a partition of it, as far as this process
-// can see: mounts in all namespaces, swap, devices on top, processes.
-func users(path string) []string {
+// can see: mounts in all namespaces, swap, devices on top, processes. unseen says
+// which it couldn't.
+func users(path string) (by []string, unseen string) {
 	d := &usedDevice{path: path, numbers: deviceNumbers(path)}
-	return slices.Concat(d.mounts(), d.swaps(), d.holders(), d.processes())
+	list, unseen := d.processes()
+	return slices.Concat(d.mounts(), d.swaps(), d.holders(), list), unseen
 }
 
 // A usedDevice is a block device with its partitions.
@@ -158,24 +179,54 @@ func (d *usedDevice) holders() (list []string) {
 // maxProcesses are named at most.
 const maxProcesses = 5
 
-// processes are those that have it open.
-func (d *usedDevice) processes() (list []string) {
-	own := strconv.Itoa(os.Getpid())
-	for _, pid := range processes() {
-		if pid == own {
+// processes are those that have it open, but for this one and those given. unseen
+// says that there are others which can't be looked at, or is "". The service that a
+// unit starts is such a place: to look at a process of root with all its rights takes
+// CAP_SYS_PTRACE, which would let it read all memory of the host.
+func (d *usedDevice) processes(but ...int) (list []string, unseen string) {
+	but = append(but, os.Getpid())
+	closed := 0
+	pids := processes()
+	for _, pid := range pids {
+		if n, _ := strconv.Atoi(pid); slices.Contains(but, n) {
 			continue
 		}
-		fds, _ := filepath.Glob("/proc/" + pid + "/fd/*")
-		if !slices.ContainsFunc(fds, d.is) {
+		opened, err := d.openedBy(pid)
+		if errors.Is(err, os.ErrPermission) {
+			closed++
+		}
+		if !opened {
 			continue
 		}
 		if len(list) == maxProcesses {
-			return append(list, "and others")
+			list = append(list, "and others")
+			break
 		}
 		name, _ := os.ReadFile("/proc/" + pid + "/comm")
 		list = append(list, fmt.Sprintf("opened by %s (process %s)", strings.TrimSpace(string(name)), pid))
 	}
-	return list
+	switch {
+	case !slices.Contains(pids, "1"): // proc(5), hidepid=; ProtectProc= in a unit
+		unseen = "processes of others can't be looked at from this one"
+	case closed > 0:
+		unseen = fmt.Sprintf("%d processes can't be looked at from this one", closed)
+	}
+	return list, unseen
+}
+
+// openedBy tells whether a process has it open, or that it can't be told.
+func (d *usedDevice) openedBy(pid string) (bool, error) {
+	dir := "/proc/" + pid + "/fd"
+	fds, err := os.ReadDir(dir)
+	for _, fd := range fds {
+		if d.is(dir + "/" + fd.Name()) {
+			return true, nil
+		}
+		if _, lerr := os.Readlink(dir + "/" + fd.Name()); errors.Is(lerr, os.ErrPermission) {
+			return false, lerr
+		}
+	}
+	return false, err
 }
 
 // processes are the numbers of all processes.

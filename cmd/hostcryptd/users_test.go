@@ -8,7 +8,19 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"go.uber.org/zap"
 )
+
+// claimEnv has the test binary claim a device.
+const claimEnv = "HOSTCRYPTD_TEST_CLAIM"
+
+func claimMain() int {
+	a := &app{stderr: os.Stdout}
+	f, err := claimDevice(os.Getenv(claimEnv), a.daemonLog(false))
+	fmt.Printf("claimed: %v, %v\n", f != nil, err)
+	return 0
+}
 
 // TestClaimDevice uses a loop device in each of the ways that claimDevice has to
 // see.
@@ -31,7 +43,7 @@ func TestClaimDevice(t *testing.T) {
 	}
 	claim := func(want string) {
 		t.Helper()
-		f, err := claimDevice(dev)
+		f, err := claimDevice(dev, zap.NewNop())
 		if f != nil {
 			f.Close()
 		}
@@ -53,6 +65,27 @@ func TestClaimDevice(t *testing.T) {
 	}
 	fmt.Fscanln(ready)
 	claim(fmt.Sprintf("opened by sh (process %d)", cmd.Process.Pid))
+	// From a sandbox it can't be seen, which is said.
+	limited := func(want string) {
+		t.Helper()
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for proc, unseen := range map[string]string{
+			"true": "processes can't be looked at from this one",
+			"mount -t proc -o hidepid=ptraceable proc /proc": "processes of others can't be looked at",
+		} {
+			const caps = "-sys_ptrace,-dac_override,-dac_read_search"
+			c := exec.Command(tool("unshare"), "--mount", "sh", "-c", proc+" && exec "+tool("setpriv")+" --bounding-set="+caps+" --inh-caps="+caps+" "+self)
+			c.Env = append(os.Environ(), claimEnv+"="+dev)
+			out, err := c.CombinedOutput()
+			if err != nil || !strings.Contains(string(out), want) || !strings.Contains(string(out), unseen) {
+				t.Errorf("without capabilities, %s: %v: %s, want %q and %q", proc, err, out, want, unseen)
+			}
+		}
+	}
+	limited("claimed: true, <nil>")
 	in.Close()
 	if err := cmd.Wait(); err != nil && cmd.ProcessState.ExitCode() < 0 {
 		t.Fatal(err)
@@ -69,10 +102,11 @@ func TestClaimDevice(t *testing.T) {
 	}
 	fmt.Fscanln(ready)
 	claim(fmt.Sprintf("mounted on %s as process %d sees it", dir, cmd.Process.Pid))
+	limited("claimed: false, " + dev + " is in use")
 	in.Close()
 	_ = cmd.Wait()
 	claim("")
-	if f, err := claimDevice(dev + "99"); f != nil || err != nil {
+	if f, err := claimDevice(dev+"99", zap.NewNop()); f != nil || err != nil {
 		t.Errorf("claimDevice of a device that is gone: %v, %v", f, err)
 	}
 }
