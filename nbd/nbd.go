@@ -26,7 +26,10 @@
 // goroutine. The requests of one connection run concurrently, up to
 // [Config.InFlight], and are answered in the order in which they end. Requests
 // that overlap are not ordered by this package: a client that wants an order
-// waits for a reply, as the protocol says.
+// waits for a reply, as the protocol says. A write of more than 512 KiB is given to
+// the device in pieces of that size, as they come: of two that overlap and are under
+// way at the same time, one can have won in some pieces and the other in the rest.
+// Shorter ones are one call of the device each.
 //
 // # Durability
 //

@@ -173,6 +173,10 @@ name, of processes that systemd doesn't kill.`,
 			if o.connections < 1 || o.connections > 64 {
 				return usagef("--connections is 1 to 64, not %d", o.connections)
 			}
+			if o.attach != "" && o.connections > 1 && o.life.policy == lifecycle.Freeze.String() {
+				// Each request goes to all of them in turn, which are given up one by one.
+				return usagef("--on-revocation freeze with --connections: the kernel takes a socket that hasn't answered for 30 s for dead if there are several, and fails all I/O when none was left for an hour; with one it waits")
+			}
 			if o.attach != "" && o.attach != "auto" {
 				if _, err := nbdnl.ParsePath(o.attach); err != nil {
 					return usagef("--attach is auto or /dev/nbdN, not %q", o.attach)
@@ -662,9 +666,19 @@ type kernelDevice struct {
 }
 
 // maxRequest is the longest request of the kernel, in bytes. The defaults are 128
-// KiB with Linux 6.1 and 1280 KiB with 6.12. A server takes what is longer than
-// this in pieces, and not with the others (nbd's chunkSize).
+// KiB with Linux 6.1 and 1280 KiB with 6.12. A server takes a write that is longer
+// than this in pieces (see the package nbd), and not with the others. With several
+// sockets there must be none: one that has taken 30 s is sent again on another
+// socket, and a late piece of the first could land on what was written since.
 const maxRequest = 512 << 10
+
+// checkMaxRequest checks what SetMaxRequest has set.
+func checkMaxRequest(got uint64, err error) error {
+	if err == nil && got > maxRequest {
+		err = fmt.Errorf("requests of the kernel are up to %d bytes, want %d at most", got, maxRequest)
+	}
+	return err
+}
 
 // attachKernel makes the volume a kernel device, with one server per socket.
 func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, failed chan<- error) (*kernelDevice, error) {
@@ -742,7 +756,9 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	}
 	if d.opts.swap {
 		err = d.tuneSwap(k.index)
-	} else if _, terr := nbdnl.SetMaxRequest(k.index, maxRequest); terr != nil {
+	} else if terr := checkMaxRequest(nbdnl.SetMaxRequest(k.index, maxRequest)); terr != nil && d.opts.connections > 1 {
+		err = fmt.Errorf("--connections: %w; with one socket this is no matter", terr)
+	} else if terr != nil {
 		d.log.Warn("the kernel's requests have the size that is its default", zap.Error(terr))
 	}
 	if err != nil {

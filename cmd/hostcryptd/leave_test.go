@@ -1,0 +1,170 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/nbd"
+	"hostcryptd/sector"
+)
+
+// leavingServer returns a daemon that serves a random key's volume, and the other end
+// of its link to a keeper.
+func leavingServer(t *testing.T) (d *daemon, keeper *net.UnixConn) {
+	t.Helper()
+	dir := t.TempDir()
+	image := filepath.Join(dir, "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	link, keeper := unixPair(t, unix.SOCK_SEQPACKET)
+	o := serveOptions{device: image, attach: "auto", randomKey: true, sectorSize: 4096, connections: 1, control: filepath.Join(dir, "control")}
+	o.keys.auditLog = "none"
+	o.life.add(&cobra.Command{}) // what is the default
+	d = &daemon{opts: o, log: zap.NewNop(), index: 7, finished: make(chan struct{}), detach: make(chan *os.File, 1),
+		link: &keeperLink{conn: link, held: map[string]*os.File{}}}
+	var err error
+	if d.device, err = d.openDevice(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(d.openHandover(), d.openRandom()); err != nil {
+		t.Fatal(err)
+	}
+	life, err := d.opts.life.config("", 0, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d.stopLife, err = d.startLife(t.Context(), life, nil); err != nil {
+		t.Fatal(err)
+	}
+	return d, keeper
+}
+
+func unixPair(t *testing.T, kind int) (a, b *net.UnixConn) {
+	t.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range pair {
+		if ends[i], err = packetConn(os.NewFile(uintptr(fd), "end")); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ends[i].Close() })
+	}
+	return ends[0], ends[1]
+}
+
+// TestLeaveFrozen: a server that leaves while requests wait for the key answers none
+// of them. The kernel sends them again when the socket ends with the process, so that
+// isn't handed over.
+func TestLeaveFrozen(t *testing.T) {
+	d, keeper := leavingServer(t)
+	var err error
+	if d.server, err = nbd.New(d.serverConfig(), nbd.Export{Name: d.exportName(), Device: d.volume, BlockSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	kernel, socket := unixPair(t, unix.SOCK_STREAM)
+	var serving sync.WaitGroup
+	d.serveKernel(t.Context(), socket, &serving, make(chan error, 1))
+	if err := d.volume.Suspend(sector.SuspendWait); err != nil {
+		t.Fatal(err)
+	}
+	// A write of 4096 bytes, NBD_CMD_WRITE of the protocol.
+	request := binary.BigEndian.AppendUint32(nil, 0x25609513)
+	request = binary.BigEndian.AppendUint32(request, 1)
+	request = binary.BigEndian.AppendUint64(request, 42)
+	request = binary.BigEndian.AppendUint64(request, 0)
+	request = binary.BigEndian.AppendUint32(request, 4096)
+	if _, err := kernel.Write(append(request, make([]byte, 4096)...)); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); d.server.Stats().InFlight == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the request is not under way")
+		}
+	}
+
+	left := make(chan error, 1)
+	stop := func(error) {}
+	go func() {
+		err := d.leaveVolume(stop, stop, &sync.WaitGroup{}, &serving)
+		if !d.abrupt() { // as run does
+			err = errors.Join(err, d.volume.Leave())
+		}
+		left <- err
+	}()
+	for {
+		var m keeperMessage
+		if err := keeper.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		f, err := receivePacket(keeper, &m)
+		if err != nil {
+			t.Fatalf("the server has not left: %v", err)
+		}
+		if f != nil {
+			f.Close()
+		}
+		if strings.HasPrefix(m.Hold, heldKernel) {
+			t.Error("it gave the socket away, on which a request waits")
+		}
+		if m.Left {
+			break
+		}
+	}
+	if err := <-left; err != nil {
+		t.Error(err)
+	}
+	if err := kernel.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	reply := make([]byte, 16)
+	if n, err := kernel.Read(reply); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the kernel got %x, %v", reply[:n], err)
+	}
+	_ = d.volume.Close() // lets the request go
+	kernel.Close()
+	serving.Wait()
+}
+
+// TestLateDetach: who asks a server to detach when it leaves the volume to another is
+// told so, instead of that it is done.
+func TestLateDetach(t *testing.T) {
+	d, _ := leavingServer(t)
+	stop, err := d.serveControl()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	d.setState(stateServing, "")
+	answer := make(chan error, 1)
+	go func() { answer <- newControlClient(d.opts.control).do(t.Context(), "POST", "/v1/detach", nil) }()
+	for deadline := time.Now().Add(10 * time.Second); len(d.detach) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the request has not come")
+		}
+	}
+	var none sync.WaitGroup
+	stopNone := func(error) {}
+	if err := d.leaveVolume(stopNone, stopNone, &none, &none); err != nil {
+		t.Fatal(err)
+	}
+	close(d.finished)
+	if err := <-answer; err == nil || exitCode(err) != codeBusy || !strings.Contains(err.Error(), "another server goes on") {
+		t.Errorf("detach = %v", err)
+	}
+	_ = d.volume.Close()
+}
