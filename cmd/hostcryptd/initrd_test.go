@@ -35,7 +35,7 @@ func TestReceiveNotify(t *testing.T) {
 	if _, err := mine.Write([]byte("STATUS=mine")); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+	if err := c.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	text, err := receiveNotify(c, make([]byte, 4096), os.Getpid())

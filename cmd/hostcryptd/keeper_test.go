@@ -234,7 +234,7 @@ func startKeeper(t *testing.T, behave string, more ...func(*exec.Cmd)) *keeperRu
 // line waits for a line with a text, or an end of both.
 func (k *keeperRun) line(text string) string {
 	k.t.Helper()
-	for timeout := time.After(20 * time.Second); ; {
+	for timeout := time.After(time.Minute); ; {
 		select {
 		case line, ok := <-k.lines:
 			if !ok {
@@ -278,7 +278,7 @@ func (k *keeperRun) end() {
 // ended waits for the end of the keeper, and its servers.
 func (k *keeperRun) ended() {
 	k.t.Helper()
-	for timeout := time.After(20 * time.Second); ; {
+	for timeout := time.After(time.Minute); ; {
 		select {
 		case line, ok := <-k.lines:
 			if !ok {
@@ -454,7 +454,7 @@ func startManaged(t *testing.T, behave string) *fakeManager {
 // ready waits until the keeper knows that its server serves.
 func (m *fakeManager) ready() {
 	m.t.Helper()
-	for timeout := time.After(20 * time.Second); ; {
+	for timeout := time.After(time.Minute); ; {
 		select {
 		case s := <-m.said:
 			if s == systemd.Ready {

@@ -91,7 +91,7 @@ func TestLeaveFrozen(t *testing.T) {
 	if _, err := kernel.Write(append(request, make([]byte, 4096)...)); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(10 * time.Second); d.server.Stats().InFlight == 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); d.server.Stats().InFlight == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the request is not under way")
 		}
@@ -108,7 +108,7 @@ func TestLeaveFrozen(t *testing.T) {
 	}()
 	for {
 		var m keeperMessage
-		if err := keeper.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		if err := keeper.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		f, err := receivePacket(keeper, &m)
@@ -152,7 +152,7 @@ func TestLateDetach(t *testing.T) {
 	d.setState(stateServing, "")
 	answer := make(chan error, 1)
 	go func() { answer <- newControlClient(d.opts.control).do(t.Context(), "POST", "/v1/detach", nil) }()
-	for deadline := time.Now().Add(10 * time.Second); len(d.detach) == 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); len(d.detach) == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the request has not come")
 		}
