@@ -287,7 +287,9 @@ func (v *Volume) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (v *Volume) read(p []byte, e extent) error {
-	// Whole sectors are read to where they are wanted and decrypted there.
+	// Whole sectors are read to where they are wanted and decrypted there. To do
+	// that by 32 KiB, so that they stay in the nearest cache, made no difference to
+	// reads of 128 KiB (0.97 times as many).
 	if e.whole() && aligned(p, int(v.align)) {
 		if err := readFull(v.b, p, v.offset+e.from); err != nil {
 			return err
