@@ -20,11 +20,13 @@ const lookAgain = 50 * time.Millisecond
 
 // A Socket is a connected stream socket that Go's network poller doesn't watch.
 // Everything that comes to a socket wakes the thread that waits for all sockets
-// that the poller watches, also when somebody else reads this one: at queue depth
-// 1, the server ran 1.45 times for nothing for each request, on the core that the
-// client needed. Without that it answered 1.5 to 1.7 times the requests of 4 KiB
-// at depth 1, 1.2 times the writes at depth 32, and 1.1 to 1.2 times the writes
-// of 128 KiB.
+// that the poller watches, also when somebody else reads this one: at depth 1, it
+// ran 1.45 times for nothing for each request, on the core that the client needed.
+// Without that, runs of the old and the new program in turn gave 1.5 to 2.2 times
+// the requests of 4 KiB at depth 1 (and once 0.6 times: what client and server get
+// there depends on whether the scheduler has them share a core or wake each other
+// on two), 1 to 1.3 times those at depth 32, and 0.9 to 1.2 times the writes of 128
+// KiB.
 //
 // As a [net.Conn], it may be read by one goroutine and written by another at a
 // time. A deadline that is set while one of them waits takes effect within 50 ms.
