@@ -93,6 +93,7 @@ man: build ## write the manual pages to dist/man
 	bin/hostcryptd man dist/man
 
 install: build ## install binary, manual, completions, units and udev rules under DESTDIR
+	@[ "$(PREFIX)" = /usr ] || { echo "PREFIX=$(PREFIX): units and scripts call /usr/sbin/hostcryptd and read /usr/lib/hostcryptd, so it has to be /usr; nothing was installed (DESTDIR=DIR installs below DIR)" >&2; exit 1; }
 	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/hostcryptd
 	install -d $(DESTDIR)$(PREFIX)/share/man/man8
 	$(BIN) man $(DESTDIR)$(PREFIX)/share/man/man8
@@ -118,7 +119,13 @@ install: build ## install binary, manual, completions, units and udev rules unde
 	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hostcryptd
 	$(BIN) completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hostcryptd.fish
 
+uninstall: build ## remove what install puts there; /etc/hostcryptd and /etc/hostcrypttab stay
+	@dest=$$(realpath '$(DESTDIR)/') && list=$$(mktemp -d) && trap 'rm -rf "$$list"' EXIT && \
+	$(MAKE) --no-print-directory -s -o build install BIN='$(BIN)' DESTDIR="$$list" && cd "$$list" && \
+	find . ! -type d -exec sh -c 'for f; do rm -fv "$$0/$$f"; done' "$$dest" {} + && \
+	for d in hostcryptd dracut/modules.d/95hostcryptd; do [ ! -d "$$dest/usr/lib/$$d" ] || rmdir "$$dest/usr/lib/$$d"; done
+
 clean: ## remove what was built
 	rm -rf bin dist
 
-.PHONY: help build deps demo test check test-unit test-vm soak fuzz bench bench-profile bench-go bench-xts generate check-generate man install clean
+.PHONY: help build deps demo test check test-unit test-vm soak fuzz bench bench-profile bench-go bench-xts generate check-generate man install uninstall clean

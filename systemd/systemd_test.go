@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -165,5 +166,35 @@ func TestInstall(t *testing.T) {
 	// The generator's link must lead to the program, wherever it is installed.
 	if a, err := os.Stat(filepath.Join(dir, "usr/lib/systemd/system-generators/hostcryptd-generator")); err != nil || a.Size() == 0 {
 		t.Errorf("the generator: %v", err)
+	}
+
+	// Another prefix would install units that lead nowhere.
+	other := t.TempDir()
+	out, err = exec.Command("make", "-s", "-C", "..", "-o", "build", "install", "BIN="+bin, "DESTDIR="+other, "PREFIX=/usr/local").CombinedOutput()
+	if left, _ := os.ReadDir(other); err == nil || !strings.Contains(string(out), "nothing was installed") || len(left) > 0 {
+		t.Errorf("make install PREFIX=/usr/local: %v, %d entries installed\n%s", err, len(left), out)
+	}
+
+	// What the administrator has written stays, and so does what is another's.
+	keep := []string{"etc/hostcryptd/host.key", "etc/hostcrypttab", "usr/sbin/another", "usr/lib/systemd/system/another.service"}
+	for _, name := range keep {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command("make", "-s", "-C", "..", "-o", "build", "uninstall", "BIN="+bin, "DESTDIR="+dir).CombinedOutput(); err != nil {
+		t.Fatalf("make uninstall: %v\n%s", err, out)
+	}
+	var left []string
+	err = filepath.WalkDir(dir, func(name string, e fs.DirEntry, err error) error {
+		rel, _ := filepath.Rel(dir, name)
+		if err == nil && (!e.IsDir() || strings.HasSuffix(rel, "hostcryptd")) {
+			left = append(left, rel)
+		}
+		return err
+	})
+	slices.Sort(left)
+	if want := append(keep, "etc/hostcryptd"); err != nil || !slices.Equal(left, slices.Sorted(slices.Values(want))) {
+		t.Errorf("after make uninstall there is %q, %v; want %q", left, err, want)
 	}
 }
