@@ -83,11 +83,13 @@ key that needs no configuration: the TPM's, or a key file's on a host without a 
 With its recovery key cryptsetup opens the same disk.`
 
 const rootExample = `  hostcryptd format /dev/sdb --recovery-key sdb.recovery
-  hostcryptd serve /dev/sdb --attach auto
+  hostcryptd serve /dev/sdb --attach /dev/nbd0 &
+  until hostcryptd status /dev/nbd0 2>/dev/null; do sleep 1; done
   mkfs.ext4 /dev/nbd0
 
   hostcryptd format disk.img --key https://VAULT.vault.azure.net/keys/NAME
-  hostcryptd serve disk.img --listen /run/disk.sock
+  hostcryptd serve disk.img --listen /run/disk.sock &
+  until [ -S /run/disk.sock ]; do sleep 1; done
   qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/disk.sock,format=raw`
 
 func (a *app) root() *cobra.Command {

@@ -314,3 +314,29 @@ func TestDescribeSignature(t *testing.T) {
 		}
 	}
 }
+
+// TestExamplesWait checks that what follows a server in an example runs, and runs
+// when the volume is ready.
+func TestExamplesWait(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, text := range []string{string(readme), rootExample} {
+		lines := strings.Split(text, "\n")
+		for i, line := range lines[:len(lines)-1] {
+			next := strings.TrimSpace(lines[i+1])
+			if !strings.HasPrefix(line, "  ") || !strings.Contains(line, "hostcryptd serve ") || next == "" {
+				continue
+			}
+			seen++
+			if !strings.HasSuffix(line, " &") || !strings.HasPrefix(next, "until ") {
+				t.Errorf("an example has a server in the foreground, or doesn't wait for it:\n%s\n%s", line, lines[i+1])
+			}
+		}
+	}
+	if seen != 5 {
+		t.Errorf("%d examples go on after a server, want 5", seen)
+	}
+}

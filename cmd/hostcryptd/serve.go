@@ -105,8 +105,9 @@ A line of ` + tabFile + ` has the form of crypttab(5): name, device (a path, UUI
 LABEL=, PARTUUID= or PARTLABEL=), key and options. The key is the path of the host key
 file, /dev/urandom for --random-key, or - for what the header says. Options are flags
 without their dashes, such as on-revocation=freeze or read-only, and words of crypttab:
-nofail and noauto; _netdev for what is only needed after local-fs.target; timeout=TIME,
-which is --unseal-timeout; x-systemd.device-timeout=TIME for the device; swap and
+nofail and noauto; _netdev for what is only needed after local-fs.target, which holds
+up logins of all but root as long as there is no nofail; timeout=TIME, which is
+--unseal-timeout; x-systemd.device-timeout=TIME for the device; swap and
 tmp[=TYPE], which make swap or a file system on a volume that holds neither. A line
 without attach, listen or tcp is attached. hostcryptd-generator makes a service of each
 line, 'systemctl status hostcryptd@NAME', and orders what uses /dev/hostcryptd/NAME
