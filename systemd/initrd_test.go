@@ -88,7 +88,8 @@ other /dev/sdc - x-initrd.attachment
 	// What the script of the initramfs reads of it.
 	out, err := exec.CommandContext(t.Context(), "sh", "-c", `hostcryptd_tab=$1; . initrd/initrd.sh
 hostcryptd_names x-initrd.attach; hostcryptd_names x-kdump.attach
-hostcryptd_has root _netdev && ! hostcryptd_has dump _netdev && ! hostcryptd_has data x-initrd.attach && echo has`, "sh", tab).CombinedOutput()
+name=ours options=ours
+hostcryptd_has root _netdev && hostcryptd_has root identity && ! hostcryptd_has root x-initrd && ! hostcryptd_has dump _netdev && ! hostcryptd_has data x-initrd.attach && [ $name$options = oursours ] && echo has`, "sh", tab).CombinedOutput()
 	if got := strings.Fields(string(out)); err != nil || strings.Join(got, " ") != "root dump has" {
 		t.Errorf("names: %q, %v; want root dump has", got, err)
 	}

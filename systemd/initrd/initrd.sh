@@ -23,14 +23,14 @@ hostcryptd_names() {
 }
 
 # hostcryptd_has NAME OPTION: whether a line has the option, with a value or without.
-hostcryptd_has() {
-	[ -r "$hostcryptd_tab" ] || return 1
+hostcryptd_has() ( # in a process of its own: who reads this file has variables too
+	[ -r "$hostcryptd_tab" ] || exit 1
 	while read -r name _device _key options _rest || [ -n "$name" ]; do
 		[ "$name" = "$1" ] || continue
-		case ",$options," in *",$2"[,=]*) return 0 ;; esac
+		case ",$options," in *",$2"[,=]*) exit 0 ;; esac
 	done <"$hostcryptd_tab"
-	return 1
-}
+	exit 1
+)
 
 # hostcryptd_attach NAME [FLAG...]: prints the kernel device when the volume is
 # ready. As long as a vault can't be reached, that is not before it can.
