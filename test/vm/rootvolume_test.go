@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -103,6 +104,10 @@ func testRootOnVolume(t *testing.T, l *systemLab) {
 		out, err := tree.Run(t.Context(), c[1])
 		t.Logf("%s", out)
 		initrds[c[0]] = filepath.Join(l.Dir, "root-"+c[0]+".img")
+		// A host key or the private key of an identity may be in it, as in dracut's here.
+		if mode, merr := tree.Run(t.Context(), "stat -c '%a %U' "+name); merr != nil || strings.TrimSpace(string(mode)) != "600 root" {
+			t.Errorf("%s: the initramfs has mode and owner %q, want 600 root: %v", c[0], mode, merr)
+		}
 		if err := errors.Join(err, tree.CopyOut(t.Context(), name, initrds[c[0]])); err != nil {
 			t.Fatal(err)
 		}
