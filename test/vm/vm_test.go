@@ -235,6 +235,24 @@ func TestVM(t *testing.T) {
 	}
 }
 
+// tools returns the disk with fio, which is made once.
+func (l *lab) tools(t *testing.T) vmtest.Disk {
+	t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	d := vmtest.Disk{Serial: "tools", Path: filepath.Join(l.Dir, "tools.img"), ReadOnly: true}
+	if _, err := os.Stat(d.Path); err == nil {
+		return d
+	}
+	if err := vmtest.ToolsDisk(t.Context(), d.Path+".new", "fio"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(d.Path+".new", d.Path); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
 // testRevoke takes the key away from a volume that is being written to. It has
 // disks of its own.
 func testRevoke(t *testing.T, l *lab) {
@@ -243,11 +261,7 @@ func testRevoke(t *testing.T, l *lab) {
 	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
 		t.Fatal(err)
 	}
-	tools := filepath.Join(l.Dir, "tools.img")
-	if err := vmtest.ToolsDisk(t.Context(), tools, "fio"); err != nil {
-		t.Fatal(err)
-	}
-	r := l.boot(t, "revoke", nil, vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state}, vmtest.Disk{Serial: "tools", Path: tools, ReadOnly: true})
+	r := l.boot(t, "revoke", nil, vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state}, l.tools(t))
 	l.row("Revoke", time.Since(begun), r)
 }
 
@@ -285,14 +299,14 @@ func testOldKernel(t *testing.T) {
 	t.Run("Swap", func(t *testing.T) { testSwap(t, l, false) })
 }
 
-// testOnDisk runs a scenario that needs a disk of its own and nothing else.
+// testOnDisk runs a scenario that needs a disk of its own and fio.
 func testOnDisk(t *testing.T, l *lab, name, scenario string) {
 	begun := time.Now()
 	volume := filepath.Join(l.Dir, scenario+".img")
 	if err := vmtest.Sparse(volume, volumeSize); err != nil {
 		t.Fatal(err)
 	}
-	r := l.boot(t, scenario, nil, vmtest.Disk{Serial: "volume", Path: volume})
+	r := l.boot(t, scenario, nil, vmtest.Disk{Serial: "volume", Path: volume}, l.tools(t))
 	l.row(name, time.Since(begun), r)
 }
 

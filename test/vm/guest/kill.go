@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	killRounds = 5
+	killRounds = 2 // besides two of which one comes in the middle of the other
 
 	// writeDelay is how long the disk takes for a write: longer than the whole
 	// recovery from a kill takes otherwise, with the 5 s after which the kernel
@@ -20,6 +20,7 @@ const (
 	writeDelay = 9 * time.Second
 
 	slowName = "hostcryptd-slow"
+	slowSize = 56 << 20 // before it grows
 )
 
 // killServer kills the process that serves, not its keeper.
@@ -42,8 +43,8 @@ func (m *machine) killServer() error {
 	return unix.Kill(s.PID, unix.SIGKILL)
 }
 
-// kill kills the server again and again under verified writes, and then while
-// a write of its is still on its way to the disk.
+// kill kills the server again and again under verified writes, then while a write
+// of its is still on its way to the disk, and then after the disk has grown.
 func kill(m *machine) error {
 	m.reconnects = true
 	raw := m.disk
@@ -51,7 +52,7 @@ func kill(m *machine) error {
 	if err != nil {
 		return err
 	}
-	if _, err := m.run("dmsetup", "create", slowName, "--table", fmt.Sprintf("0 %d delay %s 0 0 %s 0 0", size/512, raw, raw)); err != nil {
+	if _, err := m.run("dmsetup", "create", slowName, "--table", fmt.Sprintf("0 %d delay %s 0 0 %s 0 0", slowSize/512, raw, raw)); err != nil {
 		return err
 	}
 	m.disk = filepath.Join("/dev/mapper", slowName)
@@ -67,7 +68,8 @@ func kill(m *machine) error {
 		return fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, s.log.String())
 	}
 	// What opened it must not be needed again.
-	if err := os.Remove(key); err != nil {
+	const away = key + ".away"
+	if err := os.Rename(key, away); err != nil {
 		return err
 	}
 
@@ -77,17 +79,48 @@ func kill(m *machine) error {
 		return err
 	}
 	defer w.f.Close()
-	for range killRounds {
-		time.Sleep(3 * time.Second)
+	fio, err := m.startVerified(s.dev)
+	if err != nil {
+		return err
+	}
+	time.Sleep(3 * time.Second)
+	p := &pauses{}
+	for i := range 1 + killRounds {
+		before, err := m.served()
+		if err != nil {
+			return err
+		}
+		if i == 0 {
+			if err := m.killServer(); err != nil {
+				return err
+			}
+			time.Sleep(3 * time.Second) // the kernel has not yet sent again what it had sent
+			if before, err = m.waitServed(before.PID); err != nil {
+				return err
+			}
+		}
+		w.take()
 		if err := m.killServer(); err != nil {
 			return err
 		}
+		if _, err := m.waitServed(before.PID); err != nil {
+			return err
+		}
+		if err := w.waitWrite(); err != nil {
+			return err
+		}
+		if i > 0 {
+			p.add(w.take())
+		}
 	}
-	time.Sleep(5 * time.Second)
 	select {
 	case <-w.done:
 		return fmt.Errorf("a write failed: %w", w.err)
 	default:
+	}
+	p.figures(m, "kill")
+	if err := m.endVerified(fio); err != nil {
+		return err
 	}
 	w.stop()
 	m.figure("writes answered", float64(w.writes), "")
@@ -102,7 +135,7 @@ func kill(m *machine) error {
 	}
 
 	m.step(2, "Killed with a write on its way to the disk")
-	delay := func(d time.Duration) error {
+	reload := func(size int64, d time.Duration) error {
 		table := fmt.Sprintf("0 %d delay %s 0 0 %s 0 %d", size/512, raw, raw, d.Milliseconds())
 		for _, args := range [][]string{{"suspend", slowName}, {"load", slowName, "--table", table}, {"resume", slowName}} {
 			if _, err := m.run("dmsetup", args...); err != nil {
@@ -111,7 +144,7 @@ func kill(m *machine) error {
 		}
 		return nil
 	}
-	if err := delay(writeDelay); err != nil {
+	if err := reload(slowSize, writeDelay); err != nil {
 		return err
 	}
 	page := alignedPage()
@@ -143,8 +176,10 @@ func kill(m *machine) error {
 		return errors.Join(errors.New("the write that was under way reads as something else"), err)
 	}
 	w.f.Close()
-	if err := delay(0); err != nil {
+	if err := reload(slowSize, 0); err != nil {
 		return err
 	}
-	return s.detach()
+
+	m.step(3, "Grown under a mounted file system, and killed")
+	return m.grow(s, away, size, func(size int64) error { return reload(size, 0) })
 }

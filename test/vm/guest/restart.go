@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -80,17 +79,22 @@ func restart(m *machine) error {
 			return nil
 		}
 	}
-	time.Sleep(2 * time.Second)
+	fio, err := m.startVerified(s.dev)
+	if err != nil {
+		return err
+	}
+	time.Sleep(3 * time.Second)
 	m.figure("longest write without a restart", float64(w.takeSlowest().Milliseconds()), "ms")
 	keeper := s.cmd.Process.Pid
 
-	reload := func(n int) (pauses []time.Duration, last served, err error) {
+	reload := func(n int) (p *pauses, last served, err error) {
+		p = &pauses{}
 		for range n {
 			before, err := m.served()
 			if err != nil {
 				return nil, last, err
 			}
-			w.takeSlowest()
+			w.take()
 			m.typed("kill", "-HUP", strconv.Itoa(keeper))
 			if err := unix.Kill(keeper, unix.SIGHUP); err != nil {
 				return nil, last, err
@@ -105,19 +109,17 @@ func restart(m *machine) error {
 			if err := failed(); err != nil {
 				return nil, last, err
 			}
-			pauses = append(pauses, w.takeSlowest())
+			p.add(w.take())
 		}
-		slices.Sort(pauses)
-		return pauses, last, nil
+		return p, last, nil
 	}
 
 	m.step(1, "Reloaded under writes")
-	pauses, old, err := reload(reloads)
+	p, old, err := reload(reloads)
 	if err != nil {
 		return err
 	}
-	m.figure("reload: longest write, median", float64(pauses[len(pauses)/2].Milliseconds()), "ms")
-	m.figure("reload: longest write", float64(pauses[len(pauses)-1].Milliseconds()), "ms")
+	p.figures(m, "reload")
 
 	m.step(2, "Another version")
 	program, err := exec.LookPath("hostcryptd")
@@ -135,7 +137,7 @@ func restart(m *machine) error {
 	if err := replaceFile(program, bytes.ReplaceAll(text, []byte(old.Version), name)); err != nil {
 		return err
 	}
-	pauses, next, err := reload(1)
+	p, next, err := reload(1)
 	if err != nil {
 		return err
 	}
@@ -145,14 +147,14 @@ func restart(m *machine) error {
 	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/exe", keeper)); err != nil || !bytes.Contains(b, name) || bytes.Contains(b, []byte(old.Version)) {
 		return errors.Join(errors.New("the keeper does not run the new version"), err)
 	}
-	m.figure("upgrade: longest write", float64(pauses[0].Milliseconds()), "ms")
+	m.figure("upgrade: longest write", float64(p.longest[0].Milliseconds()), "ms")
 
 	m.step(3, "A version that can't run")
 	for _, bad := range [][]byte{[]byte("no program"), text[:len(text)/2]} {
 		if err := replaceFile(program, bad); err != nil {
 			return err
 		}
-		w.takeSlowest()
+		w.take()
 		if err := unix.Kill(keeper, unix.SIGHUP); err != nil {
 			return err
 		}
@@ -174,9 +176,9 @@ func restart(m *machine) error {
 	}
 
 	m.step(4, "Restarted by a service manager that keeps descriptors")
-	pauses = nil
+	p = &pauses{}
 	for range restarts {
-		w.takeSlowest()
+		w.take()
 		if s, err = m.restartUnit(s); err != nil {
 			return err
 		}
@@ -184,12 +186,13 @@ func restart(m *machine) error {
 		if err := failed(); err != nil {
 			return err
 		}
-		pauses = append(pauses, w.takeSlowest())
+		p.add(w.take())
 	}
-	slices.Sort(pauses)
-	m.figure("restart: longest write, median", float64(pauses[len(pauses)/2].Milliseconds()), "ms")
-	m.figure("restart: longest write", float64(pauses[len(pauses)-1].Milliseconds()), "ms")
+	p.figures(m, "restart")
 
+	if err := m.endVerified(fio); err != nil {
+		return err
+	}
 	w.stop()
 	m.figure("writes answered", float64(w.writes), "")
 	checked, err := w.verify()

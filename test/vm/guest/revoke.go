@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync"
 	"time"
 	"unsafe"
@@ -75,17 +76,38 @@ type pageWriter struct {
 	slowest time.Duration // write
 
 	mu     sync.Mutex
-	recent time.Duration // the slowest write since takeSlowest
+	recent []time.Duration // how long each write took since take
 }
 
-// takeSlowest returns how long the slowest write took that was answered since the
-// last call.
-func (w *pageWriter) takeSlowest() time.Duration {
+// take returns how long each of the writes took that were answered since the last
+// call.
+func (w *pageWriter) take() []time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	d := w.recent
-	w.recent = 0
-	return d
+	list := w.recent
+	w.recent = nil
+	return list
+}
+
+// takeSlowest is the slowest of take.
+func (w *pageWriter) takeSlowest() time.Duration {
+	return slices.Max(append(w.take(), 0))
+}
+
+// waitWrite waits until another write is answered.
+func (w *pageWriter) waitWrite() error {
+	count := func() int {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return len(w.recent)
+	}
+	n := count()
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if count() > n {
+			return nil
+		}
+	}
+	return errors.New("no write was answered for 30 s")
 }
 
 const pageSize = 4096
@@ -130,7 +152,7 @@ func startPageWriter(dev string, size int64) (*pageWriter, error) {
 			took := time.Since(begun)
 			w.slowest = max(w.slowest, took)
 			w.mu.Lock()
-			w.recent = max(w.recent, took)
+			w.recent = append(w.recent, took)
 			w.mu.Unlock()
 			w.pages[page] = n
 			w.writes++

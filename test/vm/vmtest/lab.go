@@ -21,7 +21,7 @@ var modules = []string{
 }
 
 // guestTools that a guest runs, copied from the host.
-var guestTools = []string{"mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair", "cryptsetup", "dmsetup", "blkid", "mkswap"}
+var guestTools = []string{"mkfs.ext4", "e2fsck", "resize2fs", "mkfs.xfs", "xfs_repair", "cryptsetup", "dmsetup", "blkid", "mkswap"}
 
 // A Lab is what several boots share: a folder, a kernel and an initramfs
 // with hostcryptd and the guest program. Its fields may be read by several

@@ -51,6 +51,7 @@ var tools = map[string]string{
 	"fio":                "fio",
 	"qemu-io":            "qemu-utils",
 	"qemu-system-x86_64": "qemu-system-x86",
+	"resize2fs":          "e2fsprogs",
 	"rm":                 "coreutils",
 	"swtpm":              "swtpm",
 	"sh":                 "dash",
