@@ -269,9 +269,9 @@ var keeperSignals chan os.Signal
 // ignored meanwhile, and then the service manager is asked: what it sent before, it
 // knows of, and what it sends later is heard.
 //
-// As to SIGINT and SIGHUP, the runtime leaves it at that when they are ignored at the
-// start. SIGTERM ends the process from the runtime's start to listenToSignals, which
-// are some milliseconds.
+// This is why the unit has KillSignal=SIGINT. As to SIGINT and SIGHUP, the runtime
+// leaves it at that when they are ignored at the start. SIGTERM ends the process from
+// the runtime's start to listenToSignals, which are some milliseconds.
 func (k *keeper) exec(path string, env []string) error {
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	err := unix.Exec(path, k.args, env)
