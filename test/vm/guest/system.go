@@ -800,6 +800,31 @@ func systemWatchdog(m *machine) error {
 		}
 		m.figure("longest write at "+verb, float64(longest.Milliseconds()), "ms")
 	}
+	// The service manager has no copy of the kernel's socket left, which would keep
+	// the kernel from seeing that this server is dead.
+	longest, err := m.whileWriting(func() error {
+		_, dead, err := pids()
+		if err != nil {
+			return err
+		}
+		m.typed("kill", "-9", strconv.Itoa(dead))
+		if err := unix.Kill(dead, unix.SIGKILL); err != nil {
+			return err
+		}
+		for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+			if _, next, err := pids(); err == nil && next != 0 && next != dead {
+				return nil
+			}
+		}
+		return errors.New("no other server in 3 minutes")
+	})
+	if err != nil {
+		return fmt.Errorf("after a restart, the server was killed: %w", err)
+	}
+	if id, err := m.mountID(); err != nil || id != mounted {
+		return errors.Join(errors.New("after a restart and a kill, the file system was mounted anew"), err)
+	}
+	m.figure("longest write at a kill after the restart", float64(longest.Milliseconds()), "ms")
 	if err := m.unmount(); err != nil {
 		return err
 	}
