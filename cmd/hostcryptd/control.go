@@ -381,9 +381,7 @@ func (d *daemon) status() *status {
 		Control: d.opts.control, Listen: d.opts.listen, TCP: d.tcp, Attached: d.attached,
 		Memory: memoryNow(),
 	}
-	if d.link != nil {
-		s.Keeper = os.Getppid()
-	}
+	s.Keeper = d.link.keeper()
 	s.Key.Tokens = d.tokens
 	if d.opts.swap {
 		s.Swap = d.swapNow()
@@ -643,6 +641,9 @@ func (s *status) print(w io.Writer) {
 	s.printKey(p)
 	if s.Attached != "" {
 		p("kernel", "%s", s.Attached)
+		if s.Keeper == 0 {
+			p("keeper", "NONE: it has died, and nothing replaces the server if that dies too; restart the daemon when the volume can be detached")
+		}
 	}
 	if s.Listen != "" {
 		p("socket", "%s", s.Listen)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -1086,6 +1087,9 @@ type keeperLink struct {
 	conn *net.UnixConn
 	held map[string]*os.File
 
+	pid  int         // of the keeper
+	dead atomic.Bool // it is
+
 	leave   chan struct{} // closed when the server is to leave
 	refused chan string   // capacity 1: why a reload came to nothing
 
@@ -1104,7 +1108,7 @@ func openKeeperLink() (*keeperLink, error) {
 		return nil, fmt.Errorf("$%s is set, but there is no keeper: %w", serverEnv, err)
 	}
 	_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(unsafe.StringData("hostcryptd\x00"))), 0, 0, 0) // not the number of a descriptor
-	return &keeperLink{conn: conn, held: map[string]*os.File{}, leave: make(chan struct{}), refused: make(chan string, 1)}, nil
+	return &keeperLink{conn: conn, pid: os.Getppid(), held: map[string]*os.File{}, leave: make(chan struct{}), refused: make(chan string, 1)}, nil
 }
 
 // errNoTurn means that the keeper has ended, or has no use for this server.
@@ -1151,6 +1155,7 @@ func (k *keeperLink) listen(log *zap.Logger) {
 		var o keeperOrder
 		f, err := receivePacket(k.conn, &o)
 		if err != nil {
+			k.dead.Store(true)
 			log.Error("the keeper has died; this server goes on, but nothing replaces it if it dies", zap.Error(err))
 			return
 		}
@@ -1169,6 +1174,15 @@ func (k *keeperLink) listen(log *zap.Logger) {
 			k.refused <- o.Refused
 		}
 	}
+}
+
+// keeper is the process of the keeper, or 0 if there is none, or none any more. The
+// parent of this process is another one then.
+func (k *keeperLink) keeper() int {
+	if k == nil || k.dead.Load() {
+		return 0
+	}
+	return k.pid
 }
 
 // leaving is closed when this server is to leave.

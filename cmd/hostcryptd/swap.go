@@ -264,8 +264,10 @@ func (d *daemon) swapNow() *swapStatus {
 	var s swapStatus
 	problem := func(format string, args ...any) { s.Problems = append(s.Problems, fmt.Sprintf(format, args...)) }
 	pids := []int{os.Getpid()}
-	if d.link != nil {
-		pids = append(pids, os.Getppid())
+	if keeper := d.link.keeper(); keeper != 0 {
+		pids = append(pids, keeper)
+	} else {
+		problem("the keeper has died: nothing replaces the server if that dies too")
 	}
 	for _, pid := range pids {
 		threads, bad, err := threadsWithout(pid)

@@ -1,0 +1,52 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// TestKeeperGone: when the keeper has died the server is another process's child. That
+// is not taken for the keeper, whose end detach would wait for.
+func TestKeeperGone(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := packetConn(os.NewFile(uintptr(pair[0]), "keeper"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	link := &keeperLink{conn: conn, pid: os.Getppid(), leave: make(chan struct{}), refused: make(chan string, 1)}
+	d := &daemon{log: zap.NewNop(), link: link, attached: "/dev/nbd0", opts: serveOptions{swap: true}}
+	const none = "the keeper has died"
+	show := func() (keeper int, text string, problem bool) {
+		t.Helper()
+		// As the commands get it.
+		b, err := json.Marshal(d.status())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var s status
+		if err := json.Unmarshal(b, &s); err != nil {
+			t.Fatal(err)
+		}
+		var out strings.Builder
+		s.print(&out)
+		return s.Keeper, out.String(), slices.ContainsFunc(s.Swap.Problems, func(p string) bool { return strings.HasPrefix(p, none) })
+	}
+	if keeper, text, problem := show(); keeper != os.Getppid() || strings.Contains(text, "NONE") || problem {
+		t.Errorf("with a keeper, that is process %d, said to be missing: %v\n%s", keeper, problem, text)
+	}
+	unix.Close(pair[1])
+	link.listen(zap.NewNop()) // until there is nobody to listen to
+	if keeper, text, problem := show(); keeper != 0 || !strings.Contains(text, "keeper:    NONE") || !problem {
+		t.Errorf("without a keeper, that is process %d, said to be missing: %v\n%s", keeper, problem, text)
+	}
+}
