@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // firstFD is SD_LISTEN_FDS_START of sd_listen_fds(3).
@@ -30,16 +32,12 @@ func Listeners() ([]net.Listener, error) {
 // call returns nothing and no child believes the sockets to be its own. It is
 // called before anything else opens files.
 func Inherited(prefix string) (list []net.Listener, stored map[string]*os.File, err error) {
-	pid, fds, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), strings.Split(os.Getenv("LISTEN_FDNAMES"), ":")
+	n, names, err := passed()
 	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
 		os.Unsetenv(name)
 	}
-	if fds == "" || pid != strconv.Itoa(os.Getpid()) {
-		return nil, nil, nil
-	}
-	n, err := strconv.Atoi(fds)
-	if err != nil || n < 0 || n > 128 {
-		return nil, nil, fmt.Errorf("systemd: $LISTEN_FDS is %.20q, want a small number", fds)
+	if err != nil || n < 0 {
+		return nil, nil, err
 	}
 	stored = map[string]*os.File{}
 	defer func() {
@@ -76,4 +74,39 @@ func Inherited(prefix string) (list []net.Listener, stored map[string]*os.File, 
 		list = append(list, l)
 	}
 	return list, stored, nil
+}
+
+// Stored returns a copy of the descriptor that an earlier process has given to [Store]
+// under a name, or nil. All is left as it is: a call of Inherited, or a program that this
+// process executes, finds it too.
+func Stored(name string) *os.File {
+	n, names, err := passed()
+	if err != nil {
+		return nil
+	}
+	for i, other := range names[:min(len(names), max(n, 0))] {
+		if other != name {
+			continue
+		}
+		fd, err := unix.FcntlInt(uintptr(firstFD+i), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return nil
+		}
+		return os.NewFile(uintptr(fd), name)
+	}
+	return nil
+}
+
+// passed tells how many descriptors were passed to this process, and their names. It is
+// -1 if there is no such thing as passed descriptors.
+func passed() (n int, names []string, err error) {
+	fds := os.Getenv("LISTEN_FDS")
+	if fds == "" || os.Getenv("LISTEN_PID") != strconv.Itoa(os.Getpid()) {
+		return -1, nil, nil
+	}
+	n, err = strconv.Atoi(fds)
+	if err != nil || n < 0 || n > 128 {
+		return 0, nil, fmt.Errorf("systemd: $LISTEN_FDS is %.20q, want a small number", fds)
+	}
+	return n, strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), nil
 }

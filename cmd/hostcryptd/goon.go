@@ -35,6 +35,10 @@ type serverState struct {
 
 	// Connections is how many sockets that has; 0 from a version that didn't say.
 	Connections int `json:"connections,omitempty"`
+
+	// TabLine is the line of hostcrypttab by which a server has served last, "" if
+	// there is none. It may have changed since.
+	TabLine string `json:"tab_line,omitempty"`
 }
 
 const serverStateVersion = 1

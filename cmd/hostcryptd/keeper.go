@@ -460,6 +460,9 @@ func (k *keeper) standbyEnded(p *os.ProcessState) {
 	case k.active == nil:
 		k.next = nil
 		k.log.Error("a server died before it served", zap.String("how", how))
+		if p.Exited() {
+			k.backToTabLine()
+		}
 		k.after(time.Second, k.proceed)
 	case k.swap:
 		k.log.Error("the server that stood by has died; another one is started", zap.String("how", how))
@@ -489,6 +492,8 @@ func (k *keeper) ended(c *child, p *os.ProcessState) {
 	}
 	if k.next != nil {
 		k.refuse("the server died: " + describeDeath(p))
+	} else if !c.ready && p.Exited() {
+		k.backToTabLine()
 	}
 	now := time.Now()
 	k.deaths = append(slices.DeleteFunc(k.deaths, func(t time.Time) bool { return now.Sub(t) > time.Minute }), now)

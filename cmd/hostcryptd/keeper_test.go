@@ -200,11 +200,19 @@ func startKeeper(t *testing.T, behave string, more ...func(*exec.Cmd)) *keeperRu
 		}
 	}
 	k.cmd = exec.Command(program)
-	k.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	k.cmd.Env = append(os.Environ(), fakeKeeperEnv+"="+behave, "FAKE_DIR="+k.dir)
 	for _, f := range more {
 		f(k.cmd)
 	}
+	k.start()
+	return k
+}
+
+// start starts cmd in a process group of its own.
+func (k *keeperRun) start() {
+	t := k.t
+	t.Helper()
+	k.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, err := k.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -228,7 +236,6 @@ func startKeeper(t *testing.T, behave string, more ...func(*exec.Cmd)) *keeperRu
 			t.Logf("it printed:\n%s", k.log.String())
 		}
 	})
-	return k
 }
 
 // line waits for a line with a text, or an end of both.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/systemd"
 )
@@ -152,6 +154,59 @@ func (k *keeper) forgetStored() {
 		}
 	}
 	k.stored = nil
+}
+
+// storedLine returns the line of hostcrypttab by which the volume was served that the
+// service manager has kept, "" if that is not known. ok is false if there is no such
+// volume.
+func storedLine() (line string, ok bool) {
+	f := systemd.Stored(storedPrefix + storedState)
+	if f == nil {
+		return "", false
+	}
+	defer f.Close()
+	b, err := readMemoryFile(f)
+	if err != nil {
+		return "", true
+	}
+	return tabLineOf(b), true
+}
+
+// tabLineOf is the TabLine of a state, of whatever version.
+func tabLineOf(state []byte) string {
+	var s serverState
+	_ = json.Unmarshal(state, &s)
+	return s.TabLine
+}
+
+// withStoredLine begins anew with the line by which the volume was served that the
+// service manager has kept, as why says that the line of now can't be used. To end
+// would be to lose a volume that is in use: the service manager would drop what it
+// keeps.
+func (a *app) withStoredLine(line string, why error) error {
+	if line == "" || os.Getenv(tabEnv) == line {
+		return why
+	}
+	log := a.daemonLog(false)
+	log.Error("the volume is in use and goes on with the line of "+tabFile+" that it had, as that of now can't be used; mend it and restart the service", zap.String("line", line), zap.Error(why))
+	_ = log.Sync()
+	if err := os.Setenv(tabEnv, line); err != nil {
+		return errors.Join(why, err)
+	}
+	return errors.Join(why, fmt.Errorf("executing the program again: %w", unix.Exec("/proc/self/exe", os.Args, os.Environ())))
+}
+
+// backToTabLine has the next servers use the line of hostcrypttab by which one has
+// served last. It is called when one has given up that was to use another.
+func (k *keeper) backToTabLine() {
+	line := tabLineOf(k.state)
+	if line == "" || os.Getenv(tabEnv) == line {
+		return
+	}
+	k.log.Error("the volume goes on with the line of "+tabFile+" that it had, as no server comes up with that of now; mend it and restart the service", zap.String("line", line))
+	if err := os.Setenv(tabEnv, line); err != nil {
+		k.log.Error("the line is not used", zap.Error(err))
+	}
 }
 
 // stored returns what a keeper before has given to the service manager, by the

@@ -132,24 +132,9 @@ name, of processes that systemd doesn't kill.`,
 			if resumed, err := a.resume(); resumed {
 				return err
 			}
-			o.device = args[0]
-			wait := time.Duration(0)
-			if e, err := named(o.device); err != nil {
-				return err
-			} else if e != nil {
-				o.device, o.name, wait = e.unit.Device, e.unit.Name, tabDeviceWait
-				o.makesFS = e.unit.MakeFS != ""
-				if err := e.apply(c.Flags()); err != nil {
-					return err
-				}
-			}
-			if err := o.checkSwap(); err != nil {
-				return err
-			}
-			if o.swap {
-				if err := enterSwapMode(); err != nil {
-					return err
-				}
+			line, goesOn := storedLine()
+			if err := o.settle(c, args[0], goesOn); err != nil {
+				return a.withStoredLine(line, err)
 			}
 			inherited, files, err := systemd.Inherited(storedPrefix)
 			if err != nil {
@@ -157,45 +142,6 @@ name, of processes that systemd doesn't kill.`,
 			}
 			if o.listen == "" && o.attach == "" && o.tcp == "" && inherited == nil {
 				return usagef("nothing to serve to: use --attach auto, --listen SOCKET, or both")
-			}
-			if o.certificates != "" {
-				if o.tls, err = loadTLS(o.certificates); err != nil {
-					return fmt.Errorf("--tls-certificates: %w", err)
-				}
-			}
-			if o.tcp != "" {
-				if err := checkTCP(o.tcp, o.tls != nil); err != nil {
-					return err
-				}
-			}
-			if err := o.checkRandomKey(c.Flags().Changed); err != nil {
-				return err
-			}
-			if o.connections < 1 || o.connections > 64 {
-				return usagef("--connections is 1 to 64, not %d", o.connections)
-			}
-			if o.attach != "" && o.connections > 1 && o.life.policy == lifecycle.Freeze.String() {
-				// Each request goes to all of them in turn, which are given up one by one.
-				return usagef("--on-revocation freeze with --connections: the kernel takes a socket that hasn't answered for 30 s for dead if there are several, and fails all I/O when none was left for an hour; with one it waits")
-			}
-			if o.attach != "" && o.attach != "auto" {
-				if _, err := nbdnl.ParsePath(o.attach); err != nil {
-					return usagef("--attach is auto or /dev/nbdN, not %q", o.attach)
-				}
-			}
-			// Others see these paths in the status, from other directories.
-			for _, p := range []*string{&o.device, &o.listen, &o.control} {
-				if *p == "" {
-					continue
-				}
-				abs, err := filepath.Abs(*p)
-				if err != nil {
-					return err
-				}
-				*p = abs
-			}
-			if o.listen != "" && o.listen == o.control {
-				return usagef("--listen and --control are the same socket")
 			}
 			if _, kept := os.LookupEnv(serverEnv); o.initrd && !kept && os.Getenv(initrdEnv) == "" {
 				return a.launch(args[0], o.name != "")
@@ -235,8 +181,8 @@ name, of processes that systemd doesn't kill.`,
 				d.log.Error("the volume goes on, and will not be unsealed again before this is mended", zap.Error(err))
 				d.opts.keys.trusted = []sector.TrustedKey{}
 			}
-			if err := d.waitDevice(ctx, wait); err != nil {
-				return err
+			if o.name != "" && goOn == nil {
+				d.waitDevice(ctx, tabDeviceWait)
 			}
 			go link.listen(d.log)
 			watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
@@ -275,6 +221,73 @@ name, of processes that systemd doesn't kill.`,
 	f.BoolVar(&o.initrd, "initrd", false, "go to the background when the volume is ready, print its kernel device, and live on in the real root until the power is off: for an initramfs")
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
+}
+
+// settle makes the options what the command line says, and the line of hostcrypttab
+// that arg may name. Nothing is opened or begun, but that with --swap the program may be
+// executed again. goesOn says that there is a kernel device to go on with.
+func (o *serveOptions) settle(c *cobra.Command, arg string, goesOn bool) error {
+	o.device = arg
+	if e, err := named(o.device); err != nil {
+		return err
+	} else if e != nil {
+		o.device, o.name = e.unit.Device, e.unit.Name
+		o.makesFS = e.unit.MakeFS != ""
+		if err := e.apply(c.Flags()); err != nil {
+			return err
+		}
+	}
+	if goesOn && o.attach == "" {
+		return usagef("there is no --attach, and the volume has a kernel device")
+	}
+	if err := o.checkSwap(); err != nil {
+		return err
+	}
+	if o.certificates != "" {
+		t, err := loadTLS(o.certificates)
+		if err != nil {
+			return fmt.Errorf("--tls-certificates: %w", err)
+		}
+		o.tls = t
+	}
+	if o.tcp != "" {
+		if err := checkTCP(o.tcp, o.tls != nil); err != nil {
+			return err
+		}
+	}
+	if err := o.checkRandomKey(c.Flags().Changed); err != nil {
+		return err
+	}
+	if o.connections < 1 || o.connections > 64 {
+		return usagef("--connections is 1 to 64, not %d", o.connections)
+	}
+	if o.attach != "" && o.connections > 1 && o.life.policy == lifecycle.Freeze.String() {
+		// Each request goes to all of them in turn, which are given up one by one.
+		return usagef("--on-revocation freeze with --connections: the kernel takes a socket that hasn't answered for 30 s for dead if there are several, and fails all I/O when none was left for an hour; with one it waits")
+	}
+	if o.attach != "" && o.attach != "auto" {
+		if _, err := nbdnl.ParsePath(o.attach); err != nil {
+			return usagef("--attach is auto or /dev/nbdN, not %q", o.attach)
+		}
+	}
+	// Others see these paths in the status, from other directories.
+	for _, p := range []*string{&o.device, &o.listen, &o.control} {
+		if *p == "" {
+			continue
+		}
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			return err
+		}
+		*p = abs
+	}
+	if o.listen != "" && o.listen == o.control {
+		return usagef("--listen and --control are the same socket")
+	}
+	if o.swap {
+		return enterSwapMode()
+	}
+	return nil
 }
 
 // A daemon serves one volume: one data key per address space.
@@ -365,6 +378,9 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	}
 	if err != nil {
 		return err
+	}
+	if before == nil {
+		d.left.TabLine = os.Getenv(tabEnv)
 	}
 	d.uuid, d.label = d.left.Volume.UUID, d.left.Volume.Label
 	d.log = d.log.With(zap.String("volume", d.uuid))
@@ -516,10 +532,10 @@ func (d *daemon) hangup() chan<- os.Signal {
 }
 
 // waitDevice waits for the backing device to be there.
-func (d *daemon) waitDevice(ctx context.Context, limit time.Duration) error {
+func (d *daemon) waitDevice(ctx context.Context, limit time.Duration) {
 	for begun, said := time.Now(), false; time.Since(begun) < limit; {
 		if _, err := os.Stat(d.opts.device); !errors.Is(err, os.ErrNotExist) {
-			return nil
+			return
 		}
 		if !said {
 			said = true
@@ -528,11 +544,10 @@ func (d *daemon) waitDevice(ctx context.Context, limit time.Duration) error {
 		}
 		select {
 		case <-ctx.Done():
-			return nil // run will say what is missing
+			return // run will say what is missing
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
-	return nil
 }
 
 // serve offers the volume until it is told to stop.
@@ -613,6 +628,10 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 
 	size, _ := d.volume.Size()
 	d.served = true
+	d.mu.Lock()
+	d.left.TabLine = os.Getenv(tabEnv)
+	d.mu.Unlock()
+	d.pushState()
 	d.setState(stateServing, "")
 	d.log.Info("volume is ready",
 		zap.String("device", d.opts.device), zap.Int64("size", size), zap.Int("sector_size", d.volume.SectorSize()),
