@@ -82,6 +82,11 @@ func fakeServer() error {
 	if b, err := os.ReadFile(filepath.Join(os.Getenv("FAKE_DIR"), "behave")); err == nil {
 		behave = string(b)
 	}
+	crashOnPanic()
+	if err := harden(); err != nil {
+		return err
+	}
+	panicOnSignal()
 	link, err := openKeeperLink()
 	if err != nil {
 		return err
@@ -376,6 +381,16 @@ func TestKeeperStored(t *testing.T) {
 		t.Errorf("the kernel's end reads %d bytes, %v after the death of the server", n, err)
 	}
 	k.serves(7, true)
+	k.end()
+}
+
+// TestKeeperPanic: a server that panics is replaced as one that is killed.
+func TestKeeperPanic(t *testing.T) {
+	t.Parallel()
+	k := startKeeper(t, "plain", func(c *exec.Cmd) { c.Env = append(c.Env, panicEnv+"=1") })
+	k.kill(k.serves(1, true), unix.SIGUSR2)
+	k.line("signal 6 (aborted)")
+	k.serves(2, true)
 	k.end()
 }
 

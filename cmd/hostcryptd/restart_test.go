@@ -6,9 +6,14 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/sector"
 )
@@ -89,4 +94,71 @@ func TestStoredLine(t *testing.T) {
 			t.Errorf("it ended with %v", k.cmd.ProcessState)
 		}
 	})
+}
+
+// panicEnv has the test binary panic at SIGUSR2.
+const panicEnv = "HOSTCRYPTD_TEST_PANIC"
+
+func panicOnSignal() {
+	if os.Getenv(panicEnv) == "" {
+		return
+	}
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGUSR2)
+	go func() {
+		<-c
+		panic("of the test")
+	}()
+}
+
+// TestPanic: a process of serve that panics ends by SIGABRT, which a service manager
+// takes for an accident, and leaves no core.
+func TestPanic(t *testing.T) {
+	t.Setenv(panicEnv, "1")
+	aborted := func(k *keeperRun) {
+		t := k.t
+		t.Helper()
+		p, err := k.cmd.Process.Wait()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := p.Sys().(syscall.WaitStatus); !s.Signaled() || s.Signal() != unix.SIGABRT || s.CoreDump() {
+			t.Errorf("it ended with %v", p)
+		}
+	}
+	// The server waits for the device.
+	const table = "vol /missing/device\n"
+	t.Run("keeper", func(t *testing.T) {
+		k := startServe(t, table, nil)
+		k.line("waiting for the device")
+		k.kill(k.cmd.Process.Pid, unix.SIGUSR2)
+		aborted(k)
+	})
+	t.Run("server", func(t *testing.T) {
+		k := startServe(t, table, nil)
+		k.line("waiting for the device")
+		k.kill(childOf(t, k.cmd.Process.Pid), unix.SIGUSR2)
+		k.line("panic: of the test")
+		k.line("the server was killed by signal 6")
+	})
+	t.Run("no keeper", func(t *testing.T) {
+		k := startServe(t, "vol /missing/device - listen=/etc/socket\n", nil)
+		k.line("waiting for the device")
+		k.kill(k.cmd.Process.Pid, unix.SIGUSR2)
+		aborted(k)
+	})
+}
+
+// childOf is the child of a process that has one.
+func childOf(t *testing.T, parent int) int {
+	t.Helper()
+	for _, pid := range processes() {
+		b, _ := os.ReadFile("/proc/" + pid + "/status")
+		if strings.Contains(string(b), fmt.Sprintf("\nPPid:\t%d\n", parent)) {
+			n, _ := strconv.Atoi(pid)
+			return n
+		}
+	}
+	t.Fatalf("process %d has no child", parent)
+	return 0
 }

@@ -46,7 +46,7 @@ func TestMain(m *testing.M) {
 		os.Exit(fakeKeeper())
 	}
 	testscript.Main(m, map[string]func(){
-		"hostcryptd":  func() { main() },
+		"hostcryptd":  func() { panicOnSignal(); main() },
 		"@hostcryptd": func() { main() }, // the mark of serve --initrd
 	})
 }

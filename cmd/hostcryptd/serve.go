@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -128,6 +129,7 @@ name, of processes that systemd doesn't kill.`,
 			// A line of log that nobody can receive is an error, and not the end: at
 			// shutdown the journal stops before this does.
 			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+			crashOnPanic()
 			// Before anything that could fail: this process must go on.
 			if resumed, err := a.resume(); resumed {
 				return err
@@ -222,6 +224,12 @@ name, of processes that systemd doesn't kill.`,
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
 }
+
+// crashOnPanic has a panic end this process by SIGABRT. Go's exit code for it is 2,
+// which to scripts is a wrong key, and to Restart=on-abnormal no accident. There is no
+// core, see harden. What is printed of arguments are words of the stack; keys aren't
+// passed by value, and lie elsewhere (TestKeysInMemory).
+func crashOnPanic() { debug.SetTraceback("crash") }
 
 // settle makes the options what the command line says, and the line of hostcrypttab
 // that arg may name. Nothing is opened or begun, but that with --swap the program may be
@@ -632,6 +640,11 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	d.left.TabLine = os.Getenv(tabEnv)
 	d.mu.Unlock()
 	d.pushState()
+	if d.link != nil {
+		// The keeper replaces this server whatever it ends by. All goroutines are more
+		// than a socket takes in at once whose reader waits for this very volume.
+		debug.SetTraceback("single")
+	}
 	d.setState(stateServing, "")
 	d.log.Info("volume is ready",
 		zap.String("device", d.opts.device), zap.Int64("size", size), zap.Int("sector_size", d.volume.SectorSize()),
