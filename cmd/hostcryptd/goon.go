@@ -219,6 +219,12 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 	// Else requests may wait for a key. The kernel sends them again when its sockets
 	// die with this process.
 	if d.parked = d.volume.Suspended(); !d.parked {
+		// The log of key use may be on this volume. A record that is being written when
+		// the kernel's sockets are left waits for the next server, and at a restart that
+		// is started when this process has ended, which it can't as long as it waits.
+		if q := d.opts.keys.queue; q != nil && !q.CloseWithin(auditLimit) {
+			d.log.Warn("the log of key use can't be written; if it is on this volume, a restart doesn't end", zap.Duration("waited", auditLimit))
+		}
 		stopClients(errStopping)
 		clients.Wait()
 		begun = time.Now()
@@ -241,6 +247,10 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 	d.log.Info("the volume is left", zap.Int("kernel_sockets", len(d.leftSockets)), zap.Duration("drained", drained))
 	return errors.Join(errs...)
 }
+
+// auditLimit is how long a server that leaves waits for the log of key use, which may
+// be on a disk that hangs. It is part of leaveTimeout.
+const auditLimit = 5 * time.Second
 
 const (
 	// deadConnTimeout is how long the kernel lets I/O wait for the next server.

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/keyunseal/audit"
 	"hostcryptd/nbd"
 	"hostcryptd/sector"
 )
@@ -166,5 +167,33 @@ func TestLateDetach(t *testing.T) {
 	if err := <-answer; err == nil || exitCode(err) != codeBusy || !strings.Contains(err.Error(), "another server goes on") {
 		t.Errorf("detach = %v", err)
 	}
+	_ = d.volume.Close()
+}
+
+// TestLeaveAudit: the log of key use may be on the volume, so its last record is written
+// before the kernel's requests wait for the next server.
+func TestLeaveAudit(t *testing.T) {
+	d, _ := leavingServer(t)
+	d.opts.keys.auditLog = filepath.Join(t.TempDir(), "audit.log")
+	lock, err := os.Create(d.opts.keys.auditLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	stopAudit := d.opts.keys.startAudit(zap.NewNop())
+	d.record(audit.Record{Event: audit.Lock, Outcome: audit.OK})
+	time.AfterFunc(200*time.Millisecond, func() { lock.Close() })
+	var none sync.WaitGroup
+	stopKernel := func(error) {
+		if text, err := os.ReadFile(d.opts.keys.auditLog); err != nil || !strings.Contains(string(text), audit.Lock) {
+			t.Errorf("the log of key use is %q, %v", text, err)
+		}
+	}
+	if err := d.leaveVolume(func(error) {}, stopKernel, &none, &none); err != nil {
+		t.Fatal(err)
+	}
+	stopAudit()
 	_ = d.volume.Close()
 }

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func sample(i int) Record {
@@ -420,4 +422,31 @@ func FuzzVerify(f *testing.F) {
 		}
 		_, _ = Append(name, sample(1)) // must not panic
 	})
+}
+
+// TestCloseWithin: a log that another process has locked is waited for so long and no
+// longer, and its record is written all the same.
+func TestCloseWithin(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "audit.log")
+	lock, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	q := NewQueue(file, nil, nil)
+	q.Append(sample(1))
+	if q.CloseWithin(20 * time.Millisecond) {
+		t.Error("a record that can't be written was said to be")
+	}
+	lock.Close()
+	if !q.CloseWithin(time.Minute) {
+		t.Error("the queue is not done")
+	}
+	q.Close()
+	if r, err := VerifyLog(file, nil); err != nil || r.Records != 1 {
+		t.Errorf("%+v, %v", r, err)
+	}
 }

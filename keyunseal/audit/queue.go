@@ -65,11 +65,27 @@ func (q *Queue) kick() {
 
 // Close writes what waits, once, and returns when that is done.
 func (q *Queue) Close() {
+	q.end()
+	<-q.done
+}
+
+// CloseWithin is Close, which it may be called before, for who can't wait longer than
+// that. It tells whether it is done; else the queue goes on with it.
+func (q *Queue) CloseWithin(limit time.Duration) bool {
+	q.end()
+	select {
+	case <-q.done:
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
+
+func (q *Queue) end() {
 	q.mu.Lock()
 	q.closed = true
 	q.mu.Unlock()
 	q.kick()
-	<-q.done
 }
 
 // next returns the record to write next, and whether the queue is closed.
