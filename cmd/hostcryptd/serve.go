@@ -100,7 +100,8 @@ same volume; what is encrypted with --random-key is lost then.
 
 'hostcryptd reload', or SIGHUP to the keeper, has the program that is installed now
 take over from both, while the volume is in use; so does 'systemctl restart' of a unit
-with FileDescriptorStoreMax=.
+with FileDescriptorStoreMax=. A line of ` + tabFile + ` that turns out to be of no
+use then is logged, and the volume goes on with the one that it had.
 
 A line of ` + tabFile + ` has the form of crypttab(5): name, device (a path, UUID=,
 LABEL=, PARTUUID= or PARTLABEL=), key and options. The key is the path of the host key
