@@ -594,7 +594,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 			_ = d.volume.Suspend(sector.SuspendRefuse)
 		}
 		if k != nil {
-			err = errors.Join(err, k.detach(claimed))
+			err = errors.Join(err, d.release(k, claimed))
 			d.forgetUdev(k.index)
 		}
 		stopClients(errStopping)
@@ -783,7 +783,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		if d.unchanged() {
 			return nil, errors.Join(fmt.Errorf("--attach: %w", err), conn.Close())
 		}
-		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach(nil))
+		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach())
 	}
 	if again {
 		return k, nil // to set what follows would wait for the requests in flight
@@ -796,7 +796,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		d.log.Warn("the kernel's requests have the size that is its default", zap.Error(terr))
 	}
 	if err != nil {
-		return nil, errors.Join(err, k.detach(nil))
+		return nil, errors.Join(err, k.detach())
 	}
 	if d.opts.connections == 1 {
 		if err := nbdnl.SetRequestTimer(k.index, requestTimer); err != nil {
@@ -878,15 +878,44 @@ func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
 // claim claims the device, see claimDevice.
 func (k *kernelDevice) claim(log *zap.Logger) (*os.File, error) { return claimDevice(k.path(), log) }
 
-// detach flushes what the kernel still holds for the device, and detaches it.
-// claimed is what claim returned; it is closed.
-func (k *kernelDevice) detach(claimed *os.File) (err error) {
-	if claimed != nil {
-		err = claimed.Sync()
+// detach detaches a device that nobody uses.
+func (k *kernelDevice) detach() error {
+	return errors.Join(k.conn.Disconnect(k.index), k.conn.Close())
+}
+
+// release detaches the kernel device that claimed is, which it closes, as soon as
+// nobody has it open any more. A process that just has it open can't be seen from the
+// sandbox of a unit, and its writes are flushed when it closes the device. The kernel
+// is asked to detach it then: who looked before and detached later could be too late.
+func (d *daemon) release(k *kernelDevice, claimed *os.File) error {
+	if claimed == nil {
+		return k.detach()
 	}
-	err = errors.Join(err, k.conn.Disconnect(k.index))
-	if claimed != nil {
+	err := claimed.Sync()
+	if derr := k.conn.DetachOnClose(k.index, d.backend()); derr != nil {
+		err = errors.Join(err, derr, k.detach())
 		claimed.Close()
+		return err
+	}
+	claimed.Close()
+	for said := false; !nbdnl.Detached(k.index, d.backend()); {
+		if s, serr := k.conn.Status(k.index); serr == nil && !s.Connected {
+			break
+		}
+		if !said {
+			said = true
+			const why = "a process that can't be seen from here has the device open"
+			d.setState(stateStopping, why)
+			d.log.Warn("waiting to stop: "+why+"; 'fuser -v' as root shows which", zap.String("device", k.path()))
+			d.notify(systemd.Stopping, systemd.Status("waiting to stop: %s", why))
+		}
+		select {
+		case again := <-d.detach: // which nobody else closes
+			if again != nil {
+				again.Close()
+			}
+		case <-time.After(200 * time.Millisecond):
+		}
 	}
 	return errors.Join(err, k.conn.Close())
 }

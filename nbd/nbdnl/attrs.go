@@ -23,6 +23,7 @@ const (
 	attrBlockSizeBytes    = 3
 	attrTimeout           = 4
 	attrServerFlags       = 5
+	attrClientFlags       = 6
 	attrSockets           = 7
 	attrDeadConnTimeout   = 8
 	attrDeviceList        = 9
@@ -38,6 +39,9 @@ const (
 
 // flagCanMultiConn is the transmission flag of that name.
 const flagCanMultiConn = 1 << 8
+
+// clientFlagDisconnectOnClose is NBD_CFLAG_DISCONNECT_ON_CLOSE of linux/nbd.h.
+const clientFlagDisconnectOnClose = 1 << 1
 
 var errAnswer = errors.New("kernel's answer lacks what was asked for")
 

@@ -254,6 +254,20 @@ func (c *Conn) Disconnect(index int) error {
 	return nil
 }
 
+// DetachOnClose has the kernel detach a device, as Disconnect does, when the last
+// that have it open close it: a mount, swap, a device on top, a process. backend
+// must be that of the Connect.
+func (c *Conn) DetachOnClose(index int, backend string) error {
+	err := c.acknowledged(cmdReconfigure, index, func(ae *netlink.AttributeEncoder) {
+		ae.String(attrBackendIdentifier, backend)
+		ae.Uint64(attrClientFlags, clientFlagDisconnectOnClose)
+	})
+	if err != nil {
+		return fmt.Errorf("nbdnl: detaching %s when it is closed: %w", Path(index), classify(err))
+	}
+	return nil
+}
+
 // acknowledged executes a command that has no answer but an acknowledgement.
 func (c *Conn) acknowledged(cmd uint8, index int, more func(*netlink.AttributeEncoder)) error {
 	attrs, err := indexAttrs(index, more)

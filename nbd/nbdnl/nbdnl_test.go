@@ -300,6 +300,18 @@ func TestResize(t *testing.T) {
 	}
 }
 
+// TestDetachOnClose: the flag and the backend; never a size.
+func TestDetachOnClose(t *testing.T) {
+	k := &kernel{t: t, answer: func(genetlink.Message) ([]genetlink.Message, error) { return nil, genltest.Error(0) }}
+	if err := k.dial().DetachOnClose(7, "volume 1"); err != nil {
+		t.Error(err)
+	}
+	want := []genetlink.Message{{Header: genetlink.Header{Command: 3, Version: 1}, Data: attrs(u32(1, 7), str(10, "volume 1"), u64(6, 2))}}
+	if diff := cmp.Diff(want, k.got); diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+}
+
 func TestDisconnect(t *testing.T) {
 	k := &kernel{t: t, answer: func(genetlink.Message) ([]genetlink.Message, error) { return nil, genltest.Error(0) }}
 	if err := k.dial().Disconnect(15); err != nil {

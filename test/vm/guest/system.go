@@ -831,6 +831,69 @@ func systemWatchdog(m *machine) error {
 	if _, err := m.run("e2fsck", "-fn", "/dev/hostcryptd/data"); err != nil {
 		return err
 	}
-	_, err = m.run("systemctl", "stop", "hostcryptd@data.service")
+
+	m.step(4, "Stopped while a process that the sandbox hides has the device open")
+	return m.stopWhileOpen()
+}
+
+// stopWhileOpen stops the service under a process that has the device open and
+// data in the page cache: nothing of that may be lost.
+func (m *machine) stopWhileOpen() error {
+	const (
+		unit = "hostcryptd@data.service"
+		path = "/dev/hostcryptd/data"
+	)
+	size, err := deviceSize(path)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	page, got := alignedPage(), alignedPage()
+	fillPage(page, 4, 4)
+	if _, err := f.WriteAt(page, size-pageSize); err != nil {
+		return err
+	}
+	stopped := make(chan error, 1)
+	go func() {
+		_, err := m.run("systemctl", "stop", unit)
+		stopped <- err
+	}()
+	select {
+	case err := <-stopped:
+		return errors.Join(errors.New("the service stops while a process has its device open"), err)
+	case <-time.After(6 * time.Second):
+	}
+	if _, err := f.WriteAt(page, size-2*pageSize); err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	select {
+	case err := <-stopped:
+		if err != nil {
+			return err
+		}
+	case <-time.After(time.Minute):
+		return errors.New("the service hasn't stopped a minute after its device was closed")
+	}
+	if _, err := m.run("systemctl", "start", unit); err != nil {
+		return err
+	}
+	if f, err = os.Open(path); err != nil {
+		return err
+	}
+	defer f.Close()
+	for _, back := range []int64{1, 2} {
+		if _, err := f.ReadAt(got, size-back*pageSize); err != nil || string(got) != string(page) {
+			return errors.Join(errors.New("what was written before the device was closed is lost"), err)
+		}
+	}
+	f.Close()
+	_, err = m.run("systemctl", "stop", unit)
 	return err
 }
