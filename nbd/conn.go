@@ -798,6 +798,10 @@ func (c *conn) read() error {
 		if leaving && c.rest() == 0 {
 			return ErrLeave
 		}
+		// A peer that never stops sending never lets await look.
+		if !leaving && c.ctx.Err() != nil {
+			return context.Cause(c.ctx)
+		}
 		c.vectors(leaving)
 		for !c.readv() {
 			if err := c.await(); err != nil || c.leaving() != leaving {

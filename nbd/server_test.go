@@ -166,6 +166,36 @@ func TestCanceledAnswersAccepted(t *testing.T) {
 	}
 }
 
+// TestCanceledFlood: a client that never stops sending doesn't keep its connection
+// from ending.
+func TestCanceledFlood(t *testing.T) {
+	dev := nbdtest.NewDevice(1<<20, false)
+	dev.Before = func(nbdtest.Op) error { time.Sleep(time.Millisecond); return nil }
+	h := newHarness(t, nbd.Config{Grace: 200 * time.Millisecond}, nbd.Export{Device: dev})
+	c, result := h.dial("")
+	go io.Copy(io.Discard, c.Conn)
+	sent := make(chan int, 1)
+	go func() {
+		for i := 0; ; i++ {
+			if c.Send(nbdtest.Request{Cookie: uint64(i), Len: 512}, nil) != nil {
+				sent <- i
+				return
+			}
+		}
+	}()
+	eventually(t, "many reads have run", func() bool { return dev.Calls() > 200 })
+	h.cancel(errTestEnds)
+	begun := time.Now()
+	wait(t, "Serve", result)
+	if took := time.Since(begun); took > 10*time.Second {
+		t.Errorf("Serve returned after %v", took)
+	}
+	c.Conn.Close()
+	if n := <-sent; n < 200 {
+		t.Errorf("only %d requests were sent", n)
+	}
+}
+
 // TestCanceledLeavesKernelAlone: a request of the kernel that came after the
 // cancellation has no reply, so that the kernel sends it again.
 func TestCanceledLeavesKernelAlone(t *testing.T) {
