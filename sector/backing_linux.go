@@ -305,6 +305,9 @@ func (d *Device) WriteAtSync(p []byte, off int64) (done int, err error) {
 		if err != nil {
 			return done, &os.PathError{Op: "write", Path: d.f.Name(), Err: err}
 		}
+		if n == 0 {
+			return done, &os.PathError{Op: "write", Path: d.f.Name(), Err: io.ErrShortWrite}
+		}
 		done += n
 	}
 	return done, nil

@@ -8,7 +8,9 @@ import "sync"
 // be there twice: with several connections the kernel sends one that has taken 30 s
 // again on another (drivers/block/nbd.c, nbd_xmit_timeout). The first must have
 // ended before the second is answered, or it would end on top of what was written
-// after that.
+// after that. A write that has not begun, because its connection has others under
+// way or the volume is suspended, is not covered: that is why a volume that is
+// written to has one socket with the kernel.
 //
 // Ranges are granted in the order in which they were asked for, so nobody
 // starves. The list is searched linearly: it is as long as there are writes

@@ -38,6 +38,17 @@ const (
 
 func (g *gate) isOpen() bool { return g.state.Load() == gateOpen }
 
+// refuses returns the error that new requests are refused with, or nil.
+func (g *gate) refuses() error {
+	switch g.state.Load() {
+	case gateRefuse:
+		return ErrSuspended
+	case gateClosed:
+		return ErrClosed
+	}
+	return nil
+}
+
 // pass returns nil when the gate is open, or an error when it's not going to
 // be.
 func (g *gate) pass() error {

@@ -187,6 +187,37 @@ func TestSuspendStalledDisk(t *testing.T) {
 	}
 }
 
+// TestSuspendZeroes: a request for zeros that goes on for long doesn't hold the
+// keys.
+func TestSuspendZeroes(t *testing.T) {
+	const size = 64 << 20
+	disk := format(t, 4096, size)
+	var writes atomic.Int64
+	disk.Fail(func(op sectortest.Op, _ int, _ int64, _ int) error {
+		if op == sectortest.Write {
+			writes.Add(1)
+			time.Sleep(10 * time.Millisecond)
+		}
+		return nil
+	})
+	v := open1(t, disk, OpenOptions{})
+	whole, err := v.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	zeroed := make(chan error, 1)
+	go func() { zeroed <- v.WriteZeroes(0, whole, false) }()
+	for writes.Load() < 3 {
+		time.Sleep(time.Millisecond)
+	}
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-zeroed; !errors.Is(err, ErrSuspended) {
+		t.Errorf("WriteZeroes() = %v after %d writes, want ErrSuspended", err, writes.Load())
+	}
+}
+
 func TestSuspendedForGood(t *testing.T) {
 	disk := format(t, 4096, testVolumeSize)
 	v := open1(t, disk, OpenOptions{})

@@ -396,6 +396,11 @@ func (v *Volume) write(p []byte, e extent, write writeFunc) error {
 	ticket := v.ranges.lock(e.from, e.to)
 	defer v.ranges.unlock(ticket)
 	for e.len() > 0 {
+		// Zeros can go on for hours, and what is to be refused must not: who
+		// suspends the volume waits for this request.
+		if err := v.gate.refuses(); err != nil && p == nil {
+			return err
+		}
 		buf := v.bufs.get(e.to - e.from)
 		part, rest := e.head(int64(len(buf)))
 		var src []byte
