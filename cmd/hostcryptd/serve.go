@@ -211,7 +211,7 @@ name, of processes that systemd doesn't kill.`,
 	f.StringVar(&o.tcp, "tcp", "", "offer the volume on this TCP `ADDRESS:PORT`; needs --tls-certificates unless it is a loopback address")
 	f.StringVar(&o.certificates, "tls-certificates", "", tlsHelp)
 	f.StringVar(&o.attach, "attach", "", "attach the volume to the kernel: auto or `/dev/nbdN`")
-	f.IntVar(&o.connections, "connections", 1, "`NUMBER` of sockets between the kernel and the server")
+	f.IntVar(&o.connections, "connections", 1, "`NUMBER` of sockets between the kernel and the server; several only with --read-only")
 	f.StringVar(&o.control, "control", "", "control `SOCKET`; commands that change the header tell the server there, if it is the default or in $"+controlEnv+" (default "+filepath.Join(runDir, "UUID.sock")+")")
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes, and write nothing to the device")
 	f.BoolVar(&o.direct, "direct", false, "keep an image file out of the page cache (O_DIRECT), as block devices are")
@@ -269,6 +269,11 @@ func (o *serveOptions) settle(c *cobra.Command, arg string, goesOn bool) error {
 	}
 	if o.connections < 1 || o.connections > 64 {
 		return usagef("--connections is 1 to 64, not %d", o.connections)
+	}
+	if o.attach != "" && o.connections > 1 && !o.readOnly {
+		// Writes that overlap are ordered once they have begun, not while they
+		// wait in the socket that the kernel has given up.
+		return usagef("--connections without --read-only: if there are several sockets, the kernel sends a write that has taken 30 s again on another, and the first could still land on what was written since")
 	}
 	if o.attach != "" && o.connections > 1 && o.life.policy == lifecycle.Freeze.String() {
 		// Each request goes to all of them in turn, which are given up one by one.
