@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -843,15 +844,15 @@ func (m *machine) stopWhileOpen() error {
 		unit = "hostcryptd@data.service"
 		path = "/dev/hostcryptd/data"
 	)
-	size, err := deviceSize(path)
-	if err != nil {
-		return err
-	}
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
 	page, got := alignedPage(), alignedPage()
 	fillPage(page, 4, 4)
 	if _, err := f.WriteAt(page, size-pageSize); err != nil {
