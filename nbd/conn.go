@@ -800,6 +800,9 @@ func (c *conn) read() error {
 		}
 		// A peer that never stops sending never lets await look.
 		if !leaving && c.ctx.Err() != nil {
+			if c.leaving() {
+				return nil // just now; come again, for the rest
+			}
 			return context.Cause(c.ctx)
 		}
 		c.vectors(leaving)
