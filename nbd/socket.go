@@ -186,21 +186,27 @@ func takeVectors(iov []unix.Iovec, n uint64) (whole int) {
 	return whole
 }
 
-// A deadline is when reading or writing ends, in Unix time and nanoseconds, or 0.
+// A deadline is when reading or writing ends, in nanoseconds since socketEpoch, or
+// 0. The difference of two times is not changed by who sets the clock.
 type deadline struct{ atomic.Int64 }
 
+var socketEpoch = time.Now()
+
 func (d *deadline) set(t time.Time) {
-	if t.IsZero() {
+	switch n := int64(t.Sub(socketEpoch)); {
+	case t.IsZero():
 		d.Store(0)
-	} else {
-		d.Store(t.UnixNano())
+	case n == 0:
+		d.Store(1)
+	default:
+		d.Store(n)
 	}
 }
 
 // passed reports whether the deadline has passed.
 func (d *deadline) passed() bool {
 	t := d.Load()
-	return t != 0 && time.Now().UnixNano() >= t
+	return t != 0 && int64(time.Since(socketEpoch)) >= t
 }
 
 // wait waits for the socket, but not much longer than to the deadline, or than
@@ -208,7 +214,7 @@ func (d *deadline) passed() bool {
 func (d *deadline) wait(p *[1]unix.PollFd) {
 	timeout := lookAgain
 	if t := d.Load(); t != 0 {
-		timeout = min(timeout, max(0, time.Until(time.Unix(0, t))))
+		timeout = min(timeout, max(0, time.Duration(t)-time.Since(socketEpoch)))
 	}
 	_, _ = unix.Poll(p[:], int((timeout+time.Millisecond-1)/time.Millisecond))
 }
