@@ -148,3 +148,48 @@ func TestGrowFixed(t *testing.T) {
 		t.Errorf("the size is %d, want %d", size, want)
 	}
 }
+
+// A growingDevice is bigger when it is asked anew, as one that was opened again.
+type growingDevice struct {
+	*Device
+	more int64
+}
+
+func (d *growingDevice) Size() int64 { return d.Device.Size() + d.more }
+
+// TestResumeGrown: that the device has grown doesn't keep a suspended volume from
+// its key; the volume stays as it is until Grow.
+func TestResumeGrown(t *testing.T) {
+	const before, more = 32 << 20, 16 << 20
+	name := filepath.Join(t.TempDir(), "disk")
+	if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, before)); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := OpenDevice(name, DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	if _, err := Format(t.Context(), dev, FormatOptions{SectorSize: 4096, Seal: []Sealer{testSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	disk := &growingDevice{Device: dev}
+	v, err := Open(t.Context(), disk, testUnseal, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(name, before+more); err != nil {
+		t.Fatal(err)
+	}
+	disk.more = more
+	if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if size, _ := v.Size(); size != before-dataOffset {
+		t.Errorf("the size is %d, want %d", size, before-dataOffset)
+	}
+}

@@ -165,7 +165,10 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 		return err
 	}
 	defer again.Close() // only what is left of it
-	if again.uuid != v.uuid || again.offset != v.offset || again.size.Load() != v.size.Load() ||
+	// The device may have grown since, which is nothing to do with the volume
+	// before Grow.
+	size, now := v.size.Load(), again.size.Load()
+	if again.uuid != v.uuid || again.offset != v.offset || now != size && !(again.dynamic && now > size) ||
 		again.sector != v.sector || again.tweak != v.tweak {
 		return fmt.Errorf("%w: the header describes another volume than the one that was suspended", ErrAuth)
 	}
