@@ -791,6 +791,10 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		return nil, errors.Join(fmt.Errorf("--attach: %w", err), k.detach())
 	}
 	if again {
+		// A server that waited to stop may have asked for it, see release.
+		if err := conn.DetachOnClose(k.index, d.backend(), false); err != nil {
+			d.log.Warn("the kernel may detach the device when nobody has it open any more", zap.Error(err))
+		}
 		return k, nil // to set what follows would wait for the requests in flight
 	}
 	if d.opts.swap {
@@ -897,7 +901,7 @@ func (d *daemon) release(k *kernelDevice, claimed *os.File) error {
 		return k.detach()
 	}
 	err := claimed.Sync()
-	if derr := k.conn.DetachOnClose(k.index, d.backend()); derr != nil {
+	if derr := k.conn.DetachOnClose(k.index, d.backend(), true); derr != nil {
 		err = errors.Join(err, derr, k.detach())
 		claimed.Close()
 		return err

@@ -21,8 +21,8 @@ const claimTime = 2 * time.Second
 // claimDevice opens a block device exclusively, which it can only if nobody uses
 // it: no mount, no swap, no device on top of it. Nobody can begin to use it in
 // such a way while it is open. A process that just has it open doesn't keep it from
-// that, and would lose what it has not yet written; so it is looked for, and that
-// not all can be seen is logged. A device that is gone gives nil.
+// that; so it is looked for, and release waits for those that can't be seen. A
+// device that is gone gives nil.
 func claimDevice(path string, log *zap.Logger) (*os.File, error) {
 	for begun := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
@@ -38,7 +38,7 @@ func claimDevice(path string, log *zap.Logger) (*os.File, error) {
 		list, unseen := (&usedDevice{numbers: deviceNumbers(path)}).processes()
 		if len(list) == 0 {
 			if unseen != "" {
-				log.Warn("the device is not mounted or otherwise claimed; what a process that just has it open has not written yet will be lost", zap.String("device", path), zap.String("unseen", unseen))
+				log.Info("the device is detached as soon as no process that can't be seen from here has it open", zap.String("device", path), zap.String("unseen", unseen))
 			}
 			return f, nil
 		}

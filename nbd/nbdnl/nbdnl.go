@@ -255,15 +255,19 @@ func (c *Conn) Disconnect(index int) error {
 }
 
 // DetachOnClose has the kernel detach a device, as Disconnect does, when the last
-// that have it open close it: a mount, swap, a device on top, a process. backend
-// must be that of the Connect.
-func (c *Conn) DetachOnClose(index int, backend string) error {
+// that have it open close it: a mount, swap, a device on top, a process. With on
+// false it no longer does. backend must be that of the Connect.
+func (c *Conn) DetachOnClose(index int, backend string, on bool) error {
 	err := c.acknowledged(cmdReconfigure, index, func(ae *netlink.AttributeEncoder) {
 		ae.String(attrBackendIdentifier, backend)
-		ae.Uint64(attrClientFlags, clientFlagDisconnectOnClose)
+		flags := uint64(0)
+		if on {
+			flags = clientFlagDisconnectOnClose
+		}
+		ae.Uint64(attrClientFlags, flags)
 	})
 	if err != nil {
-		return fmt.Errorf("nbdnl: detaching %s when it is closed: %w", Path(index), classify(err))
+		return fmt.Errorf("nbdnl: what becomes of %s when it is closed: %w", Path(index), classify(err))
 	}
 	return nil
 }

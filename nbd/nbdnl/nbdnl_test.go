@@ -303,10 +303,14 @@ func TestResize(t *testing.T) {
 // TestDetachOnClose: the flag and the backend; never a size.
 func TestDetachOnClose(t *testing.T) {
 	k := &kernel{t: t, answer: func(genetlink.Message) ([]genetlink.Message, error) { return nil, genltest.Error(0) }}
-	if err := k.dial().DetachOnClose(7, "volume 1"); err != nil {
-		t.Error(err)
+	c := k.dial()
+	var want []genetlink.Message
+	for on, flags := range map[bool]uint64{true: 2, false: 0} {
+		if err := c.DetachOnClose(7, "volume 1", on); err != nil {
+			t.Error(err)
+		}
+		want = append(want, genetlink.Message{Header: genetlink.Header{Command: 3, Version: 1}, Data: attrs(u32(1, 7), str(10, "volume 1"), u64(6, flags))})
 	}
-	want := []genetlink.Message{{Header: genetlink.Header{Command: 3, Version: 1}, Data: attrs(u32(1, 7), str(10, "volume 1"), u64(6, 2))}}
 	if diff := cmp.Diff(want, k.got); diff != "" {
 		t.Errorf("requests (-want +got):\n%s", diff)
 	}
