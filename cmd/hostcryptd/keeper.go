@@ -495,6 +495,14 @@ func (k *keeper) ended(c *child, p *os.ProcessState) {
 	} else if !c.ready && p.Exited() {
 		k.backToTabLine()
 	}
+	if k.wanted == wantRestart && k.active == nil {
+		// Put off until a server would be ready that never was: what comes after
+		// the restart may do better.
+		k.wanted = 0
+		if k.handOver() {
+			return
+		}
+	}
 	now := time.Now()
 	k.deaths = append(slices.DeleteFunc(k.deaths, func(t time.Time) bool { return now.Sub(t) > time.Minute }), now)
 	wait := time.Duration(0)

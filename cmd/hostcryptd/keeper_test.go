@@ -110,8 +110,11 @@ func fakeServer() error {
 	if behave == "dies" {
 		os.Exit(3)
 	}
-	if behave == "slow" {
+	if behave == "slow" || behave == "slowly" {
 		time.Sleep(200 * time.Millisecond)
+	}
+	if behave == "slowly" {
+		os.Exit(3)
 	}
 	if ctx.Err() != nil && state != nil {
 		return errors.New("a signal came before it served")
@@ -550,6 +553,23 @@ func TestKeeperRestarts(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestKeeperRestartsAnyway: a restart that was put off until the next server serves
+// is done also if none ever does.
+func TestKeeperRestartsAnyway(t *testing.T) {
+	t.Parallel()
+	m := startManaged(t, "plain")
+	pid := m.k.serves(1, true)
+	m.ready()
+	if err := os.WriteFile(filepath.Join(m.k.dir, "behave"), []byte("slowly"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.k.kill(pid, unix.SIGKILL)
+	m.k.line("stands by:")
+	m.job("restart")
+	m.k.line("the service manager keeps what the next server needs")
+	m.k.ended()
 }
 
 // TestKeeperNotStored: a restart is a stop if the service manager doesn't take what
