@@ -252,6 +252,35 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 // be on a disk that hangs. It is part of leaveTimeout.
 const auditLimit = 5 * time.Second
 
+// How long after the death of a socket the kernel gets another one at the earliest:
+// of one that another server had, and of one that this server has given it.
+//
+// Who receives for a socket in the kernel (recv_work of drivers/block/nbd.c) takes
+// what its place holds each time. If it has not seen the death by then, because it
+// handles a reply or, if the socket was there for a moment only, has not begun, it
+// goes on with the new socket, beside who was started for that. Then two take turns
+// at the replies, and a read may get what is none of its data before one of them sees
+// wrong magic and gives the socket up. And who sends may find out only then that the
+// old socket is dead, and gives up the new one.
+//
+// Both were seen once on a busy emulated machine of one processor thread, where the
+// three sockets came within 0.3 s. What was in flight isn't delayed by this: the
+// kernel sends that again after 5 s.
+const (
+	settleDead  = 500 * time.Millisecond
+	settleGiven = 2 * time.Second
+)
+
+// settle waits.
+func settle(ctx context.Context, how time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(how):
+		return nil
+	}
+}
+
 const (
 	// deadConnTimeout is how long the kernel lets I/O wait for the next server.
 	// After that it fails, for good.

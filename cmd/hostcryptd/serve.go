@@ -680,7 +680,10 @@ wait:
 			// No request of that connection is on the device any more, so the
 			// kernel may send them again.
 			d.log.Error("the kernel's connection has failed; it gets another one", zap.Error(err))
-			if err = d.reconnect(serveCtx, k, &serving, failed); err == nil {
+			if err = settle(serveCtx, settleGiven); err == nil {
+				err = d.reconnect(serveCtx, k, &serving, failed)
+			}
+			if err == nil {
 				goto wait
 			}
 		}
@@ -771,6 +774,11 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		d.serveKernel(ctx, server, serving, failed)
 	}
 	if again {
+		if d.left.Connections > len(left) {
+			if err := settle(ctx, settleDead); err != nil {
+				return nil, errors.Join(fmt.Errorf("--attach: %w", err), conn.Close())
+			}
+		}
 		for range d.left.Connections - len(left) {
 			if err := d.reconnect(ctx, k, serving, failed); err != nil {
 				conn.Close()
