@@ -726,7 +726,7 @@ func (a *app) lockCommand() *cobra.Command {
 	return a.postCommand("lock", "stop a volume now and wipe its keys", `lock refuses requests from now on, flushes what was written, and wipes the keys,
 without a grace period. The daemon goes on running, and the volume stays locked
 until 'hostcryptd unlock' or a restart of the daemon. Whoever uses the volume sees
-I/O errors.`, "is locked: its keys are wiped")
+I/O errors, also with --on-revocation freeze, and also where I/O waited for a key.`, "is locked: its keys are wiped")
 }
 
 func (a *app) unlockCommand() *cobra.Command {

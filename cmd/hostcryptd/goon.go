@@ -142,7 +142,7 @@ func (d *daemon) openHandover() (err error) {
 // goOn makes the volume of the server before.
 func (d *daemon) goOn(s *serverState) error {
 	mode := sector.SuspendRefuse
-	if (s.Life.Policy == lifecycle.Freeze || d.keyLost) && !s.Life.Locked {
+	if (s.Life.Policy == lifecycle.Freeze || d.keyLost) && !s.Life.Locked && s.Life.State != lifecycle.Erased {
 		mode = sector.SuspendWait
 	}
 	v, err := sector.Continue(d.device, s.Volume, d.handover, mode)

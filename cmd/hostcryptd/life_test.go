@@ -163,6 +163,77 @@ func TestHangingHeader(t *testing.T) {
 	}
 }
 
+// TestStopFrozen: a lock and an erase end the wait of requests for a key that nobody
+// asks for any more.
+func TestStopFrozen(t *testing.T) {
+	for name, stop := range map[string]func(*lifecycle.Runner, context.Context) error{"lock": (*lifecycle.Runner).Lock, "erase": (*lifecycle.Runner).Erase} {
+		disk := sectortest.New(24 << 20)
+		if _, err := sector.Format(t.Context(), disk, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
+			t.Fatal(err)
+		}
+		v, err := sector.Open(t.Context(), disk, openUnseal, sector.OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer v.Close()
+		if err := v.Suspend(sector.SuspendWait); err != nil {
+			t.Fatal(err)
+		}
+		ended := readOf(v)
+		h := &keyHost{d: &daemon{volume: v, log: zap.NewNop(), opts: serveOptions{keys: keyFlags{auditLog: "none"}}}}
+		c := lifecycle.Config{Policy: lifecycle.Freeze}
+		if err := c.Check(); err != nil {
+			t.Fatal(err)
+		}
+		now := time.Now()
+		runner := lifecycle.RestoreRunner(c, lifecycle.Snapshot{State: lifecycle.Revoked, Policy: lifecycle.Freeze, Wiped: true, Stopped: now, NextTry: now.Add(time.Hour)}, true, h)
+		go runner.Run(t.Context())
+		if err := stop(runner, t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantRefused(t, name, ended)
+	}
+}
+
+// readOf reads from a volume, and sends how that ended.
+func readOf(v *sector.Volume) <-chan error {
+	ended := make(chan error, 1)
+	go func() {
+		_, err := v.ReadAt(make([]byte, 4096), 0)
+		ended <- err
+	}()
+	return ended
+}
+
+func wantRefused(t *testing.T, what string, ended <-chan error) {
+	t.Helper()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, sector.ErrSuspended) {
+			t.Errorf("%s: a read gave %v", what, err)
+		}
+	case <-time.After(time.Minute):
+		t.Errorf("%s: a read waits", what)
+	}
+}
+
+// TestGoOnErased: a volume that was erased waits for no key, whatever its policy.
+func TestGoOnErased(t *testing.T) {
+	d, _ := leavingServer(t)
+	d.stopLife()
+	if err := d.volume.Suspend(sector.SuspendWait); err != nil {
+		t.Fatal(err)
+	}
+	s := &serverState{Volume: d.volume.State(), Life: lifecycle.Snapshot{State: lifecycle.Erased, Policy: lifecycle.Freeze, Wiped: true}}
+	for _, d.keyLost = range []bool{false, true} {
+		if err := d.goOn(s); err != nil {
+			t.Fatal(err)
+		}
+		wantRefused(t, fmt.Sprintf("key lost: %v", d.keyLost), readOf(d.volume))
+		_ = d.volume.Close()
+	}
+}
+
 // TestLeftHeader: what is said of a rewrap that was killed is what it has done.
 func TestLeftHeader(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk.img")

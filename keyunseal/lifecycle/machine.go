@@ -501,11 +501,18 @@ func (m *Machine) Lock(now time.Time) {
 	}
 	m.locked, m.lifting, m.givenUp = true, false, false
 	m.nextTry = time.Time{}
-	if m.wiped {
-		m.to(Locked, now)
-	} else {
-		m.halting, m.halt = true, Stop
+	m.haltNow(Locked, now)
+}
+
+// haltNow plans a Halt that leads to a state, which is reached at once by a volume
+// that has never served. One that has stopped is halted again: as Freeze has left it,
+// requests wait for a key that may not come any more.
+func (m *Machine) haltNow(s State, now time.Time) {
+	if m.wiped && !m.begun {
+		m.to(s, now)
+		return
 	}
+	m.halting, m.halt = true, Stop
 }
 
 // Unlock takes a Lock back, and tries now where the machine is waiting for
@@ -552,11 +559,7 @@ func (m *Machine) Watch(c Config, now time.Time) {
 func (m *Machine) Erase(now time.Time) {
 	m.erased, m.lifting, m.givenUp = true, false, false
 	m.nextTry = time.Time{}
-	if m.wiped {
-		m.to(Erased, now)
-	} else {
-		m.halting, m.halt = true, Stop
-	}
+	m.haltNow(Erased, now)
 }
 
 // Backoff returns how long to wait after failure number n (from 0) of a row of

@@ -272,6 +272,19 @@ func TestTransitions(t *testing.T) {
 			{5 * minute, "halted", "locked: nothing"},
 			{6 * minute, "unlock", "acquiring: unseal at 6m0s"},
 		}},
+		{"locked while frozen", func(c *Config) { c.Grace, c.Rotation, c.Policy = 0, 0, Freeze }, []step{
+			{0, "unseal success", "unlocked: probe at 5s"},
+			{5 * s, "probe denied", "degraded: probe at 1m5s"},
+			{65 * s, "probe denied", "degraded: probe at 2m5s"},
+			{185 * s, "probe denied", "grace: halt"},
+			{185 * s, "halted", "revoked: unseal at 6m5s"},
+			{5 * minute, "lock", "revoked: halt"}, // which ends the wait of what is frozen
+			{5 * minute, "halted", "locked: nothing"},
+			{6 * minute, "unlock", "acquiring: unseal at 6m0s"},
+			{6 * minute, "unseal denied", "acquiring: unseal at 9m0s"},
+			{7 * minute, "erase", "acquiring: halt"},
+			{7 * minute, "halted", "erased: nothing"},
+		}},
 		{"unlock hurries a try", nil, []step{
 			{0, "unseal denied", "acquiring: unseal at 3m0s"},
 			{1 * minute, "unlock", "acquiring: unseal at 1m0s"},

@@ -22,7 +22,8 @@ type Host interface {
 	// to be permitted to look is a success.
 	Rotate(ctx context.Context) Outcome
 	// Halt stops the volume as policy says: what was answered is flushed; for
-	// Stop and Freeze the keys are gone when it returns. It has no time limit.
+	// Stop and Freeze the keys are gone when it returns. Stop may follow on Freeze:
+	// what waits fails then. It has no time limit.
 	Halt(policy Policy)
 	// Lift undoes a Halt with the policy ReadOnly.
 	Lift()
