@@ -43,7 +43,7 @@ const autoHeartbeat = -1
 
 func (l *lifeFlags) add(c *cobra.Command) {
 	f := c.Flags()
-	f.DurationVar(&l.heartbeat, "heartbeat", autoHeartbeat, "`TIME` between two looks whether the vault's key may still be used; 0 for never (default: 10m to 30m, by the key's size)")
+	f.DurationVar(&l.heartbeat, "heartbeat", autoHeartbeat, "`TIME` between two looks whether the vault's key may still be used; 0 for never (default: 10m to 30m, by the key's size, but at most two thirds of --max-offline)")
 	f.DurationVar(&l.grace, "grace", lifecycle.DefaultGrace, "`TIME` for which the volume goes on after access to its key was lost, 0 to 24h")
 	f.StringVar(&l.policy, "on-revocation", lifecycle.Stop.String(), "what the volume does then: stop, read-only, freeze (I/O waits) or warn")
 	f.DurationVar(&l.maxOffline, "max-offline", 0, "stop too after this `TIME` without any answer of the vault (default: an outage never stops a volume)")
@@ -72,6 +72,12 @@ func (l *lifeFlags) config(volume string, bits int, remote bool) (lifecycle.Conf
 		c.Heartbeat, c.MaxOffline = 0, 0
 	case l.heartbeat < 0:
 		c.Heartbeat = lifecycle.HeartbeatFor(bits)
+		if l.maxOffline > 0 {
+			// A key of another size, which a rewrap brings, must not make a conflict of
+			// what was none. A look comes up to a fifth later: that leaves a fifth of the
+			// limit for tries after one that gets no answer.
+			c.Heartbeat = min(c.Heartbeat, max(time.Second, l.maxOffline/3*2))
+		}
 	}
 	if remote {
 		c.Splay = lifecycle.DefaultSplay

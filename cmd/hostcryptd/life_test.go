@@ -90,7 +90,12 @@ func TestLifeConfig(t *testing.T) {
 		{"policy", []sector.KeyToken{large}, func(l *lifeFlags) { l.policy = "panic" }, 0, 0, true},
 		{"expired", []sector.KeyToken{large}, func(l *lifeFlags) { l.expired = "ignore" }, 0, 0, true},
 		{"grace", []sector.KeyToken{large}, func(l *lifeFlags) { l.grace = 25 * time.Hour }, 0, 0, true},
-		{"offline", []sector.KeyToken{large}, func(l *lifeFlags) { l.maxOffline = time.Minute }, 0, 0, true},
+		{"offline", []sector.KeyToken{small}, func(l *lifeFlags) { l.maxOffline = 15 * time.Minute }, 10 * time.Minute, time.Hour, false},
+		{"offline, and the key's new version is larger", []sector.KeyToken{large}, func(l *lifeFlags) { l.maxOffline = 15 * time.Minute }, 10 * time.Minute, time.Hour, false},
+		{"long offline", []sector.KeyToken{large}, func(l *lifeFlags) { l.maxOffline = time.Hour }, 30 * time.Minute, time.Hour, false},
+		{"short offline", []sector.KeyToken{large}, func(l *lifeFlags) { l.maxOffline = time.Second }, 0, 0, true},
+		{"negative offline", []sector.KeyToken{large}, func(l *lifeFlags) { l.maxOffline = -time.Hour }, 0, 0, true},
+		{"offline by hand", []sector.KeyToken{large}, func(l *lifeFlags) { l.heartbeat, l.maxOffline = 13*time.Minute, 15*time.Minute }, 0, 0, true},
 	} {
 		l := defaults
 		if tt.change != nil {
