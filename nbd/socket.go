@@ -99,6 +99,13 @@ func (s *Socket) File() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "nbd-socket"), nil
 }
 
+// Shutdown ends the connection for both sides, at once, also when another process has
+// the socket, or this one can't end. It may be called while the socket is used, but not
+// with or after Close.
+func (s *Socket) Shutdown() error {
+	return os.NewSyscallError("shutdown", unix.Shutdown(s.fd, unix.SHUT_RDWR))
+}
+
 // Close closes the socket. A second call does nothing.
 func (s *Socket) Close() error {
 	if s.fd < 0 {

@@ -32,6 +32,27 @@ func sockets(t testing.TB) (a, b *nbd.Socket) {
 	return a, b
 }
 
+// TestSocketShutdown: it ends a read that waits, and the other side's.
+func TestSocketShutdown(t *testing.T) {
+	a, b := sockets(t)
+	var ends [2]chan error
+	for i, s := range []*nbd.Socket{a, b} {
+		ends[i] = make(chan error, 1)
+		go func() {
+			_, err := s.Read(make([]byte, 1))
+			ends[i] <- err
+		}()
+	}
+	if err := a.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range ends {
+		if err := wait(t, "Read", ends[i]); !errors.Is(err, io.EOF) {
+			t.Errorf("Read() = %v, want %v", err, io.EOF)
+		}
+	}
+}
+
 // TestSocket: what is written is read, however much more it is than the socket
 // holds, and the end is the end.
 func TestSocket(t *testing.T) {

@@ -107,20 +107,32 @@ func (k *keyFlags) auditFile() string {
 
 // startAudit makes the records of a daemon go through a queue: a disk that
 // hangs must not hang the life of the key.
-func (k *keyFlags) startAudit(log *zap.Logger) (stop func()) {
+func (k *keyFlags) startAudit(log *zap.Logger) {
 	file := k.auditFile()
 	if file == "none" {
-		return func() {}
+		return
 	}
-	q := audit.NewQueue(file, logMounted, func(r audit.Record, h audit.Head, err error) {
+	k.queue = audit.NewQueue(file, logMounted, func(r audit.Record, h audit.Head, err error) {
 		if err != nil {
 			log.Error("log of key use can't be written; records wait in memory", zap.Error(err))
 			return
 		}
 		log.Info("key use", zap.String("event", r.Event), zap.String("outcome", r.Outcome), zap.Stringer("audit_head", h))
 	})
-	k.queue = q
-	return q.Close
+}
+
+// stopAudit writes the records that wait. A server after which another one goes on
+// can't wait for that without a limit: what holds it up may be this very volume, which
+// waits for the other one, or for a key.
+func (d *daemon) stopAudit() {
+	q := d.opts.keys.queue
+	switch {
+	case q == nil:
+	case !d.leaving && !d.unchanged():
+		q.Close()
+	case !q.CloseWithin(auditLimit):
+		d.log.Warn("records of key use that could not be written are lost with this server", zap.Duration("waited", auditLimit))
+	}
 }
 
 // logMounted tells whether /var/log is what it is going to be. Before that, a

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/nbd"
@@ -217,7 +218,7 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 	d.mu.Unlock()
 	begun := time.Now()
 	// Else requests may wait for a key. The kernel sends them again when its sockets
-	// die with this process.
+	// are dead.
 	if d.parked = d.volume.Suspended(); !d.parked {
 		// The log of key use may be on this volume. A record that is being written when
 		// the kernel's sockets are left waits for the next server, and at a restart that
@@ -234,6 +235,9 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 	drained := time.Since(begun)
 	d.pushState()
 	var errs []error
+	if d.parked {
+		errs = append(errs, d.hangUp())
+	}
 	for i, c := range d.leftSockets {
 		f, err := c.File()
 		if err == nil {
@@ -248,9 +252,24 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 	return errors.Join(errs...)
 }
 
+// hangUp ends the connections with the kernel. Their end with this process may not come:
+// a thread that writes the log of key use to this very volume can't be killed as long as
+// the volume waits.
+func (d *daemon) hangUp() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var errs []error
+	for _, s := range d.kernelSockets {
+		if err := s.Shutdown(); !errors.Is(err, unix.ENOTCONN) { // the kernel was faster
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // auditLimit is how long a server that leaves waits for the log of key use, which may
-// be on a disk that hangs. It is part of leaveTimeout.
-const auditLimit = 5 * time.Second
+// be on a disk that hangs. It is part of leaveTimeout. Tests change it.
+var auditLimit = 5 * time.Second
 
 // How long after the death of a socket the kernel gets another one at the earliest:
 // of one that another server had, and of one that this server has given it.

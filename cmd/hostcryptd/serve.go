@@ -323,7 +323,9 @@ type daemon struct {
 	stopLife func()           // ends the life of the key
 	memory   *nbd.Memory      // made by prepare, or nil
 
-	leftSockets []*nbd.Socket // of the kernel, guarded by mu; in use by nobody
+	// Of the kernel, guarded by mu.
+	kernelSockets []*nbd.Socket // in use
+	leftSockets   []*nbd.Socket // in use by nobody
 
 	// detach receives a request to stop, with the kernel device opened
 	// exclusively, or nil if there is none. finished is closed when the volume
@@ -404,7 +406,8 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	if err != nil {
 		return err
 	}
-	defer d.opts.keys.startAudit(d.log)()
+	d.opts.keys.startAudit(d.log)
+	defer d.stopAudit()
 	d.setState(stateUnsealing, "")
 	stopControl, err := d.serveControl()
 	if err != nil {
@@ -863,11 +866,18 @@ func (d *daemon) serveKernel(ctx context.Context, server *net.UnixConn, serving 
 			failed <- &kernelConnError{err}
 			return
 		}
+		d.mu.Lock()
+		d.kernelSockets = append(d.kernelSockets, sock)
+		d.mu.Unlock()
 		err = d.server.ServeTransmission(ctx, sock, d.exportName())
-		if errors.Is(err, nbd.ErrLeave) {
-			d.mu.Lock()
-			defer d.mu.Unlock()
+		left := errors.Is(err, nbd.ErrLeave)
+		d.mu.Lock()
+		d.kernelSockets = slices.DeleteFunc(d.kernelSockets, func(s *nbd.Socket) bool { return s == sock })
+		if left {
 			d.leftSockets = append(d.leftSockets, sock)
+		}
+		d.mu.Unlock()
+		if left {
 			return
 		}
 		sock.Close()
