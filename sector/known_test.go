@@ -173,3 +173,45 @@ func TestKnownShort(t *testing.T) {
 		t.Error("something of nothing")
 	}
 }
+
+// TestResumeDamagedCopy: a volume that can't have one of its header copies back is
+// resumed with the other, as often as it's suspended, and with no older one.
+func TestResumeDamagedCopy(t *testing.T) {
+	for _, off := range []int64{0, copySize} {
+		a := &kek{name: "a"}
+		both := ring(a)
+		d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+		older := d.Bytes()[copySize-off:][:copySize]
+		if _, err := AddToken(t.Context(), d, both.unseal, a.seal, OpenOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		v, err := Open(t.Context(), d, both.unseal, OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer v.Close()
+		if _, err := d.WriteAt(bytes.Repeat([]byte("other"), 8192/5), off); err != nil {
+			t.Fatal(err)
+		}
+		resume := func() error {
+			if err := v.Suspend(SuspendRefuse); err != nil {
+				t.Fatal(err)
+			}
+			return v.Resume(t.Context(), both.unseal, OpenOptions{})
+		}
+		for range 2 {
+			if err := resume(); err != nil {
+				t.Errorf("Resume() without the copy at %d = %v", off, err)
+			}
+			if k := v.Known(); k.Generation != 2 {
+				t.Errorf("generation %d is known without the copy at %d, not 2", k.Generation, off)
+			}
+		}
+		if _, err := d.WriteAt(older, copySize-off); err != nil {
+			t.Fatal(err)
+		}
+		if err := resume(); !errors.Is(err, ErrAuth) {
+			t.Errorf("Resume() with an older copy = %v, want %v", err, ErrAuth)
+		}
+	}
+}

@@ -71,6 +71,12 @@ const (
 // unless something else stands in its place; [Volume.Warnings] tells. Open
 // does not take over b: the caller closes it after the volume.
 func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volume, error) {
+	return openAfter(ctx, b, unseal, o, func() *Known { return nil })
+}
+
+// openAfter is Open of a volume that is served, and of which before tells what is
+// known of its header. The header must follow that.
+func openAfter(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, before func() *Known) (*Volume, error) {
 	h, copies, err := ReadHeader(ctx, b)
 	if err != nil {
 		return nil, err
@@ -79,7 +85,8 @@ func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volu
 	if err != nil {
 		return nil, err
 	}
-	v, got, err := open(ctx, b, h, k, unseal, o)
+	var was *Known
+	v, got, err := open(ctx, b, h, k, unseal, o, func() *Known { was = before(); return was })
 	if err != nil {
 		k.free()
 		return nil, err
@@ -91,18 +98,21 @@ func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volu
 		v.warnings = append(v.warnings, what)
 	}
 	// Only a header of which both copies are there is what no older one may
-	// replace: if the better copy is lost after this, the other has to do.
+	// replace: if the better copy is lost after this, the other has to do, as far
+	// as it did before.
 	if whole {
 		if w := o.raise(h.UUID, got); w != "" {
 			v.warnings = append(v.warnings, w)
 		}
+	} else if known := v.known.Load(); was != nil {
+		known.Generation = was.Generation
 	} else {
-		v.known.Load().Generation = 0
+		known.Generation = 0
 	}
 	return v, nil
 }
 
-func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsealer, o OpenOptions) (*Volume, opened, error) {
+func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsealer, o OpenOptions, before func() *Known) (*Volume, opened, error) {
 	defer k.wipeRaw()
 	got, err := unlock(ctx, h, k, unseal, o)
 	if err != nil {
@@ -111,10 +121,6 @@ func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsea
 	if err := o.checkOrigin(h.UUID, got); err != nil {
 		return nil, got, err
 	}
-	c, err := xts.NewCipherIn(k.schedule, k.dek)
-	if err != nil {
-		return nil, got, fmt.Errorf("%w: %w", ErrAuth, err)
-	}
 	_, t, err := findVolumeToken(h)
 	if err != nil {
 		return nil, got, err
@@ -122,6 +128,13 @@ func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsea
 	known, err := newKnown(h, t, got)
 	if err != nil {
 		return nil, got, err
+	}
+	if err := before().follows(known); err != nil {
+		return nil, got, err
+	}
+	c, err := xts.NewCipherIn(k.schedule, k.dek)
+	if err != nil {
+		return nil, got, fmt.Errorf("%w: %w", ErrAuth, err)
 	}
 	v, err := newVolume(b, h, t.size(), got.token, k, c, o)
 	if err == nil {

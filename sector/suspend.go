@@ -160,7 +160,8 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 		return nil
 	}
 	o.ReadOnly, o.Discard = v.readOnly, v.discard
-	again, err := Open(ctx, v.b, unseal, o)
+	var before *Known
+	again, err := openAfter(ctx, v.b, unseal, o, func() *Known { before = v.known.Load(); return before })
 	if err != nil {
 		return err
 	}
@@ -172,10 +173,6 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 		again.sector != v.sector || again.tweak != v.tweak {
 		return fmt.Errorf("%w: the header describes another volume than the one that was suspended", ErrAuth)
 	}
-	known := again.known.Load()
-	if err := v.known.Load().follows(known); err != nil {
-		return err
-	}
 	v.open.Lock()
 	defer v.open.Unlock()
 	if v.keys != nil {
@@ -183,7 +180,7 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 	}
 	v.keys, v.cipher = again.keys, again.cipher
 	v.token.Store(again.token.Load())
-	v.known.Store(known)
+	v.known.CompareAndSwap(before, again.known.Load()) // or Learn was told of another since
 	v.Restrict(false)
 	again.keys, again.cipher = nil, nil
 	if !v.gate.set(gateOpen) {
