@@ -31,17 +31,17 @@ type unlocked struct {
 }
 
 func unlockHeader(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, skip ...int) (*unlocked, error) {
-	h, _, err := ReadHeader(ctx, b)
-	if err != nil {
-		return nil, err
-	}
-	u := &unlocked{b: b, o: o, h: h}
+	u := &unlocked{b: b, o: o}
+	var err error
 	if u.keys, err = newKeys(xts.Size); err != nil {
 		return nil, err
 	}
-	if u.opened, err = unlock(ctx, h, u.keys, unseal, o, skip...); err == nil {
-		err = o.checkOrigin(h.UUID, u.opened)
-	}
+	u.h, _, err = readAndJudge(ctx, b, func(h *luks2.Header, _ luks2.Copies) (err error) {
+		if u.opened, err = unlock(ctx, h, u.keys, unseal, o, skip...); err == nil {
+			err = o.checkOrigin(h.UUID, u.opened)
+		}
+		return err
+	})
 	if err != nil {
 		u.keys.free()
 		return nil, err

@@ -41,6 +41,21 @@ func digestHeader(h *luks2.Header, v *volumeToken) (string, error) {
 	return hex.EncodeToString(sum[:]), nil
 }
 
+// sameHeader tells whether two headers that can be served are one.
+func sameHeader(a, b *luks2.Header) (bool, error) {
+	var digests [2]string
+	for i, h := range []*luks2.Header{a, b} {
+		v, err := supported(h)
+		if err != nil {
+			return false, err
+		}
+		if digests[i], err = digestHeader(h, v); err != nil {
+			return false, err
+		}
+	}
+	return digests[0] == digests[1], nil
+}
+
 // follows tells whether a header, authentic in itself, may take the place of the
 // one that was known. A nil Known says nothing.
 func (k *Known) follows(next *Known) error {
@@ -125,11 +140,15 @@ func (v *Volume) Learn(ctx context.Context, k *Known) error {
 	return nil
 }
 
-func (v *Volume) lookAtHeader(ctx context.Context, known *Known, unseal Unsealer, o OpenOptions) (*Known, error) {
-	h, copies, err := ReadHeader(ctx, v.b)
-	if err != nil {
-		return nil, err
-	}
+func (v *Volume) lookAtHeader(ctx context.Context, known *Known, unseal Unsealer, o OpenOptions) (next *Known, err error) {
+	_, _, err = readAndJudge(ctx, v.b, func(h *luks2.Header, copies luks2.Copies) (err error) {
+		next, err = v.judgeHeader(ctx, h, copies, known, unseal, o)
+		return err
+	})
+	return next, err
+}
+
+func (v *Volume) judgeHeader(ctx context.Context, h *luks2.Header, copies luks2.Copies, known *Known, unseal Unsealer, o OpenOptions) (*Known, error) {
 	if h.UUID != v.uuid {
 		return nil, fmt.Errorf("%w: the device now holds the header of volume %s", ErrAuth, h.UUID)
 	}

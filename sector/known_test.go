@@ -215,3 +215,73 @@ func TestResumeDamagedCopy(t *testing.T) {
 		}
 	}
 }
+
+// TestChangedMeanwhile: a header that the host has changed while it was unlocked, and
+// of which it then knows a higher generation, is no older one that was put back.
+func TestChangedMeanwhile(t *testing.T) {
+	a := &kek{name: "a"}
+	both := ring(a)
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+	o := OpenOptions{Pins: PinDir(t.TempDir()), HeadStart: time.Hour}
+	var v *Volume
+	left := 0 // changes that are to be made while a header is unlocked
+	var learn func(*Known)
+	racing := func(ctx context.Context, volume string, token json.RawMessage, key *[32]byte) error {
+		if left > 0 {
+			left--
+			change := o
+			change.Changed = learn
+			if _, err := AddToken(ctx, d, both.unseal, a.seal, change); err != nil {
+				t.Error(err)
+			}
+		}
+		return both.unseal(ctx, volume, token, key)
+	}
+	open := func() (err error) {
+		v, err = Open(t.Context(), d, racing, o)
+		return err
+	}
+	resume := func() error {
+		learn = func(k *Known) {
+			if err := v.Learn(t.Context(), k); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := v.Suspend(SuspendRefuse); err != nil {
+			t.Fatal(err)
+		}
+		return v.Resume(t.Context(), racing, OpenOptions{HeadStart: time.Hour})
+	}
+	look := func() error {
+		if _, err := AddToken(t.Context(), d, both.unseal, a.seal, o); err != nil {
+			t.Fatal(err)
+		}
+		_, err := v.Tokens(t.Context(), racing, o)
+		return err
+	}
+	change := func() error {
+		_, err := AddToken(t.Context(), d, racing, a.seal, o)
+		return err
+	}
+	for _, tt := range []struct {
+		name string
+		f    func() error
+	}{{"Open", open}, {"Tokens", look}, {"AddToken", change}, {"Resume", resume}} {
+		left = 1
+		if err := tt.f(); err != nil || left != 0 {
+			t.Errorf("%s with a change meanwhile: %v", tt.name, err)
+		}
+		// Who changes it without end gets an end.
+		left = 10
+		if err := tt.f(); !errors.Is(err, ErrAuth) || left != 10-judgeTries {
+			t.Errorf("%s with changes without end: %v after %d", tt.name, err, 10-left)
+		}
+		left = 0
+		if tt.name == "Open" {
+			if err := open(); err != nil {
+				t.Fatal(err)
+			}
+			defer v.Close()
+		}
+	}
+}

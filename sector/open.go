@@ -2,6 +2,7 @@ package sector
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -77,16 +78,19 @@ func Open(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Volu
 // openAfter is Open of a volume that is served, and of which before tells what is
 // known of its header. The header must follow that.
 func openAfter(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, before func() *Known) (*Volume, error) {
-	h, copies, err := ReadHeader(ctx, b)
-	if err != nil {
-		return nil, err
-	}
 	k, err := newKeys(xts.Size)
 	if err != nil {
 		return nil, err
 	}
-	var was *Known
-	v, got, err := open(ctx, b, h, k, unseal, o, func() *Known { was = before(); return was })
+	var (
+		v   *Volume
+		got opened
+		was *Known
+	)
+	h, copies, err := readAndJudge(ctx, b, func(h *luks2.Header, _ luks2.Copies) (err error) {
+		v, got, err = open(ctx, b, h, k, unseal, o, func() *Known { was = before(); return was })
+		return err
+	})
 	if err != nil {
 		k.free()
 		return nil, err
@@ -110,6 +114,31 @@ func openAfter(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, b
 		known.Generation = 0
 	}
 	return v, nil
+}
+
+// judgeTries bounds how often a header is read that is always another one.
+const judgeTries = 3
+
+// readAndJudge reads the header of b and returns the one that judge accepts. What
+// judge compares it with, a pin or a [Known], is read after the header, and may be
+// of one that this host has written since. So after [ErrAuth] the header is read
+// again, and judged again if it's another one by then.
+func readAndJudge(ctx context.Context, b Backing, judge func(*luks2.Header, luks2.Copies) error) (*luks2.Header, luks2.Copies, error) {
+	h, copies, err := ReadHeader(ctx, b)
+	for tries := 1; err == nil; tries++ {
+		refused := judge(h, copies)
+		if !errors.Is(refused, ErrAuth) || tries == judgeTries {
+			return h, copies, refused
+		}
+		before := h
+		if h, copies, err = ReadHeader(ctx, b); err != nil {
+			return h, copies, fmt.Errorf("%w; the header was read again after: %v", err, refused)
+		}
+		if same, err := sameHeader(before, h); err != nil || same {
+			return h, copies, refused
+		}
+	}
+	return h, copies, err
 }
 
 func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsealer, o OpenOptions, before func() *Known) (*Volume, opened, error) {
