@@ -98,7 +98,8 @@ func (v *Volume) Known() *Known { return v.known.Load() }
 // and not of a lower generation. If it isn't, can't be authenticated now, or can't
 // be read, Tokens returns the tokens that are known, and the error that says so.
 //
-// It has the volume key for a moment, so it isn't for a volume that is suspended.
+// To unlock it has the volume key for a moment, so that isn't begun while the volume
+// is suspended: the error is [ErrSuspended].
 func (v *Volume) Tokens(ctx context.Context, unseal Unsealer, o OpenOptions) ([]KeyToken, error) {
 	v.refreshing.Lock()
 	defer v.refreshing.Unlock()
@@ -168,6 +169,9 @@ func (v *Volume) judgeHeader(ctx context.Context, h *luks2.Header, copies luks2.
 	}
 	if known != nil && t.Version < formatVersion {
 		return nil, fmt.Errorf("%w: a header of version %d has other tokens now, which nothing authenticates", ErrAuth, t.Version)
+	}
+	if v.Suspended() { // maybe since the disk was asked for the header
+		return nil, ErrSuspended
 	}
 	k, err := newKeys(0)
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"hostcryptd/sector/luks2"
+	"hostcryptd/sector/sectortest"
 )
 
 // TestKnownTokens changes the header under a volume that is served: by those who have
@@ -18,7 +19,12 @@ func TestKnownTokens(t *testing.T) {
 	a, b := &kek{name: "a"}, &kek{name: "b"}
 	both := ring(a, b)
 	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
-	v, err := Open(t.Context(), d, both.unseal, OpenOptions{})
+	kept, err := NewHandover()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kept.Close()
+	v, err := Open(t.Context(), d, both.unseal, OpenOptions{Handover: kept})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,12 +78,7 @@ func TestKnownTokens(t *testing.T) {
 	// The whole header of before; the next server knows as much.
 	restore(first)
 	look(ErrAuth, id)
-	empty, err := NewHandover()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer empty.Close()
-	next, err := Continue(d, v.State(), empty, SuspendRefuse)
+	next, err := Continue(d, v.State(), kept, SuspendRefuse)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,5 +284,48 @@ func TestChangedMeanwhile(t *testing.T) {
 			}
 			defer v.Close()
 		}
+	}
+}
+
+// A slowHeader is a disk that tells when its header is asked for, and waits.
+type slowHeader struct {
+	*sectortest.Disk
+	asked, answer chan bool
+}
+
+func (s slowHeader) LockHeader(ctx context.Context, write bool) (func(), error) {
+	s.asked <- true
+	<-s.answer
+	return s.Disk.LockHeader(ctx, write)
+}
+
+// TestTokensSuspended: a look at a header that isn't known fetches no key for a
+// volume that is suspended, also if that came while the look was under way.
+func TestTokensSuspended(t *testing.T) {
+	a := &kek{name: "a"}
+	d := slowHeader{formatWith(t, FormatOptions{Seal: []Sealer{a.seal}}), make(chan bool, 10), make(chan bool, 10)}
+	d.answer <- true
+	v, err := Open(t.Context(), d, ring(a).unseal, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	<-d.asked
+	v.known.Store(nil) // as after a server that didn't say
+	look := make(chan error)
+	go func() {
+		_, err := v.Tokens(t.Context(), func(context.Context, string, json.RawMessage, *[32]byte) error {
+			t.Error("the key was fetched")
+			return ErrSuspended
+		}, OpenOptions{})
+		look <- err
+	}()
+	<-d.asked
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	d.answer <- true
+	if err := <-look; !errors.Is(err, ErrSuspended) {
+		t.Errorf("Tokens() = %v, want %v", err, ErrSuspended)
 	}
 }

@@ -267,7 +267,7 @@ func (h *keyHost) tokens(ctx context.Context) []sector.KeyToken {
 		d.log.Info("the header was changed, and is authentic", zap.Uint64("generation", now.Generation), zap.Int("tokens", len(now.Tokens)))
 		d.pushState()
 	}
-	if !errors.Is(ctx.Err(), context.Canceled) && !errors.Is(err, context.Canceled) {
+	if !errors.Is(ctx.Err(), context.Canceled) && !errors.Is(err, context.Canceled) && !errors.Is(err, sector.ErrSuspended) {
 		h.judgeHeader(err)
 	}
 	return list
@@ -323,6 +323,26 @@ func (h *keyHost) lookAtHeader(ctx context.Context, v *sector.Volume) ([]sector.
 	}
 	return nil, err
 }
+
+// endLook ends a look that is under way, once the volume is suspended: it may have
+// the volume key. What is still there after lookEnds hangs in the disk: that has no
+// key, and fetches none any more.
+func (h *keyHost) endLook() {
+	h.mu.Lock()
+	l := h.look
+	h.mu.Unlock()
+	if l == nil {
+		return
+	}
+	l.cancel()
+	select {
+	case <-l.done:
+	case <-time.After(lookEnds):
+	}
+}
+
+// lookEnds is more than an unsealer gets that doesn't heed its context.
+const lookEnds = 4 * time.Second
 
 // judgeHeader tells of a header that isn't authentic, once for each kind of
 // fault, and of one that is again.
@@ -389,6 +409,9 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 		}
 	}
 	if len(errs) == 0 {
+		if h.d.volume.Suspended() { // so the header was not looked at
+			return outcomeOf(context.Canceled)
+		}
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		if h.header != nil { // and none was known: another version has left no state of it
@@ -524,6 +547,9 @@ func (h *keyHost) Halt(policy lifecycle.Policy) {
 	case lifecycle.ReadOnly:
 		v.Restrict(true)
 		err = v.Sync()
+	}
+	if v.Suspended() {
+		h.endLook()
 	}
 	if err != nil {
 		h.mu.Lock()

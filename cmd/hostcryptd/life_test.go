@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -284,5 +285,35 @@ func TestRewrapOutcome(t *testing.T) {
 		if got := rewrapOutcome(code); got.Kind != want {
 			t.Errorf("exit code %d: %v, want %v", code, got.Kind, want)
 		}
+	}
+}
+
+// TestHaltEndsLook: when a volume was stopped, no look at its header has the key.
+func TestHaltEndsLook(t *testing.T) {
+	disk := sectortest.New(24 << 20)
+	if _, err := sector.Format(t.Context(), disk, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, policy := range []lifecycle.Policy{lifecycle.Stop, lifecycle.Freeze} {
+		v, err := sector.Open(t.Context(), disk, openUnseal, sector.OpenOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer v.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		look := &headerLook{cancel: cancel, done: make(chan struct{})}
+		h := &keyHost{d: &daemon{volume: v, log: zap.NewNop()}, look: look}
+		var ended atomic.Bool
+		go func() {
+			<-ctx.Done()
+			time.Sleep(100 * time.Millisecond) // in which it wipes what it has
+			ended.Store(true)
+			close(look.done)
+		}()
+		h.Halt(policy)
+		if !v.Suspended() || !ended.Load() {
+			t.Errorf("%v: suspended is %v, the look has ended is %v", policy, v.Suspended(), ended.Load())
+		}
+		cancel()
 	}
 }
