@@ -518,6 +518,9 @@ func tellServer(ctx context.Context, volume string, k *sector.Known) error {
 	return err
 }
 
+// errNotServed is the error of running when every server has answered.
+var errNotServed = errors.New("no volume")
+
 // running returns the status of every daemon that which may mean: a control
 // socket, a UUID, a label, a backing or kernel device; "" means all.
 func running(ctx context.Context, which string) ([]*status, error) {
@@ -557,7 +560,7 @@ func running(ctx context.Context, which string) ([]*status, error) {
 		return list, errors.Join(failed...)
 	}
 	if which != "" && len(list) == 0 {
-		return nil, withCode(codeDevice, fmt.Errorf("no volume %q is being served; 'hostcryptd status' lists those that are", which))
+		return nil, withCode(codeDevice, fmt.Errorf("%w %q is being served; 'hostcryptd status' lists those that are", errNotServed, which))
 	}
 	return list, nil
 }

@@ -339,8 +339,12 @@ has is trusted at first sight.`,
 			if !sector.IsUUID(uuid) {
 				return usagef("%q is not the UUID of a volume", args[0])
 			}
-			if list, _ := running(c.Context(), uuid); len(list) > 0 {
+			list, err := running(c.Context(), uuid)
+			if len(list) > 0 {
 				return withCode(codeBusy, fmt.Errorf("volume %s is being served from %s, so it isn't gone; nothing was changed", uuid, list[0].Device))
+			}
+			if !errors.Is(err, errNotServed) {
+				return withCode(codeBusy, fmt.Errorf("whether volume %s is being served can't be told, so nothing was changed; 'hostcryptd status' shows which server doesn't answer: %w", uuid, err))
 			}
 			file, chip, err := keys.pinStore(a.cliLog()).Remove(uuid)
 			keys.recordChange(audit.Header, uuid, "forget", err)
