@@ -382,9 +382,20 @@ func Accept(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (bef
 		return nil, now, err
 	}
 	defer u.keys.free()
+	_, v, err := findVolumeToken(u.h)
+	if err != nil {
+		return nil, now, err
+	}
+	known, err := newKnown(u.h, v, u.opened)
+	if err != nil {
+		return nil, now, err
+	}
 	before, _ = pins.Load(u.h.UUID) // a damaged one is replaced
 	now = Pin{u.fingerprint, u.generation}
-	return before, now, pins.Set(u.h.UUID, now)
+	if err = pins.Set(u.h.UUID, now); err == nil && o.Changed != nil {
+		o.Changed(known)
+	}
+	return before, now, err
 }
 
 // RepairHeader rewrites the copy of the header that is damaged or behind from

@@ -65,7 +65,7 @@ func (k *Known) follows(next *Known) error {
 	case next.Fingerprint != k.Fingerprint:
 		return fmt.Errorf("%w: the header was made with another volume key than the one of the volume that is served", ErrAuth)
 	case next.Generation < k.Generation:
-		return fmt.Errorf("%w: the header is of generation %d, and the volume that is served had one of generation %d: an older header was put back", ErrAuth, next.Generation, k.Generation)
+		return fmt.Errorf("%w: the header is of generation %d, and the volume that is served had one of generation %d: an older header was put back; if that was meant, 'hostcryptd header accept' says so", ErrAuth, next.Generation, k.Generation)
 	}
 	return nil
 }
@@ -118,12 +118,17 @@ func (v *Volume) Tokens(ctx context.Context, unseal Unsealer, o OpenOptions) ([]
 }
 
 // Learn makes k the header that is known, without authenticating it: its maker has.
-// It must be the one that is on the disk, and may follow the one known before.
-func (v *Volume) Learn(ctx context.Context, k *Known) error {
+// It must be the one that is on the disk, and may follow the one known before. With
+// accepted it may be an older one too, see [Accept], but of the same volume key.
+func (v *Volume) Learn(ctx context.Context, k *Known, accepted bool) error {
 	v.refreshing.Lock()
 	defer v.refreshing.Unlock()
 	known := v.known.Load()
-	if err := known.follows(k); err != nil {
+	before := known
+	if accepted && known != nil {
+		before = &Known{Fingerprint: known.Fingerprint}
+	}
+	if err := before.follows(k); err != nil {
 		return err
 	}
 	h, _, err := ReadHeader(ctx, v.b)

@@ -146,18 +146,51 @@ func TestKnownTokens(t *testing.T) {
 	unseals = 0
 	another := *told
 	another.Digest = before.Digest
-	if err := v.Learn(t.Context(), &another); !errors.Is(err, ErrAuth) {
+	if err := v.Learn(t.Context(), &another, false); !errors.Is(err, ErrAuth) {
 		t.Errorf("Learn() of a header that isn't there = %v, want %v", err, ErrAuth)
 	}
-	if err := v.Learn(t.Context(), told); err != nil {
+	if err := v.Learn(t.Context(), told, false); err != nil {
 		t.Error(err)
 	}
 	look(nil, 0, id)
 	if unseals != 0 {
 		t.Errorf("%d unseals of a header that was told", unseals)
 	}
-	if err := v.Learn(t.Context(), &before); !errors.Is(err, ErrAuth) {
+	if err := v.Learn(t.Context(), &before, false); !errors.Is(err, ErrAuth) {
 		t.Errorf("Learn() of an older header = %v, want %v", err, ErrAuth)
+	}
+
+	// A person may accept the older one, which the volume is resumed with then. He
+	// can't make it another volume.
+	restore(second)
+	look(ErrAuth, 0, id)
+	pins := PinDir(t.TempDir())
+	accept := func() {
+		t.Helper()
+		told = nil
+		if _, _, err := Accept(t.Context(), d, both.unseal, OpenOptions{Pins: pins, Changed: func(k *Known) { told = k }}); err != nil || told == nil {
+			t.Fatalf("Accept() = %v, and says %v", err, told)
+		}
+	}
+	accept()
+	if err := v.Learn(t.Context(), told, true); err != nil {
+		t.Errorf("Learn() of an older header that was accepted = %v", err)
+	}
+	look(nil, id)
+	if err := v.Suspend(SuspendRefuse); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Resume(t.Context(), both.unseal, OpenOptions{Pins: pins}); err != nil {
+		t.Errorf("Resume() with a header that was accepted = %v", err)
+	}
+	restore(first)
+	if err := v.Learn(t.Context(), told, true); !errors.Is(err, ErrAuth) {
+		t.Errorf("Learn() of an accepted header that isn't there = %v, want %v", err, ErrAuth)
+	}
+	restore(other.Bytes())
+	accept()
+	if err := v.Learn(t.Context(), told, true); !errors.Is(err, ErrAuth) {
+		t.Errorf("Learn() of another volume's header that was accepted = %v, want %v", err, ErrAuth)
 	}
 }
 
@@ -244,7 +277,7 @@ func TestChangedMeanwhile(t *testing.T) {
 	}
 	resume := func() error {
 		learn = func(k *Known) {
-			if err := v.Learn(t.Context(), k); err != nil {
+			if err := v.Learn(t.Context(), k, false); err != nil {
 				t.Error(err)
 			}
 		}

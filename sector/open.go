@@ -37,7 +37,7 @@ type OpenOptions struct {
 	SkipRetired bool
 
 	// Changed, if not nil, is told of a header that was written, under the lock on
-	// the header, by functions that change one.
+	// the header, by functions that change one, and by [Accept] of the one accepted.
 	Changed func(now *Known)
 
 	// Handover, if not nil, keeps the DEK for the next process that serves the

@@ -189,7 +189,9 @@ func (k *keyFlags) changed(ctx context.Context, d *sector.Device, event, detail 
 	if k.header == nil {
 		return
 	}
-	if err := tellServer(ctx, volume, k.header); err != nil {
+	if err := tellServer(ctx, volume, k.header, k.accepted); err != nil && k.accepted {
+		fmt.Fprintf(os.Stderr, "hostcryptd: warning: this host trusts the header now, but the server of the volume goes on refusing it until that is stopped: %v\n", err)
+	} else if err != nil {
 		fmt.Fprintf(os.Stderr, "hostcryptd: warning: the header was changed, but the server of the volume did not take that over: %v; it looks for itself, at the latest when it next looks at the key\n", err)
 	}
 	k.header = nil

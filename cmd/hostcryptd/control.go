@@ -40,7 +40,8 @@ import (
 //	POST /v1/erase    stop, wipe the keys and destroy every way into the volume of
 //	                  ?uuid=: 200 with an [eraseAnswer], 409 if nothing was done
 //	POST /v1/header   the header was changed; the body is what it is now, a
-//	                  [sector.Known]: 204 when that counts, 409 with the reason if not
+//	                  [sector.Known]: 204 when that counts, 409 with the reason if
+//	                  not; with ?accepted=true it may be of an older generation
 //	POST /v1/resize   take the room that the backing device has now: a [resized],
 //	                  409 if it can't be done now, 422 if the device or its
 //	                  header doesn't allow it
@@ -195,7 +196,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		var k sector.Known
 		err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 1<<20)).Decode(&k)
 		if err == nil {
-			err = d.takeHeader(r.Context(), &k)
+			err = d.takeHeader(r.Context(), &k, r.URL.Query().Get("accepted") == "true")
 		}
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusConflict)
@@ -499,8 +500,8 @@ func reasonOf(err error) error {
 const controlEnv = "HOSTCRYPTD_CONTROL"
 
 // tellServer tells the server of a volume, if there is one, what its header is now.
-// What it isn't told it finds at its next look.
-func tellServer(ctx context.Context, volume string, k *sector.Known) error {
+// What it isn't told it finds at its next look. accepted is for [sector.Volume.Learn].
+func tellServer(ctx context.Context, volume string, k *sector.Known, accepted bool) error {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
 	body, err := json.Marshal(k)
@@ -511,7 +512,7 @@ func tellServer(ctx context.Context, volume string, k *sector.Known) error {
 	if _, err := os.Stat(path); err != nil {
 		return nil
 	}
-	err = newControlClient(path).send(ctx, "POST", "/v1/header", body, nil)
+	err = newControlClient(path).send(ctx, "POST", fmt.Sprintf("/v1/header?accepted=%t", accepted), body, nil)
 	if errors.Is(err, unix.ECONNREFUSED) {
 		return nil // left behind by a server that was killed
 	}

@@ -291,7 +291,9 @@ func (a *app) headerAcceptCommand() *cobra.Command {
 its header that it has seen. A header with another key, or of an older generation,
 is refused with exit code 16. accept unseals the header as it is, and replaces what
 the host remembers. Do so only if you know why it is another: who can write to the
-disk could have forged it, or put back an old one with a key that you removed.`,
+disk could have forged it, or put back an old one with a key that you removed. While
+the volume is served, its server is told, and trusts an older generation too; a header
+with another key it refuses as long as it runs.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withHeader(args[0], true, func(d *sector.Device) error {
@@ -303,6 +305,7 @@ disk could have forged it, or put back an old one with a key that you removed.`,
 					return err
 				}
 				before, now, err := sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open(a.cliLog()))
+				keys.accepted = true
 				keys.changed(c.Context(), d, audit.Header, "accept", err)
 				if err != nil {
 					return err

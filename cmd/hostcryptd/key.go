@@ -38,7 +38,8 @@ type keyFlags struct {
 
 	trusted []sector.TrustedKey // of signer
 
-	header *sector.Known // that a command has just written
+	header   *sector.Known // that a command has just written
+	accepted bool          // header was not written, but accepted
 
 	// How to write it, see audit.go.
 	queue       *audit.Queue

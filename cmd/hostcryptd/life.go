@@ -780,16 +780,20 @@ func (d *daemon) watchHeader(ctx context.Context, runner *lifecycle.Runner) {
 
 // takeHeader takes over what another process of this host says that it has just
 // made the header, and authenticated. Without that, the header is unlocked at the
-// next look at the KEK, which takes a use of one.
-func (d *daemon) takeHeader(ctx context.Context, k *sector.Known) error {
+// next look at the KEK, which takes a use of one. accepted is for
+// [sector.Volume.Learn].
+func (d *daemon) takeHeader(ctx context.Context, k *sector.Known, accepted bool) error {
 	d.mu.Lock()
 	v := d.volume
 	d.mu.Unlock()
 	if v == nil {
 		return nil // to unseal it reads the header
 	}
-	if err := v.Learn(ctx, k); err != nil {
+	if err := v.Learn(ctx, k, accepted); err != nil {
 		return err
+	}
+	if accepted {
+		d.log.Warn("the header on the disk was accepted by an operator", zap.Uint64("generation", k.Generation))
 	}
 	d.lifeHost.judgeHeader(nil)
 	d.pushState()
