@@ -123,7 +123,7 @@ func (p *printer) next(took time.Duration) {
 	fmt.Fprint(p.w, `What to try next, on a disk that holds nothing you need:
 
     # hostcryptd format /dev/DISK --recovery-key recovery.key
-    # hostcryptd serve /dev/DISK --attach auto
+    # hostcryptd serve /dev/DISK --attach auto &
     # hostcryptd status
     # hostcryptd detach /dev/DISK
 
