@@ -20,6 +20,10 @@ const (
 	// few large ones without a place.
 	largeRun = 64
 
+	// How many pages at the bottom are the reserve, of an arena that has as many
+	// besides the largest payload.
+	reservePages = 2048
+
 	// The arena keeps this many pages in memory when it is idle.
 	keepPages = 512
 
@@ -36,9 +40,17 @@ const (
 //
 // The rule for sharing it, when it is short:
 //
-//   - Requests for memory are granted in the order in which they came, whatever
-//     their size. One that doesn't fit holds up those behind it, so a large one
-//     is never starved: what is out comes back without any further memory.
+//   - A part of it is the reserve. A client gets memory of the reserve while it then
+//     holds no more than a quarter of what is left of that, without regard to who
+//     waits. So one that takes all it can get takes a fifth, the next a fifth of
+//     the rest: of 8 MiB, ten that take no reply at all leave the next room for
+//     requests of 170 KiB. In the order of coming alone, a client that took 32 MiB
+//     at 3 MB/s had a request of 4 KiB of another wait 10 s. The kernel takes its
+//     replies, so it gets all of the reserve, the part that is in memory with --swap.
+//   - The rest is granted in the order in which the requests came that the reserve
+//     has nothing for, whatever their size. One that doesn't fit holds up those
+//     behind it, so a large one is never starved: what is out comes back without
+//     any further memory, and what passes by way of the reserve takes none here.
 //   - A connection may hold at most half of the arena, or one largest payload
 //     if that is more. Beyond that it waits for itself, outside the queue.
 //   - The payload of a write is taken in pieces of at most [chunkSize], each
@@ -48,14 +60,16 @@ const (
 //     has waited for [Config.StallTimeout], connections that hold memory and
 //     have moved no byte for that time are ended ([ErrStalled]).
 type arena struct {
-	mem   []byte
-	pages int
+	mem     []byte
+	pages   int
+	reserve int // the first pages
 
 	mu       sync.Mutex // guards what follows; nothing that waits is called with it held
 	taken    []uint64   // one bit for each page
 	resident []uint64   // the pages used since they were last given back
 	low      int        // no page below is free
 	used     int        // pages
+	lent     int        // pages of the reserve in use
 	peak     int        // most of used, ever
 	recent   int        // most of used since the last look of trim
 	resCount int        // bits in resident
@@ -68,9 +82,12 @@ type arena struct {
 	armed bool
 }
 
-// A waiter is a place in the queue for memory. It is reused: a connection has
-// one, since only the goroutine that reads from its socket takes memory.
+// A waiter is a connection as the arena knows it, and its place in the queue for
+// memory. There is one, since only the goroutine that reads from the socket takes
+// memory.
 type waiter struct {
+	lent    int  // pages of the reserve that the connection holds; guarded by arena.mu
+	kernel  bool // the peer is the kernel
 	size    int
 	buf     []byte        // set before granted is sent
 	granted chan struct{} // capacity 1
@@ -110,6 +127,7 @@ func newArena(m *Memory) *arena {
 	a := &arena{
 		mem:      mem,
 		pages:    pages,
+		reserve:  max(0, min(reservePages, pages-MaxPayload>>pageShift)),
 		taken:    make([]uint64, words),
 		resident: make([]uint64, words),
 	}
@@ -135,26 +153,22 @@ func (a *arena) close() error {
 	return os.NewSyscallError("munmap", unix.Munmap(mem))
 }
 
-// try returns size bytes, size > 0, if they can be had at once and nobody is
-// waiting, or nil. The capacity of the slice is the whole run. What is in it is
-// not defined.
-func (a *arena) try(size int) []byte {
+// try returns size bytes, size > 0, if w can have them at once, or nil. The
+// capacity of the slice is the whole run. What is in it is not defined.
+func (a *arena) try(w *waiter, size int) []byte {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.head != nil {
-		return nil
-	}
-	return a.take(size)
+	return a.take(w, size, a.head == nil)
 }
 
 // enqueue returns size bytes or queues w for them.
 func (a *arena) enqueue(w *waiter, size int) []byte {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if buf := a.take(w, size, a.head == nil); buf != nil {
+		return buf
+	}
 	if a.head == nil {
-		if buf := a.take(size); buf != nil {
-			return buf
-		}
 		a.head = w
 	} else {
 		a.tail.next = w
@@ -179,6 +193,13 @@ func (a *arena) cancel(w *waiter) []byte {
 	for p := a.head; p != w; p = p.next {
 		prev = p
 	}
+	a.unlink(prev, w)
+	a.grant() // those behind w may fit
+	return nil
+}
+
+// unlink takes w, which comes after prev, out of the queue.
+func (a *arena) unlink(prev, w *waiter) {
 	if prev == nil {
 		a.head = w.next
 	} else {
@@ -187,12 +208,10 @@ func (a *arena) cancel(w *waiter) []byte {
 	if a.tail == w {
 		a.tail = prev
 	}
-	a.grant() // those behind w may fit
-	return nil
 }
 
-// release takes back what try, enqueue or a waiter got.
-func (a *arena) release(buf []byte) {
+// release takes back what w got by try, enqueue or from the queue.
+func (a *arena) release(w *waiter, buf []byte) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	first := int(uintptr(unsafe.Pointer(unsafe.SliceData(buf)))-uintptr(unsafe.Pointer(unsafe.SliceData(a.mem)))) >> pageShift
@@ -200,6 +219,10 @@ func (a *arena) release(buf []byte) {
 	setRange(a.taken, first, n, false)
 	a.low = min(a.low, first)
 	a.used -= n
+	if first < a.reserve {
+		a.lent -= n
+		w.lent -= n
+	}
 	if a.head != nil {
 		a.grant()
 	}
@@ -210,16 +233,16 @@ func (a *arena) release(buf []byte) {
 	}
 }
 
-// grant serves the queue, in order, as far as the memory goes.
+// grant serves the queue as far as the memory goes: the first from everywhere,
+// the others from the reserve.
 func (a *arena) grant() {
-	for w := a.head; w != nil; w = a.head {
-		if w.buf = a.take(w.size); w.buf == nil {
-			return
+	var prev *waiter
+	for w := a.head; w != nil; w = w.next {
+		if w.buf = a.take(w, w.size, prev == nil); w.buf == nil {
+			prev = w
+			continue
 		}
-		a.head = w.next
-		if a.head == nil {
-			a.tail = nil
-		}
+		a.unlink(prev, w)
 		w.granted <- struct{}{}
 		if w.notify != nil {
 			w.notify()
@@ -227,16 +250,35 @@ func (a *arena) grant() {
 	}
 }
 
-func (a *arena) take(size int) []byte {
+// take returns size bytes of the reserve, or, with all, of the rest, if w may
+// have them.
+func (a *arena) take(w *waiter, size int, all bool) []byte {
 	n := (size + pageSize - 1) >> pageShift
-	var first int
-	if n < largeRun {
-		first = a.lowest(n)
-	} else {
-		first = a.highest(n)
+	left := a.reserve - a.lent - n
+	lend := left >= 0 && (w.kernel || 4*(w.lent+n) <= left)
+	first := -1
+	switch {
+	case n < largeRun:
+		if lend {
+			first = a.lowest(n, a.low, a.reserve)
+		}
+		if first < 0 && all {
+			first = a.lowest(n, max(a.low, a.reserve), a.pages)
+		}
+	default:
+		if all {
+			first = a.highest(n, max(a.low, a.reserve), a.pages)
+		}
+		if first < 0 && lend {
+			first = a.highest(n, a.low, a.reserve)
+		}
 	}
 	if first < 0 {
 		return nil
+	}
+	if first < a.reserve {
+		a.lent += n
+		w.lent += n
 	}
 	setRange(a.taken, first, n, true)
 	a.resCount += setRange(a.resident, first, n, true)
@@ -250,11 +292,12 @@ func (a *arena) take(size int) []byte {
 	return a.mem[off : off+size : off+n<<pageShift]
 }
 
-// lowest returns the first page of the lowest run of n free pages, or -1.
-func (a *arena) lowest(n int) int {
-	for from := a.low; ; {
-		from = nextBit(a.taken, from, a.pages, false)
-		if from+n > a.pages {
+// lowest returns the first page of the lowest run of n free pages in [from, end),
+// or -1.
+func (a *arena) lowest(n, from, end int) int {
+	for {
+		from = nextBit(a.taken, from, end, false)
+		if from+n > end {
 			return -1
 		}
 		to := nextBit(a.taken, from, from+n, true)
@@ -265,11 +308,12 @@ func (a *arena) lowest(n int) int {
 	}
 }
 
-// highest returns the first page of the highest run of n free pages, or -1.
-func (a *arena) highest(n int) int {
-	for end := a.pages; ; {
-		end = prevBit(a.taken, end, a.low, false)
-		if end-n < a.low {
+// highest returns the first page of the highest run of n free pages in
+// [from, end), or -1.
+func (a *arena) highest(n, from, end int) int {
+	for {
+		end = prevBit(a.taken, end, from, false)
+		if end-n < from {
 			return -1
 		}
 		start := prevBit(a.taken, end, end-n, true)

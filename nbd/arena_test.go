@@ -28,7 +28,7 @@ func newTestArena(t testing.TB, pages int) *arena {
 // would fit.
 func TestArenaRandom(t *testing.T) {
 	const pages = 1000 // no multiple of 64
-	a := newTestArena(t, pages)
+	a, w := newTestArena(t, pages), new(waiter)
 	rng := rand.New(rand.NewPCG(1, 2))
 	owner := make([]int, pages)
 	type run struct {
@@ -61,7 +61,7 @@ func TestArenaRandom(t *testing.T) {
 				owner[p] = 0
 			}
 			used -= cap(r.buf)
-			a.release(r.buf)
+			a.release(w, r.buf)
 			out[i] = out[len(out)-1]
 			out = out[:len(out)-1]
 		} else {
@@ -70,7 +70,7 @@ func TestArenaRandom(t *testing.T) {
 				size = 1 + rng.IntN(200*pageSize)
 			}
 			need := (size + pageSize - 1) / pageSize
-			buf := a.try(size)
+			buf := a.try(w, size)
 			if buf == nil {
 				if n := longest(); n >= need {
 					t.Fatalf("try(%d) = nil, but %d pages in a row are free", size, n)
@@ -94,12 +94,12 @@ func TestArenaRandom(t *testing.T) {
 		}
 	}
 	for _, r := range out {
-		a.release(r.buf)
+		a.release(w, r.buf)
 	}
-	if buf := a.try(pages * pageSize); buf == nil {
+	if buf := a.try(w, pages*pageSize); buf == nil {
 		t.Error("the whole arena can't be had when everything was returned")
 	} else {
-		a.release(buf)
+		a.release(w, buf)
 	}
 }
 
@@ -115,21 +115,21 @@ func granted(w *waiter) bool {
 // TestArenaOrder: memory is granted in the order of asking, so that a large
 // request isn't starved by small ones.
 func TestArenaOrder(t *testing.T) {
-	a := newTestArena(t, 10)
-	held := a.try(6 * pageSize)
+	a, w := newTestArena(t, 10), new(waiter)
+	held := a.try(w, 6*pageSize)
 	large := &waiter{granted: make(chan struct{}, 1)}
 	small := &waiter{granted: make(chan struct{}, 1)}
 	small2 := &waiter{granted: make(chan struct{}, 1)}
 	if a.enqueue(large, 8*pageSize) != nil {
 		t.Fatal("8 pages of 4")
 	}
-	if a.try(pageSize) != nil {
+	if a.try(w, pageSize) != nil {
 		t.Error("a small request overtook the large one")
 	}
 	if a.enqueue(small, pageSize) != nil || a.enqueue(small2, 2*pageSize) != nil {
 		t.Error("a small request overtook the large one")
 	}
-	a.release(held)
+	a.release(w, held)
 	if !granted(large) || !granted(small) {
 		t.Fatal("large and first small request not granted")
 	}
@@ -147,20 +147,20 @@ func TestArenaOrder(t *testing.T) {
 	if !granted(again) {
 		t.Error("not granted after the one before it was given up")
 	}
-	a.release(again.buf)
-	a.release(large.buf)
+	a.release(w, again.buf)
+	a.release(w, large.buf)
 	// Granted and given up at the same time.
-	full := a.try(8 * pageSize)
+	full := a.try(w, 8*pageSize)
 	if a.enqueue(small2, 2*pageSize) != nil {
 		t.Fatal("2 pages of 1")
 	}
-	a.release(full)
+	a.release(w, full)
 	if buf := a.cancel(small2); buf == nil {
 		t.Error("granted memory was lost when it was given up")
 	} else {
-		a.release(buf)
+		a.release(w, buf)
 	}
-	a.release(small.buf)
+	a.release(w, small.buf)
 	if st := a.stats(); st.Used != 0 || st.Waits != 5 {
 		t.Errorf("stats() = %+v, want 0 used, 5 waits", st)
 	}
@@ -169,28 +169,162 @@ func TestArenaOrder(t *testing.T) {
 // TestArenaCancelOrder gives up the first, middle and last of a queue.
 func TestArenaCancelOrder(t *testing.T) {
 	for give := range 3 {
-		a := newTestArena(t, 4)
-		full := a.try(4 * pageSize)
+		a, w := newTestArena(t, 4), new(waiter)
+		full := a.try(w, 4*pageSize)
 		var ws [3]waiter
 		for i := range ws {
 			ws[i].granted = make(chan struct{}, 1)
 			a.enqueue(&ws[i], pageSize)
 		}
 		a.cancel(&ws[give])
-		a.release(full)
+		a.release(w, full)
 		for i := range ws {
 			if got, want := granted(&ws[i]), i != give; got != want {
 				t.Errorf("given up %d: request %d granted: %v", give, i, got)
 			} else if got {
-				a.release(ws[i].buf)
+				a.release(w, ws[i].buf)
 			}
 		}
-		if buf := a.try(4 * pageSize); buf == nil {
+		if buf := a.try(w, 4*pageSize); buf == nil {
 			t.Errorf("given up %d: the arena is not whole again", give)
 		} else {
-			a.release(buf)
+			a.release(w, buf)
 		}
 	}
+}
+
+// TestArenaReserve: connections that keep all they can get, in pieces or at once,
+// leave others room, and what passes by way of the reserve doesn't starve a large
+// request that waits.
+func TestArenaReserve(t *testing.T) {
+	const largest = MaxPayload / pageSize
+	a := newTestArena(t, largest+reservePages)
+	type conn struct {
+		waiter
+		out [][]byte
+	}
+	newConn := func() *conn { return &conn{waiter: waiter{granted: make(chan struct{}, 1)}} }
+	get := func(c *conn, pages int) bool {
+		buf := a.try(&c.waiter, pages*pageSize)
+		if buf != nil {
+			c.out = append(c.out, buf)
+		}
+		return buf != nil
+	}
+	put := func(c *conn) {
+		a.release(&c.waiter, c.out[0])
+		c.out = c.out[1:]
+	}
+
+	// Everybody wants the largest payload.
+	var slow []*conn
+	for i := range 3 {
+		c := newConn()
+		if buf := a.enqueue(&c.waiter, MaxPayload); (buf != nil) != (i == 0) {
+			t.Fatalf("largest payload %d: %v", i, buf != nil)
+		} else if buf != nil {
+			c.out = append(c.out, buf)
+		}
+		slow = append(slow, c)
+	}
+	// Then as much as there is, with requests of each size, while a large one waits.
+	left := reservePages
+	for i, pages := range []int{1, 32, 128, 7} {
+		c := newConn()
+		for get(c, pages) {
+		}
+		if c.lent > left/5 || c.lent <= left/5-pages {
+			t.Errorf("connection %d got %d pages of the %d that were left of the reserve, want a fifth", i, c.lent, left)
+		}
+		left -= c.lent
+		slow = append(slow, c)
+	}
+	// Who comes now finds some, and again and again.
+	quick := newConn()
+	for range 100 {
+		if !get(quick, 32) || !get(quick, 128) {
+			t.Fatal("nothing is left of the reserve")
+		}
+		put(quick)
+		put(quick)
+	}
+	kernel := newConn()
+	kernel.kernel = true
+	if !get(kernel, left) {
+		t.Error("the kernel didn't get what was left of the reserve")
+	} else if get(kernel, 1) {
+		t.Error("there was more of the reserve than there can be")
+	}
+	// One that is too much for the reserve waits, but as none of its kind does
+	// for memory that has been given to those that came after it.
+	middle := newConn()
+	if a.enqueue(&middle.waiter, reservePages*pageSize) != nil {
+		t.Fatal("all of the reserve was given to one")
+	}
+	for i := range 3 {
+		if i > 0 {
+			if !granted(&slow[i].waiter) {
+				t.Fatalf("large request %d was starved", i)
+			}
+			slow[i].out = append(slow[i].out, slow[i].buf)
+		}
+		if granted(&middle.waiter) {
+			t.Fatal("the last in the queue was served before others")
+		}
+		put(slow[i])
+	}
+	if !granted(&middle.waiter) {
+		t.Fatal("the last in the queue was starved")
+	}
+	a.release(&middle.waiter, middle.buf)
+	for _, c := range append(slow, quick, middle, kernel) {
+		for len(c.out) > 0 {
+			put(c)
+		}
+		if c.lent != 0 {
+			t.Errorf("%d pages of the reserve remain lent to one that has none", c.lent)
+		}
+	}
+	if a.lent != 0 || a.used != 0 {
+		t.Errorf("%d pages of the reserve, %d of all are in use at the end", a.lent, a.used)
+	}
+}
+
+// TestArenaReserveQueue: who waits behind a large request gets memory of the
+// reserve when that is given back.
+func TestArenaReserveQueue(t *testing.T) {
+	a := newTestArena(t, MaxPayload/pageSize+10)
+	var all, large, first, second waiter
+	slow := waiter{kernel: true}
+	for _, w := range []*waiter{&large, &first, &second} {
+		w.granted = make(chan struct{}, 1)
+	}
+	whole := a.try(&all, MaxPayload)
+	held := [2][]byte{a.try(&slow, 9*pageSize), a.try(&slow, pageSize)}
+	if a.enqueue(&large, MaxPayload) != nil || a.enqueue(&first, 2*pageSize) != nil || a.enqueue(&second, 2*pageSize) != nil {
+		t.Fatal("there was memory")
+	}
+	a.release(&slow, held[0])
+	if granted(&first) || granted(&second) {
+		t.Error("of 9 pages, 2 were given to a client")
+	}
+	a.release(&slow, held[1])
+	if !granted(&first) {
+		t.Error("the reserve came back, and who waits for it in the middle of the queue got nothing")
+	}
+	if granted(&second) {
+		t.Error("of 8 pages, 2 were given to a client")
+	}
+	a.release(&first, first.buf)
+	if !granted(&second) {
+		t.Error("the reserve came back, and the last in the queue got nothing")
+	}
+	a.release(&all, whole)
+	if !granted(&large) {
+		t.Error("the large request was starved")
+	}
+	a.release(&large, large.buf)
+	a.release(&second, second.buf)
 }
 
 // resident returns how many pages of the arena are in memory, by the kernel's
@@ -214,7 +348,7 @@ func resident(t *testing.T, a *arena) int {
 // and what is in use keeps its contents.
 func TestArenaTrim(t *testing.T) {
 	const pages = 8192
-	a := newTestArena(t, pages)
+	a, w := newTestArena(t, pages), new(waiter)
 	// The arena counts pages of 4096; a huge page would be counted as more.
 	if err := unix.Madvise(a.mem, unix.MADV_NOHUGEPAGE); err != nil {
 		t.Fatal(err)
@@ -222,20 +356,20 @@ func TestArenaTrim(t *testing.T) {
 	if n := resident(t, a); n != 0 {
 		t.Errorf("%d pages resident before any was used", n)
 	}
-	keep := a.try(3 * pageSize)
-	all := a.try((pages - 3) * pageSize)
+	keep := a.try(w, 3*pageSize)
+	all := a.try(w, (pages-3)*pageSize)
 	for i := range all {
 		all[i] = 1
 	}
 	for i := range keep {
 		keep[i] = 2
 	}
-	a.release(all)
-	keep2 := a.try(100 * pageSize) // from the top
+	a.release(w, all)
+	keep2 := a.try(w, 100*pageSize) // from the top
 	for i := range keep2 {
 		keep2[i] = 3
 	}
-	a.release(a.try(pages / 2 * pageSize)) // another burst before the timer runs
+	a.release(w, a.try(w, pages/2*pageSize)) // another burst before the timer runs
 	a.trim()
 	if n := resident(t, a); n != pages {
 		t.Errorf("%d pages resident between bursts, want all %d", n, pages)
@@ -258,17 +392,17 @@ func TestArenaTrim(t *testing.T) {
 			t.Fatal("memory in use was given back")
 		}
 	}
-	a.release(keep)
-	a.release(keep2)
+	a.release(w, keep)
+	a.release(w, keep2)
 }
 
 func BenchmarkArena(b *testing.B) {
-	a := newTestArena(b, 16384)
+	a, w := newTestArena(b, 16384), new(waiter)
 	for range 32 {
-		defer a.release(a.try(pageSize))
+		defer a.release(w, a.try(w, pageSize))
 	}
 	for b.Loop() {
-		buf := a.try(pageSize)
-		a.release(buf)
+		buf := a.try(w, pageSize)
+		a.release(w, buf)
 	}
 }

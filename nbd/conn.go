@@ -284,6 +284,7 @@ func newConn(ctx context.Context, s *Server, ses session, in *input) (*conn, err
 	rd.in.w = copy(rd.in.buf, in.buffered())
 	rd.window = receiveBuffer
 	rd.waiter.granted = make(chan struct{}, 1)
+	rd.waiter.kernel = ses.kernel
 	rd.starved = time.NewTimer(time.Hour)
 	rd.starved.Stop()
 	// As many again as there are workers, so that they can go on while replies
@@ -699,7 +700,7 @@ func (c *conn) wakeReader() {
 func (c *conn) releaseBuf(r *request) {
 	if r.buf != nil {
 		c.held.Add(-int64(cap(r.buf)))
-		c.s.arena.release(r.buf)
+		c.s.arena.release(&c.reader.waiter, r.buf)
 		r.buf = nil
 	}
 }
@@ -1168,7 +1169,7 @@ func (c *conn) memory(size int) (buf []byte, wait bool) {
 			<-c.freed
 		}
 	}
-	if buf = c.s.arena.try(size); buf == nil {
+	if buf = c.s.arena.try(&c.reader.waiter, size); buf == nil {
 		if !c.nothingElse() {
 			return nil, true
 		}
@@ -1199,7 +1200,7 @@ func (c *conn) waitForArena(size int) []byte {
 				continue
 			}
 			if buf := c.s.arena.cancel(&rd.waiter); buf != nil {
-				c.s.arena.release(buf)
+				c.s.arena.release(&rd.waiter, buf)
 			}
 			return nil
 		case <-rd.starved.C:

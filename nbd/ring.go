@@ -664,6 +664,6 @@ func (l *ringLoop) leaveArena() {
 	rd.queued = false
 	l.starving.Store(false)
 	if buf := l.c.s.arena.cancel(&rd.waiter); buf != nil {
-		l.c.s.arena.release(buf)
+		l.c.s.arena.release(&rd.waiter, buf)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"path/filepath"
@@ -545,13 +546,88 @@ func TestSilentWriters(t *testing.T) {
 	}
 }
 
+// TestSlowReaders: clients that take no reply, of large requests and of many small
+// ones, hold up nobody else, and a large request that waits for them isn't passed
+// by for ever. Nothing here waits for a connection to be ended.
+func TestSlowReaders(t *testing.T) {
+	const dead = 20 * time.Second
+	dev := nbdtest.NewDevice(nbd.MaxPayload, false)
+	h := newHarness(t, nbd.Config{StallTimeout: time.Hour}, nbd.Export{Device: dev})
+	slow, _ := h.dial("")
+	second, _ := h.dial("")
+	many, _ := h.dial("")
+	if err := slow.Send(nbdtest.Request{Len: nbd.MaxPayload}, nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a slow client holds memory", func() bool { return h.s.Stats().Arena.Used == nbd.MaxPayload })
+	if err := second.Send(nbdtest.Request{Len: nbd.MaxPayload}, nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "another waits for it", func() bool { return h.s.Stats().Arena.Waits > 0 })
+	for i := range 60 {
+		if err := many.Send(nbdtest.Request{Cookie: uint64(i), Len: 128 << 10}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "a client with many small ones waits too", func() bool { return h.s.Stats().Arena.Waits > 1 })
+
+	quick, _ := h.dial("")
+	if err := quick.Conn.SetDeadline(time.Now().Add(dead)); err != nil {
+		t.Fatal(err)
+	}
+	var longest time.Duration
+	for range 100 {
+		for _, size := range []int{4096, 128 << 10, 1 << 20} {
+			start := time.Now()
+			if errno, err := quick.Read(make([]byte, size), 0); errno != 0 || err != nil {
+				t.Fatalf("read of %d bytes beside slow clients: error %d, %v", size, errno, err)
+			}
+			if errno, err := quick.Write(make([]byte, size), 0, 0); errno != 0 || err != nil {
+				t.Fatalf("write of %d bytes beside slow clients: error %d, %v", size, errno, err)
+			}
+			longest = max(longest, time.Since(start))
+		}
+	}
+	t.Logf("longest of 300 reads and writes of up to 1 MiB beside three slow clients: %v", longest)
+
+	// The first takes its reply. Then it is the turn of the second, whatever the
+	// quick one goes on to do.
+	done := make(chan error, 1)
+	go func() {
+		errno, _, err := slow.ReadReply()
+		if err == nil && errno == 0 {
+			_, err = io.CopyN(io.Discard, slow.Conn, nbd.MaxPayload)
+		}
+		if err == nil {
+			errno, _, err = second.ReadReply()
+		}
+		if err == nil && errno != 0 {
+			err = fmt.Errorf("error %d", errno)
+		}
+		done <- err
+	}()
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Error(err)
+			}
+			return
+		default:
+		}
+		if errno, err := quick.Read(make([]byte, 128<<10), 0); errno != 0 || err != nil {
+			t.Fatalf("beside a large request that waits: error %d, %v", errno, err)
+		}
+	}
+}
+
 // TestStalled: when clients that move nothing hold all of the memory, they are
 // ended, and only they, and the others go on.
 func TestStalled(t *testing.T) {
 	const timeout = 100 * time.Millisecond
 	dev := nbdtest.NewDevice(32<<20, false)
 	t.Run("replies not taken", func(t *testing.T) {
-		h := newHarness(t, nbd.Config{StallTimeout: timeout, Arena: 64 << 20}, nbd.Export{Device: dev})
+		h := newHarness(t, nbd.Config{StallTimeout: timeout, Arena: 2*nbd.MaxPayload + 8<<20}, nbd.Export{Device: dev})
 		idle, _ := h.dial("")
 		// This one takes nothing either, but holds no memory.
 		useless, uselessEnds := h.dial("")
@@ -576,12 +652,16 @@ func TestStalled(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		eventually(t, "the arena is full", func() bool { st := h.s.Stats(); return st.Arena.Used == st.Arena.Size })
+		eventually(t, "all but the reserve is in use", func() bool { return h.s.Stats().Arena.Used == 2*nbd.MaxPayload })
 		time.Sleep(2 * timeout)
+		busy(t, h, 5)
 		if st := h.s.Stats(); st.Stalled != 0 {
 			t.Fatal("connections were ended although nobody needed the memory")
 		}
-		busy(t, h, 5)
+		large, _ := h.dial("")
+		if errno, err := large.Read(make([]byte, nbd.MaxPayload), 0); errno != 0 || err != nil {
+			t.Errorf("the one that needed the memory: error %d, %v", errno, err)
+		}
 		eventually(t, "connections ended", func() bool { return h.s.Stats().Stalled > 0 })
 		for _, result := range stalled {
 			if err := wait(t, "Serve", result); !errors.Is(err, nbd.ErrStalled) {

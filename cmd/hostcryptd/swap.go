@@ -161,7 +161,7 @@ func (d *daemon) prepare() error {
 		return withCode(codeKernel, fmt.Errorf("--swap: locking memory: %w; is LimitMEMLOCK= too low?", err))
 	}
 	var err error
-	if d.memory, err = nbd.NewMemory(nbd.MaxPayload, swapLocked); err != nil {
+	if d.memory, err = nbd.NewMemory(nbd.MaxPayload+swapLocked, swapLocked); err != nil {
 		return withCode(codeKernel, fmt.Errorf("--swap: %w", err))
 	}
 	return nil
