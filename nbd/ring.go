@@ -74,7 +74,7 @@ type AsyncDevice interface {
 	BeginWrite(p []byte, off int64, fua bool) (fd int, at int64, ticket uint64, ok bool)
 
 	// EndWrite ends a write that BeginWrite began. It returns what WriteAt
-	// would.
+	// would. After an error it may look into that, and wait.
 	EndWrite(p []byte, off int64, fua bool, ticket uint64, n int, err error) (int, error)
 }
 

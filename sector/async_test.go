@@ -237,7 +237,7 @@ func TestAsyncErrors(t *testing.T) {
 		t.Errorf("a short write gave %d, %v; failed: %v", n, err, v.Failed())
 	}
 	_, _, ticket, _ = v.BeginWrite(p, 0, true)
-	if _, err := v.EndWrite(p, 0, true, ticket, 0, unix.ENOSPC); !errors.Is(err, unix.ENOSPC) || !v.Failed() {
+	if _, err := v.EndWrite(p, 0, true, ticket, 0, unix.EIO); !errors.Is(err, unix.EIO) || !v.Failed() {
 		t.Errorf("a failed FUA gave %v; failed: %v", err, v.Failed())
 	}
 	if _, _, _, ok := v.BeginWrite(p, 0, false); ok {

@@ -1,7 +1,6 @@
 package sector
 
 import (
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -23,17 +22,7 @@ func BenchmarkVolume(b *testing.B) {
 	}
 	defer os.RemoveAll(dir)
 	name := filepath.Join(dir, "disk.img")
-	if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, dataOffset+size)); err != nil {
-		b.Fatal(err)
-	}
-	d, err := OpenDevice(name, DeviceOptions{})
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer d.Close()
-	if _, err := Format(b.Context(), d, FormatOptions{SectorSize: 4096, Seal: []Sealer{testSeal}}); err != nil {
-		b.Fatal(err)
-	}
+	d := formatted(b, imageFile(b, name, dataOffset+size, DeviceOptions{}))
 	v := open1(b, d, OpenOptions{})
 	if err := v.WriteZeroes(0, size, false); err != nil {
 		b.Fatal(err)

@@ -14,14 +14,7 @@ import (
 func TestGrow(t *testing.T) {
 	const before, after = 32 << 20, 48<<20 + 512 // with a rest that is no sector
 	name := filepath.Join(t.TempDir(), "disk")
-	if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, before)); err != nil {
-		t.Fatal(err)
-	}
-	dev, err := OpenDevice(name, DeviceOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dev.Close()
+	dev := imageFile(t, name, before, DeviceOptions{})
 	h, err := NewHandover()
 	if err != nil {
 		t.Fatal(err)
@@ -118,17 +111,7 @@ func TestGrow(t *testing.T) {
 func TestGrowFixed(t *testing.T) {
 	const before = 32<<20 + 512
 	name := filepath.Join(t.TempDir(), "disk")
-	if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, before)); err != nil {
-		t.Fatal(err)
-	}
-	dev, err := OpenDevice(name, DeviceOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dev.Close()
-	if _, err := Format(t.Context(), dev, FormatOptions{SectorSize: 4096, Seal: []Sealer{testSeal}}); err != nil {
-		t.Fatal(err)
-	}
+	dev := formatted(t, imageFile(t, name, before, DeviceOptions{}))
 	v, err := Open(t.Context(), dev, testUnseal, OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -162,17 +145,7 @@ func (d *growingDevice) Size() int64 { return d.Device.Size() + d.more }
 func TestResumeGrown(t *testing.T) {
 	const before, more = 32 << 20, 16 << 20
 	name := filepath.Join(t.TempDir(), "disk")
-	if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, before)); err != nil {
-		t.Fatal(err)
-	}
-	dev, err := OpenDevice(name, DeviceOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dev.Close()
-	if _, err := Format(t.Context(), dev, FormatOptions{SectorSize: 4096, Seal: []Sealer{testSeal}}); err != nil {
-		t.Fatal(err)
-	}
+	dev := formatted(t, imageFile(t, name, before, DeviceOptions{}))
 	disk := &growingDevice{Device: dev}
 	v, err := Open(t.Context(), disk, testUnseal, OpenOptions{})
 	if err != nil {

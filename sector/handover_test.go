@@ -20,17 +20,7 @@ import (
 // TestHandover lets one volume take the place of another that was not closed.
 func TestHandover(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(name, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(name, 32<<20); err != nil {
-		t.Fatal(err)
-	}
-	dev, err := OpenDevice(name, DeviceOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dev.Close()
+	dev := imageFile(t, name, 32<<20, DeviceOptions{})
 	h, err := NewHandover()
 	if err != nil {
 		t.Fatal(err)
@@ -147,14 +137,7 @@ func TestLockHandover(t *testing.T) {
 // TestFence opens a device twice, as a server and the next one do.
 func TestFence(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(name, make([]byte, 1<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	held, err := OpenDevice(name, DeviceOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer held.Close()
+	held := imageFile(t, name, 1<<20, DeviceOptions{})
 	open := func() *Device {
 		d, err := Reopen(held.File(), name, DeviceOptions{})
 		if err != nil {

@@ -59,6 +59,29 @@ func format(t testing.TB, sectorSize int, room int64) *sectortest.Disk {
 	return d
 }
 
+// imageFile opens a file of size bytes, all of them a hole.
+func imageFile(t testing.TB, name string, size int64, o DeviceOptions) *Device {
+	t.Helper()
+	if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, size)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := OpenDevice(name, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+// formatted is d, with a volume of sectors of 4096 bytes on it.
+func formatted(t testing.TB, d *Device) *Device {
+	t.Helper()
+	if _, err := Format(t.Context(), d, FormatOptions{SectorSize: 4096, Seal: []Sealer{testSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
 func open1(t testing.TB, b Backing, o OpenOptions) testVolume {
 	t.Helper()
 	v, err := Open(t.Context(), b, testUnseal, o)
@@ -534,6 +557,76 @@ type slowSync struct {
 func (s *slowSync) Sync() error {
 	s.entered <- true
 	return <-s.release
+}
+
+// TestNoRoom: a write with FUA for which there was no room is an error of that
+// write. When the write itself could have been done, it was the flush after it that
+// failed, and the volume has failed.
+func TestNoRoom(t *testing.T) {
+	for _, cause := range []error{syscall.ENOSPC, syscall.EDQUOT} {
+		for _, flush := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v/flush=%v", cause, flush), func(t *testing.T) {
+				d := format(t, 4096, testVolumeSize)
+				v := open1(t, d, OpenOptions{})
+				p := make([]byte, 8192)
+				d.Fail(func(op sectortest.Op, n int, _ int64, _ int) error {
+					if op == sectortest.Write && (n == 1 || !flush) {
+						return cause
+					}
+					return nil
+				})
+				if _, err := v.WriteAtFUA(p, 0); !errors.Is(err, cause) {
+					t.Errorf("write with FUA: %v, want %v", err, cause)
+				}
+				d.Fail(nil)
+				_, err := v.WriteAtFUA(p, 0)
+				if v.Failed() != flush || errors.Is(err, ErrFailed) != flush || !flush && err != nil {
+					t.Errorf("failed: %v; a later write with FUA: %v", v.Failed(), err)
+				}
+				if err := v.Sync(); errors.Is(err, ErrFailed) != flush {
+					t.Errorf("a later flush: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// TestFullFileSystem is TestNoRoom with a real one, and a file with holes on it
+// that is opened with O_DIRECT.
+func TestFullFileSystem(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=20m"); err != nil {
+		t.Fatalf("mounting a tmpfs, which takes root: %v", err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	filler := filepath.Join(dir, "filler")
+	if err := os.WriteFile(filler, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := formatted(t, imageFile(t, filepath.Join(dir, "disk"), 64<<20, DeviceOptions{Direct: true}))
+	v := open1(t, d, OpenOptions{})
+	p := bytes.Repeat([]byte("data"), 4096)
+	off := int64(0)
+	var err error
+	for ; err == nil && off < 8<<20; off += int64(len(p)) {
+		_, err = v.WriteAtFUA(p, off)
+	}
+	if !errors.Is(err, syscall.ENOSPC) || off < 1<<20 {
+		t.Fatalf("a write at %d of a file system of 20 MiB: %v, want %v", off, err, syscall.ENOSPC)
+	}
+	off -= int64(len(p))
+	if err := errors.Join(v.Sync(), os.Remove(filler)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := v.WriteAtFUA(p, off); err != nil {
+		t.Errorf("when there was room again: %v", err)
+	}
+	got := make([]byte, len(p))
+	for at := int64(0); at <= off; at += int64(len(p)) {
+		if _, err := v.ReadAt(got, at); err != nil || !bytes.Equal(got, p) {
+			t.Fatalf("at %d: %v, equal: %v", at, err, bytes.Equal(got, p))
+		}
+	}
 }
 
 // TestDeviceErrors fails each operation below a write and a read, and lets

@@ -343,7 +343,8 @@ func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // WriteAtFUA is WriteAt, and p is durable when it returns; earlier writes need
-// not be. If it fails, the volume has failed as after a failed flush.
+// not be. If it fails, the volume has failed as after a failed flush, unless the
+// backing device had no room for it (ENOSPC, EDQUOT).
 func (v *Volume) WriteAtFUA(p []byte, off int64) (int, error) {
 	if v.b.Direct() {
 		return v.writeAt(p, off, v.writeSync)
@@ -361,10 +362,25 @@ func (v *Volume) WriteAtFUA(p []byte, off int64) (int, error) {
 
 func (v *Volume) writeSync(p []byte, off int64) (int, error) {
 	n, err := v.b.WriteAtSync(p, off)
-	if err != nil {
+	if err != nil && !v.noRoom(err, p, off) {
 		v.flush.fail()
 	}
 	return n, err
+}
+
+// noRoom tells whether a write with FUA of p, at off of the backing device, failed
+// with err because there was no room for it: then it is a write that failed, and
+// no flush. A write that is durable at once is a write and a flush (pwritev2 with
+// RWF_DSYNC), and the error may be that of the flush, which is told once. But a
+// flush comes only after a write that has got its room, so the write alone
+// succeeds then.
+func (v *Volume) noRoom(err error, p []byte, off int64) bool {
+	full := func(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
+	if !full(err) {
+		return false
+	}
+	_, err = v.b.WriteAt(p, off)
+	return full(err)
 }
 
 func (v *Volume) writeAt(p []byte, off int64, write writeFunc) (int, error) {
