@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"os"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -116,6 +117,7 @@ type Ring struct {
 	tail     uint32 // of the submission queue, as far as it is filled
 	deferred bool   // completions come only from Enter with wait or poll
 	pending  uint32 // operations that the kernel has and that have not completed
+	refused  int    // how often, in a row, the kernel had no memory to take any
 }
 
 // New makes a ring with room for at least n operations that are not yet
@@ -285,7 +287,8 @@ func (r *Ring) Cancel(target, data uint64) bool {
 }
 
 // Enter submits what was added. With wait, it returns when there is a
-// completion. An interruption by a signal is no error; then there may be none.
+// completion. An interruption by a signal is no error; then there may be none. The
+// same is so when the kernel has no memory for it: Enter has paused then.
 func (r *Ring) Enter(wait bool) error {
 	n := r.tail - *r.sqTail // only this thread writes it
 	if n > 0 {
@@ -313,18 +316,34 @@ func (r *Ring) Enter(wait bool) error {
 		// It doesn't block, so the scheduler needn't be told.
 		done, _, errno = unix.RawSyscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(n), least, flags, 0, 0)
 	}
+	return r.entered(uint32(done), errno, wait)
+}
+
+// entered takes the result of io_uring_enter.
+func (r *Ring) entered(done uint32, errno unix.Errno, wait bool) error {
 	switch errno {
 	case 0:
-		r.pending += uint32(done)
+		r.pending += done
+		r.refused = 0
 	case unix.EINTR:
 		// With something submitted the count is returned, not this.
 	case unix.EAGAIN, unix.EBUSY:
 		// Memory, or room for completions, is short: the caller takes
-		// completions and comes again.
+		// completions and comes again. Where there are none, that would be to take
+		// the processor from who makes memory free.
+		if wait && atomic.LoadUint32(r.cqTail) == *r.cqHead {
+			time.Sleep(backoff(r.refused))
+			r.refused++
+		}
 	default:
 		return os.NewSyscallError("io_uring_enter", errno)
 	}
 	return nil
+}
+
+// backoff is the pause after the kernel has refused n times before.
+func backoff(n int) time.Duration {
+	return min(50*time.Microsecond<<min(n, 10), 10*time.Millisecond)
 }
 
 // Completed returns the next completion, if there is one.

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -123,5 +124,40 @@ func TestRing(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestRefused: a kernel without memory is asked again after pauses that get
+// longer, to a limit, and at once when there is a completion to take.
+func TestRefused(t *testing.T) {
+	r := newTestRing(t, 0)
+	var want time.Duration
+	start := time.Now()
+	for range 12 {
+		want += backoff(r.refused)
+		if err := r.entered(0, unix.EAGAIN, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := time.Since(start); got < want || want < 40*time.Millisecond {
+		t.Errorf("12 refusals took %v, want at least %v, and that to be 40 ms", got, want)
+	}
+	if got := backoff(1000); got != 10*time.Millisecond {
+		t.Errorf("the pause after 1000 refusals is %v", got)
+	}
+	before := r.refused
+	if err := r.entered(0, unix.EAGAIN, false); err != nil || r.refused != before {
+		t.Errorf("who doesn't wait was made to: %v", err)
+	}
+	// Something else is refused, and in its place there is a completion.
+	r.Read(-1, make([]byte, 1), 0, false, 1)
+	if err := r.Enter(true); err != nil || r.refused != 0 {
+		t.Errorf("after success: %v, refused %d times", err, r.refused)
+	}
+	if err := r.entered(0, unix.EBUSY, true); err != nil || r.refused != 0 {
+		t.Errorf("with a completion to take, it paused: %v", err)
+	}
+	if _, ok := r.Completed(); !ok {
+		t.Error("the completion is gone")
 	}
 }
