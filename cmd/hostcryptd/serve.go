@@ -712,18 +712,8 @@ type kernelDevice struct {
 
 // maxRequest is the longest request of the kernel, in bytes. The defaults are 128
 // KiB with Linux 6.1 and 1280 KiB with 6.12. A server takes a write that is longer
-// than this in pieces (see the package nbd), and not with the others. With several
-// sockets there must be none: one that has taken 30 s is sent again on another
-// socket, and a late piece of the first could land on what was written since.
+// than this in pieces (see the package nbd), and not with the others.
 const maxRequest = 512 << 10
-
-// checkMaxRequest checks what SetMaxRequest has set.
-func checkMaxRequest(got uint64, err error) error {
-	if err == nil && got > maxRequest {
-		err = fmt.Errorf("requests of the kernel are up to %d bytes, want %d at most", got, maxRequest)
-	}
-	return err
-}
 
 // attachKernel makes the volume a kernel device, with one server per socket.
 func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, failed chan<- error) (*kernelDevice, error) {
@@ -810,9 +800,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	}
 	if d.opts.swap {
 		err = d.tuneSwap(k.index)
-	} else if terr := checkMaxRequest(nbdnl.SetMaxRequest(k.index, maxRequest)); terr != nil && d.opts.connections > 1 {
-		err = fmt.Errorf("--connections: %w; with one socket this is no matter", terr)
-	} else if terr != nil {
+	} else if _, terr := nbdnl.SetMaxRequest(k.index, maxRequest); terr != nil {
 		d.log.Warn("the kernel's requests have the size that is its default", zap.Error(terr))
 	}
 	if err != nil {
