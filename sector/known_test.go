@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -360,5 +361,65 @@ func TestTokensSuspended(t *testing.T) {
 	d.answer <- true
 	if err := <-look; !errors.Is(err, ErrSuspended) {
 		t.Errorf("Tokens() = %v, want %v", err, ErrSuspended)
+	}
+}
+
+// TestVerifyMeanwhile: what is wrong with a header that was changed while it was
+// checked is no finding, unless it's wrong with the next too.
+func TestVerifyMeanwhile(t *testing.T) {
+	a, b := &kek{name: "a"}, &kek{name: "b"}
+	both := ring(a, b)
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+	o := OpenOptions{Pins: PinDir(t.TempDir())}
+	if _, err := AddToken(t.Context(), d, both.unseal, b.seal, o); err != nil {
+		t.Fatal(err)
+	}
+	verify := func(change func(tries int)) (*Report, int) {
+		t.Helper()
+		var mu sync.Mutex
+		asked, tries := 0, 0
+		r, err := Verify(t.Context(), d, func(ctx context.Context, volume string, token json.RawMessage, key *[32]byte) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if asked%2 == 0 {
+				tries++
+				change(tries)
+			}
+			asked++
+			return both.unseal(ctx, volume, token, key)
+		}, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r, tries
+	}
+	rewrap := func() {
+		if _, err := AddToken(t.Context(), d, both.unseal, b.seal, o); err != nil {
+			t.Error(err)
+		}
+		if err := RemoveToken(t.Context(), d, both.unseal, 2, false, o); err != nil {
+			t.Error(err)
+		}
+	}
+	if r, tries := verify(func(int) {}); len(r.Findings) > 0 || !r.Opens || tries != 1 {
+		t.Errorf("a good header: %q, %d tries", r.Findings, tries)
+	}
+	if r, tries := verify(func(n int) {
+		if n == 1 {
+			rewrap()
+		}
+	}); len(r.Findings) > 0 || !r.Opens || tries != 2 {
+		t.Errorf("a header that was changed meanwhile: %q, %d tries", r.Findings, tries)
+	}
+	if r, tries := verify(func(int) { rewrap() }); len(r.Findings) == 0 || tries != judgeTries {
+		t.Errorf("one that changes without end: %q, %d tries", r.Findings, tries)
+	}
+	if r, tries := verify(func(n int) {
+		if n == 1 {
+			rewrap()
+			delete(both, "b")
+		}
+	}); len(r.Findings) != 1 || !r.Opens || tries != 2 {
+		t.Errorf("one that was changed, and whose key is gone: %q, %d tries", r.Findings, tries)
 	}
 }

@@ -35,11 +35,26 @@ type TokenReport struct {
 // token is tried, all at once. Without unseal it checks what can be checked
 // without a key. It writes nothing, not even a pin. The error is that there is
 // no header that could be checked.
+//
+// The header may be changed meanwhile. What is wrong with one that isn't there any
+// more by then is not said: the next is checked.
 func Verify(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Report, error) {
 	h, copies, err := ReadHeader(ctx, b)
-	if err != nil {
-		return nil, err
+	for tries := 1; err == nil; tries++ {
+		r, refused := verify(ctx, b, h, copies, unseal, o)
+		if refused == nil && len(r.Findings) == 0 || tries == judgeTries {
+			return r, refused
+		}
+		before, was := h, copies
+		if h, copies, err = ReadHeader(ctx, b); err == nil && h.SeqID == before.SeqID && copies.Describe() == was.Describe() {
+			return r, refused
+		}
 	}
+	return nil, err
+}
+
+// verify is Verify of a header that was read from b.
+func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies, unseal Unsealer, o OpenOptions) (*Report, error) {
 	r := &Report{Header: h, Copies: copies, Keyslots: recoverySlots(h)}
 	find := func(format string, args ...any) { r.Findings = append(r.Findings, fmt.Sprintf(format, args...)) }
 	if copies.Damaged() {
