@@ -97,7 +97,7 @@ install: build ## install binary, manual, completions, units and udev rules unde
 	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/hostcryptd
 	install -d $(DESTDIR)$(PREFIX)/share/man/man8
 	$(BIN) man $(DESTDIR)$(PREFIX)/share/man/man8
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system systemd/hostcryptd@.service systemd/hostcryptd.target systemd/system-hostcryptd.slice
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system systemd/hostcryptd@.service systemd/hostcryptd-dial.service systemd/hostcryptd.target systemd/system-hostcryptd.slice
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/systemd/system-generators
 	ln -sf ../../../sbin/hostcryptd $(DESTDIR)$(PREFIX)/lib/systemd/system-generators/hostcryptd-generator
 	install -D -m 755 systemd/hostcryptd.shutdown $(DESTDIR)$(PREFIX)/lib/systemd/system-shutdown/hostcryptd

@@ -336,15 +336,15 @@ func (c *Child) run(ctx context.Context, opts Options, req request, pipe *os.Fil
 	return &v, nil
 }
 
-// childEnv keeps what a Go program needs to find the certificates and drops the
-// rest. Proxies must not be used; IDENTITY_ENDPOINT, MSI_ENDPOINT and the like
+// childEnv keeps what a Go program needs to find the certificates, and who connects to
+// the network for it, and drops the rest. Proxies must not be used; IDENTITY_ENDPOINT, MSI_ENDPOINT and the like
 // would send the request for a token elsewhere; AZURE_SDK_GO_LOGGING prints
 // exchanges.
 func childEnv(environ []string) []string {
 	var env []string
 	for _, kv := range environ {
 		switch name, _, _ := strings.Cut(kv, "="); name {
-		case "PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
+		case "PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", DialerEnv,
 			"GORACE": // of tests: under the race detector a process sleeps for a second before it ends
 			env = append(env, kv)
 		}

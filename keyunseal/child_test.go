@@ -344,6 +344,7 @@ func TestChildProcess(t *testing.T) {
 		"AZURE_CLIENT_SECRET", "AZURE_SDK_GO_LOGGING", "GODEBUG", "LD_PRELOAD_X", "SSL_CERT_FILE", "SSL_CERT_DIR"} {
 		t.Setenv(name, "")
 	}
+	t.Setenv(DialerEnv, "")
 	var dst [KeySize]byte
 	err = childWith(nil, "child-transport", "probe").Unseal(t.Context(), Options{}, token, testVolume, &dst)
 	wantClass(t, err, ClassUnreachable)
@@ -356,12 +357,18 @@ func TestChildProcess(t *testing.T) {
 	if dumpable != "0 core=0/0" {
 		t.Errorf("dumpable=%s, want 0 core=0/0", dumpable)
 	}
+	dialer := false
 	for name := range strings.SplitSeq(env, ",") {
 		switch name {
 		case "PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "GORACE":
+		case DialerEnv:
+			dialer = true
 		default:
 			t.Errorf("the child's environment has %s", name)
 		}
+	}
+	if !dialer {
+		t.Errorf("the child's environment lacks %s", DialerEnv)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -34,12 +33,8 @@ func newHTTPClient(rt http.RoundTripper, roots *x509.CertPool) *http.Client {
 // private endpoints where networks are closed.
 func directTransport(roots *x509.CertPool) *http.Transport {
 	return &http.Transport{
-		Proxy: nil,
-		DialContext: (&net.Dialer{
-			// Name lookup and connection together. The resolver gives a dead first
-			// name server 5 seconds, so that less would never reach the second.
-			Timeout: 8 * time.Second,
-		}).DialContext,
+		Proxy:                  nil,
+		DialContext:            dial,
 		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
 		TLSHandshakeTimeout:    5 * time.Second,
 		ForceAttemptHTTP2:      true,

@@ -23,7 +23,8 @@ type Volume struct {
 	DeviceTimeout *time.Duration // how long the backing device may take to appear; 0 is for ever, nil the default
 
 	Swap    bool // is paged to: the server must go on when there is no memory
-	Network bool // the key may be in a vault, or clients come by TCP
+	Vault   bool // the key may be in a vault
+	Network bool // clients come by TCP
 
 	NoAuto bool // not started at boot
 	NoFail bool // the boot neither waits for it nor fails with it
@@ -43,7 +44,9 @@ const VolumeDir = "/dev/hostcryptd"
 // has neither.
 //
 // Nothing here is ordered after the network, as what brings the network up may
-// need the volume: who unseals at a vault waits by himself.
+// need the volume: who unseals at a vault waits by himself. He has no network of his
+// own, see hostcryptd-dial.service. That a volume has a key in a vault is known to its
+// header only, which can't be read yet.
 func Generate(dir, source string, volumes []Volume) error {
 	local := false
 	for _, v := range volumes {
@@ -71,6 +74,8 @@ const (
 	// server then goes on until it can.
 	openImage = `TimeoutStopSec=90
 SendSIGKILL=no
+`
+	askDialer = `Environment=HOSTCRYPTD_DIALER=/run/hostcryptd/dial
 `
 	openNetwork = `RestrictAddressFamilies=AF_INET AF_INET6
 IPAddressDeny=
@@ -122,6 +127,9 @@ func (v *Volume) generate(dir, source string) error {
 			fmt.Fprintf(&b, "Wants=%s\nAfter=%s\n", m, m)
 		}
 	}
+	if v.Vault {
+		b.WriteString("Wants=hostcryptd-dial.service\nAfter=hostcryptd-dial.service\n")
+	}
 	b.WriteString("\n[Service]\n")
 	if v.MakeFS != "" {
 		// It makes nothing where there is something. Outside of the sandbox: it
@@ -131,6 +139,9 @@ func (v *Volume) generate(dir, source string) error {
 	}
 	if !strings.HasPrefix(v.Device, "/dev/") {
 		b.WriteString(openImage)
+	}
+	if v.Vault {
+		b.WriteString(askDialer)
 	}
 	if v.Network {
 		b.WriteString(openNetwork)

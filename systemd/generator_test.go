@@ -20,12 +20,12 @@ func TestGenerate(t *testing.T) {
 	minute, forever := time.Minute, time.Duration(0)
 	dir := t.TempDir()
 	err := Generate(dir, "/etc/hostcrypttab", []Volume{
-		{Name: "var", Device: "/dev/disk/by-uuid/1-2", KeyFile: "/media/a-stick 50%/host.key", Attach: "auto", Network: true},
+		{Name: "var", Device: "/dev/disk/by-uuid/1-2", KeyFile: "/media/a-stick 50%/host.key", Attach: "auto", Vault: true},
 		{Name: "swap", Device: "/dev/disk/by-partlabel/a\\x20b", Attach: "/dev/nbd7", MakeFS: "swap", Swap: true, DeviceTimeout: &minute},
 		{Name: "my-data", Device: "/srv/a 50%.img", Attach: "auto", NoFail: true},
 		{Name: "far", Device: "/dev/sdb", Attach: "auto", NetDev: true, DeviceTimeout: &forever},
 		{Name: "manual", Device: "/dev/sdc", Attach: "auto", NoAuto: true},
-		{Name: "qemu", Device: "/dev/sdd"},
+		{Name: "qemu", Device: "/dev/sdd", Network: true},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -42,44 +42,47 @@ func TestNotify(t *testing.T) {
 	}
 }
 
-// TestUnit lets systemd itself judge the unit.
+// TestUnit lets systemd itself judge the units.
 func TestUnit(t *testing.T) {
-	dir := t.TempDir()
-	b, err := os.ReadFile("hostcryptd@.service")
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The program need not be installed to check the unit.
-	unit := filepath.Join(dir, "hostcryptd@test.service")
-	text := strings.ReplaceAll(string(b), "/usr/sbin/hostcryptd", "/bin/true")
-	if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.Command("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit).CombinedOutput()
-	if errors.Is(err, exec.ErrNotFound) {
-		t.Fatal("systemd-analyze is not installed (Debian package systemd); run make deps")
-	}
-	if err != nil || strings.Contains(string(out), "hostcryptd@") {
-		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	for file, name := range map[string]string{"hostcryptd@.service": "hostcryptd@test.service", "hostcryptd-dial.service": "hostcryptd-dial.service"} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The program need not be installed to check the unit.
+		unit := filepath.Join(t.TempDir(), name)
+		text := strings.ReplaceAll(string(b), "/usr/sbin/hostcryptd", "/bin/true")
+		if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.Command("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit).CombinedOutput()
+		if errors.Is(err, exec.ErrNotFound) {
+			t.Fatal("systemd-analyze is not installed (Debian package systemd); run make deps")
+		}
+		if err != nil || strings.Contains(string(out), "hostcryptd") {
+			t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+		}
 	}
 }
 
-// TestSecurity has systemd judge how much the service could do if it were taken
-// over: at most 2.0 of 10 as the unit is and with what the generator opens for swap,
-// and a bit more where the network is open, for the reasons that the unit gives.
+// TestSecurity has systemd judge how much the services could do if they were taken
+// over: at most 2.0 of 10, and a bit more where clients come by TCP, see the unit.
 func TestSecurity(t *testing.T) {
-	b, err := os.ReadFile("hostcryptd@.service")
-	if err != nil {
-		t.Fatal(err)
-	}
 	for _, tt := range []struct {
-		name, open string
-		limit      string // of ten times 10
+		name, file, open string
+		limit            string // of ten times 10
 	}{
-		{"closed", "", "20"}, {"network", openNetwork, "22"}, {"swap", openSwap, "20"}, {"both", openNetwork + openSwap, "25"},
-		{"listed", openNetwork + "IPAddressDeny=any\nIPAddressAllow=192.0.2.1 169.254.169.254\n", "21"},
+		{"closed", "hostcryptd@.service", "", "17"},
+		{"vault", "hostcryptd@.service", askDialer, "17"},
+		{"swap", "hostcryptd@.service", askDialer + openSwap, "20"},
+		{"tcp", "hostcryptd@.service", askDialer + openNetwork, "22"},
+		{"dial", "hostcryptd-dial.service", "", "17"},
 	} {
 		unit := filepath.Join(t.TempDir(), "hostcryptd@"+tt.name+".service")
+		b, err := os.ReadFile(tt.file)
+		if err != nil {
+			t.Fatal(err)
+		}
 		text := strings.ReplaceAll(string(b), "%i", tt.name) + tt.open
 		if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
@@ -112,6 +115,7 @@ func TestInstall(t *testing.T) {
 		"usr/share/zsh/site-functions/_hostcryptd":               "-rw-r--r--",
 		"usr/share/fish/vendor_completions.d/hostcryptd.fish":    "-rw-r--r--",
 		"usr/lib/systemd/system/hostcryptd@.service":             "-rw-r--r--",
+		"usr/lib/systemd/system/hostcryptd-dial.service":         "-rw-r--r--",
 		"usr/lib/systemd/system/system-hostcryptd.slice":         "-rw-r--r--",
 		"usr/lib/systemd/system/hostcryptd.target":               "-rw-r--r--",
 		"usr/lib/systemd/system-generators/hostcryptd-generator": "../../../sbin/hostcryptd",

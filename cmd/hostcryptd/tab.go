@@ -179,7 +179,7 @@ func (e *tabEntry) parse(f []string) error {
 		}
 	}
 	errs = append(errs, e.where())
-	e.unit.Network = true
+	e.unit.Vault = true
 	if len(f) > 1 {
 		errs = append(errs, e.key(f[1]))
 	}
@@ -195,7 +195,7 @@ func (e *tabEntry) key(s string) error {
 	case s == "-" || s == "none":
 		return nil
 	case randomKeys[s]:
-		e.unit.Network = false
+		e.unit.Vault = false
 		e.flags = append(e.flags, tabFlag{"random-key", "true"})
 		return nil
 	case strings.HasPrefix(s, "https://"):

@@ -88,7 +88,7 @@ func TestTab(t *testing.T) {
 			continue
 		}
 		tt.unit.Name = "a"
-		tt.unit.Network = flags["random-key"] == ""
+		tt.unit.Vault, tt.unit.Network = flags["random-key"] == "", flags["tcp"] != ""
 		got := entries[0].unit
 		if d, w := got.DeviceTimeout, tt.unit.DeviceTimeout; (d == nil) != (w == nil) || d != nil && *d != *w {
 			t.Errorf("%q: device timeout %v, want %v", tt.line, d, w)
