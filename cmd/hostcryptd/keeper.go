@@ -92,6 +92,8 @@ type keeperMessage struct {
 	Reload  bool            `json:"reload,omitempty"`  // it wants to be replaced
 	Left    bool            `json:"left,omitempty"`    // it has left: nothing of it is under way
 	Over    bool            `json:"over,omitempty"`    // it ends because it wants to
+	Pin     string          `json:"pin,omitempty"`     // why it must not be replaced, until Unpin
+	Unpin   bool            `json:"unpin,omitempty"`
 }
 
 // A keeperOrder goes from the keeper to a server.
@@ -111,10 +113,13 @@ const (
 	// prepareTimeout is how long a server may take to stand by.
 	prepareTimeout = time.Minute
 
-	// leaveTimeout is how long one may take to leave. A server of an image file
+	// defaultLeaveTimeout is how long one may take to leave. A server of an image file
 	// may have to wait for its last requests; then it was too slow for Grace.
-	leaveTimeout = 30 * time.Second
+	defaultLeaveTimeout = 30 * time.Second
 )
+
+// leaveTimeout is defaultLeaveTimeout but in tests.
+var leaveTimeout = defaultLeaveTimeout
 
 // A keeper holds what servers leave to each other. One goroutine uses it.
 type keeper struct {
@@ -164,6 +169,7 @@ type child struct {
 	told     bool // to leave
 	stopping bool // told to stop
 	over     bool
+	pinned   string          // why it can't be replaced now, or ""
 	state    json.RawMessage // as it said last
 }
 
@@ -371,7 +377,14 @@ func (k *keeper) handle(e keeperEvent) {
 			k.log.Warn("service manager was not notified", zap.Error(err))
 		}
 	}
+	if e.m.Pin != "" {
+		c.pinned = e.m.Pin
+		k.log.Info("the server can't be replaced now", zap.String("why", c.pinned))
+	}
 	switch {
+	case e.m.Unpin:
+		c.pinned = ""
+		k.unpinned()
 	case e.m.Ready && !c.ready:
 		c.ready = true
 		k.state = c.state
@@ -436,16 +449,38 @@ func (k *keeper) standsBy() {
 	switch {
 	case k.active == nil && k.wake == nil:
 		k.proceed()
-	case k.next != nil && k.standby != nil && k.standby.program == k.next && k.active != nil:
+	case k.next != nil && k.standby != nil && k.standby.program == k.next && k.active != nil && k.active.pinned == "":
 		k.log.Info("the server leaves the volume to another", zap.String("version", k.standby.version), zap.Bool("restart", k.storing))
 		k.since = time.Now()
 		k.active.told = true
 		k.order(k.active, keeperOrder{Leave: true}, nil)
-		k.after(leaveTimeout, func() {
-			// The kernel sends its last requests again, when they are over.
-			k.log.Error("the server does not leave, as its last requests take too long; it is killed")
-			k.active.process.Kill()
-		})
+		k.waitLeft()
+	}
+}
+
+// waitLeft bounds how long the active server takes to leave.
+func (k *keeper) waitLeft() {
+	k.after(leaveTimeout, func() {
+		if why := k.active.pinned; why != "" {
+			k.log.Warn("the server can't leave yet", zap.String("why", why))
+			k.waitLeft()
+			return
+		}
+		// The kernel sends its last requests again, when they are over.
+		k.log.Error("the server does not leave, as its last requests take too long; it is killed")
+		k.active.process.Kill()
+	})
+}
+
+// unpinned is called when the active server can be replaced again.
+func (k *keeper) unpinned() {
+	switch {
+	case k.active.told: // it was pinned when it had been told to leave, and didn't know yet
+		k.waitLeft()
+	case k.next != nil && k.standby != nil && k.standby.prepared:
+		k.standsBy()
+	default:
+		k.settled()
 	}
 }
 
@@ -538,7 +573,7 @@ func (k *keeper) serves(c *child) {
 
 // settled is called when a server serves and no other is to.
 func (k *keeper) settled() {
-	if k.active == nil || !k.active.ready || k.next != nil {
+	if k.active == nil || !k.active.ready || k.active.pinned != "" || k.next != nil {
 		return
 	}
 	w := k.wanted
@@ -588,6 +623,11 @@ func (k *keeper) reload(store bool) {
 		k.wanted = max(k.wanted, wantReload) // as soon as it is
 		return
 	}
+	if why := k.active.pinned; why != "" {
+		k.log.Warn("the reload waits", zap.String("why", why))
+		k.wanted = max(k.wanted, wantReload)
+		return
+	}
 	usec := int64(0)
 	var now unix.Timespec
 	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) == nil {
@@ -612,7 +652,13 @@ func (k *keeper) reload(store bool) {
 		return
 	}
 	k.standby = c
-	k.after(prepareTimeout, func() { k.refuse("the new program was not ready in " + prepareTimeout.String()) })
+	k.after(prepareTimeout, func() {
+		why := "the new program was not ready in " + prepareTimeout.String()
+		if k.active.pinned != "" && c.prepared {
+			why = k.active.pinned
+		}
+		k.refuse(why)
+	})
 }
 
 // restart leaves the volume to the process that the service manager starts next.
@@ -621,7 +667,7 @@ func (k *keeper) restart() {
 	case k.active == nil:
 		// This version can't go on with the state; the next one may.
 		k.handOver()
-	case k.next != nil || !k.active.ready:
+	case k.next != nil || !k.active.ready || k.active.pinned != "":
 		k.wanted = wantRestart
 	default:
 		k.reload(true)
@@ -808,6 +854,7 @@ type keeperState struct {
 	Link    int             `json:"link"`    // to it
 	Stop    unix.Signal     `json:"stop"`    // that the keeper was told to stop by, or 0
 	Stopped bool            `json:"stopped"` // the server was told
+	Pinned  string          `json:"pinned"`  // as of the server
 	Wanted  wish            `json:"wanted"`
 }
 
@@ -878,7 +925,7 @@ func (k *keeper) become() error {
 	if k.active != c || c.over || k.next != nil {
 		return errors.New("a signal came first")
 	}
-	s.State, s.Wanted = k.state, k.wanted
+	s.State, s.Wanted, s.Pinned = k.state, k.wanted, c.pinned
 	if k.stop != nil {
 		s.Stop, s.Stopped = k.stop.(unix.Signal), c.stopping
 	}
@@ -937,7 +984,7 @@ func (a *app) resume() (ok bool, err error) {
 	for name, fd := range s.Held {
 		k.hold(name, open(fd, name))
 	}
-	c := &child{program: k.program, version: version(), prepared: true, ready: true, stopping: s.Stopped, state: s.State, done: make(chan struct{})}
+	c := &child{program: k.program, version: version(), prepared: true, ready: true, stopping: s.Stopped, pinned: s.Pinned, state: s.State, done: make(chan struct{})}
 	if c.link, err = packetConn(open(s.Link, "server")); err != nil {
 		return true, err
 	}

@@ -42,6 +42,9 @@ func fakeKeeper() int {
 	if name := filepath.Join(os.Getenv("FAKE_DIR"), "cgroup"); isFile(name) {
 		cgroupFile = name
 	}
+	if d, err := time.ParseDuration(os.Getenv("FAKE_LEAVE_TIMEOUT")); err == nil {
+		leaveTimeout = d
+	}
 	if _, ok := os.LookupEnv(serverEnv); ok {
 		err := fakeServer()
 		fmt.Println("server", os.Getpid(), "ends:", err)
@@ -167,10 +170,31 @@ func fakeServer() error {
 		fmt.Println("lingers")
 		select {}
 	}
+	// pin can't be replaced until the file unpin is there.
+	pin := func() {
+		link.send(keeperMessage{Pin: "it is in the middle of something"}, nil)
+		for !isFile(filepath.Join(os.Getenv("FAKE_DIR"), "unpin")) {
+			select {
+			case <-link.leaving():
+				if behave == "pins" {
+					os.Exit(5)
+				}
+			default:
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		link.send(keeperMessage{Unpin: true}, nil)
+	}
+	if behave == "pins" && count == 1 {
+		pin()
+	}
 	select {
 	case <-link.leaving():
 		if behave == "stays" {
 			os.Exit(4)
+		}
+		if behave == "pins late" {
+			pin()
 		}
 		f, err := sockets[0].File()
 		if err != nil {
@@ -385,6 +409,29 @@ func TestKeeperStored(t *testing.T) {
 	}
 	k.serves(7, true)
 	k.end()
+}
+
+// TestKeeperPinned: a server that can't be replaced is not told to leave, and one that
+// was told just before is not killed for taking its time.
+func TestKeeperPinned(t *testing.T) {
+	for behave, waits := range map[string]string{"pins": "the reload waits", "pins late": "the server can't leave yet"} {
+		t.Run(behave, func(t *testing.T) {
+			t.Parallel()
+			k := startKeeper(t, behave, func(c *exec.Cmd) { c.Env = append(c.Env, "FAKE_LEAVE_TIMEOUT=3s") })
+			k.serves(1, true)
+			if behave == "pins" {
+				k.line("the server can't be replaced now")
+			}
+			k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+			k.line(waits)
+			if err := os.WriteFile(filepath.Join(k.dir, "unpin"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			k.serves(2, false)
+			k.line("the keeper goes on with this version")
+			k.end()
+		})
+	}
 }
 
 // TestKeeperPanic: a server that panics is replaced as one that is killed.

@@ -86,7 +86,15 @@ func (d *daemon) resizeKernel(ctx context.Context, index int, size uint64) error
 		return err
 	}
 	defer conn.Close()
-	if err := conn.Resize(index, d.backend(), size); err != nil {
+	// Who replaced this server now could give the kernel no sockets, see Conn.Resize.
+	if err := d.link.send(keeperMessage{Pin: "the kernel waits for its requests to change the size of the device"}, nil); err != nil {
+		d.log.Warn("the keeper was not told that this server can't be replaced now", zap.Error(err))
+	}
+	err = conn.Resize(index, d.backend(), size)
+	if err := d.link.send(keeperMessage{Unpin: true}, nil); err != nil {
+		d.log.Warn("the keeper was not told that this server can be replaced again", zap.Error(err))
+	}
+	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resizeTimeout)
@@ -142,8 +150,8 @@ A volume is not made smaller. If its device has become smaller, data is missing,
 says so.
 
 Since Linux 6.9 the kernel waits for the requests under way before a device gets another
-size. If the server is killed in just that moment, it can't be replaced: what uses the
-device then waits until the machine is rebooted.
+size. Reload and restart wait for that too. If the server is killed in just that moment,
+it can't be replaced: what uses the device then waits until the machine is rebooted.
 
 ` + whichHelp,
 		Example: `  lvextend -L +10G vg/data
