@@ -2,6 +2,7 @@ package keyunseal
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -57,12 +58,7 @@ type cloudFile struct {
 	NoDiscovery bool `json:"disable_instance_discovery"`
 }
 
-func (o Options) cloud() string {
-	if o.Cloud == "" {
-		return DefaultCloud
-	}
-	return o.Cloud
-}
+func (o Options) cloud() string { return cmp.Or(o.Cloud, DefaultCloud) }
 
 // site finds out where a vault is. It reads the private cloud's file only for a
 // vault that isn't in a public one.

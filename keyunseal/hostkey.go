@@ -1,6 +1,8 @@
 package keyunseal
 
 import (
+	"cmp"
+	"context"
 	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
@@ -12,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,7 +29,7 @@ const (
 	hostKeyIDSize    = 8
 )
 
-func sealHostKey(opts Options, volume string, key *[KeySize]byte) (*hostKeyToken, error) {
+func sealHostKey(opts Options, volume string, key *[KeySize]byte) (token, error) {
 	path := opts.hostKey()
 	var secret [KeySize]byte
 	defer clear(secret[:])
@@ -53,10 +56,17 @@ func sealHostKey(opts Options, volume string, key *[KeySize]byte) (*hostKeyToken
 	return &hostKeyToken{tokenHead: newHead(TypeHostKey), HostKeyID: id, envelope: e}, nil
 }
 
-func unsealHostKey(opts Options, t *hostKeyToken, volume string, dst *[KeySize]byte) error {
+func (t *hostKeyToken) keyID() string { return t.HostKeyID }
+
+func (t *hostKeyToken) describe() Description {
+	return Description{Type: t.Type, Version: t.Version, KeyID: t.HostKeyID, Algorithm: hostKeyAlgorithm}
+}
+
+func (t *hostKeyToken) unseal(_ context.Context, opts Options, volume string, dst *[KeySize]byte) (err error) {
+	defer opts.observeHere("unwrap", t.HostKeyID, time.Now(), &err)
 	var secret [KeySize]byte
 	defer clear(secret[:])
-	if err := findHostKey(opts, t, &secret); err != nil {
+	if err := t.findKey(opts, &secret); err != nil {
 		return err
 	}
 	if err := t.open(&secret, TypeHostKey, volume, dst); err != nil {
@@ -66,15 +76,20 @@ func unsealHostKey(opts Options, t *hostKeyToken, volume string, dst *[KeySize]b
 	return nil
 }
 
-// probeHostKey looks whether the file is there and the right one.
-func probeHostKey(opts Options, t *hostKeyToken) error {
+// probe looks whether the file is there and the right one.
+func (t *hostKeyToken) probe(_ context.Context, opts Options, _ string) error {
 	var secret [KeySize]byte
 	defer clear(secret[:])
-	return findHostKey(opts, t, &secret)
+	return t.findKey(opts, &secret)
 }
 
-// findHostKey reads the host key that t was sealed with.
-func findHostKey(opts Options, t *hostKeyToken, secret *[KeySize]byte) error {
+// rewrap has nothing to do: a host key is made once.
+func (t *hostKeyToken) rewrap(context.Context, Options, string, *[KeySize]byte) (token, error) {
+	return nil, fail("rewrap", "", ClassConfig, ErrCurrent)
+}
+
+// findKey reads the host key that t was sealed with.
+func (t *hostKeyToken) findKey(opts Options, secret *[KeySize]byte) error {
 	path := opts.hostKey()
 	if err := readHostKey(path, secret); errors.Is(err, fs.ErrNotExist) {
 		return fail("read host key", path, ClassKeyUnusable, fmt.Errorf("%w; the token was sealed with host key %s: restore that file, or unseal by another token or the recovery key", err, t.HostKeyID))
@@ -91,12 +106,7 @@ func findHostKey(opts Options, t *hostKeyToken, secret *[KeySize]byte) error {
 	return nil
 }
 
-func (o Options) hostKey() string {
-	if o.HostKey == "" {
-		return DefaultHostKey
-	}
-	return o.HostKey
-}
+func (o Options) hostKey() string { return cmp.Or(o.HostKey, DefaultHostKey) }
 
 // hostKeyID names a host key without helping to find it: HKDF under its own
 // info string, not a hash of the key.
@@ -168,13 +178,7 @@ func createHostKey(path string) error {
 	}
 	defer os.Remove(tmp) // after the rename there is nothing to remove
 	_, err = f.Write(key[:])
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	// Unlike link and unlink, this leaves no second name behind in a crash.

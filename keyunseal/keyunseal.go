@@ -43,7 +43,6 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
-	"time"
 
 	"go.uber.org/zap"
 )
@@ -144,85 +143,70 @@ func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]
 	if err != nil {
 		return nil, fail("seal", spec, ClassConfig, err)
 	}
-	kind, argument, _ := strings.Cut(spec, ":")
-	have := false
+	kek := spec
 	if spec == SpecPlatform {
-		if have, err = opts.HaveTPM(); err != nil {
+		have, err := opts.HaveTPM()
+		if err != nil {
 			return nil, err
 		}
-	}
-	switch {
-	case have:
-		kind = SpecTPM
-		opts.log().Info("this host has a TPM, which becomes the key", zap.String("tpm", opts.tpm()))
-	case spec == SpecPlatform:
-		kind = SpecHostKey
-		opts.log().Info("this host has no TPM; the host key file becomes the key", zap.String("tpm", opts.tpm()), zap.String("host_key", opts.hostKey()))
-	case spec == SpecHostKey:
-	case kind != SpecTPM || spec == SpecTPM+":":
-		kind = ""
-	}
-
-	var t any
-	begun := time.Now()
-	switch kind {
-	case SpecHostKey:
-		var h *hostKeyToken
-		h, err = sealHostKey(opts, volume, key)
-		x := Exchange{Op: "wrap", KeyID: opts.hostKey(), Duration: time.Since(begun)}
-		if err == nil {
-			x.KeyID, t = h.HostKeyID, h
+		if have {
+			kek = SpecTPM
+			opts.log().Info("this host has a TPM, which becomes the key", zap.String("tpm", opts.tpm()))
+		} else {
+			kek = SpecHostKey
+			opts.log().Info("this host has no TPM; the host key file becomes the key", zap.String("tpm", opts.tpm()), zap.String("host_key", opts.hostKey()))
 		}
-		reporter(opts.Observe).observe(x, err)
-	case SpecTPM:
-		pcrs := defaultPCRs
-		if argument != "" {
-			if pcrs, err = parsePCRs(argument); err != nil {
+	}
+	var t token
+	switch pcrs, chosen := strings.CutPrefix(kek, SpecTPM+":"); {
+	case kek == SpecHostKey:
+		t, err = opts.sealHere(opts.hostKey(), func() (token, error) { return sealHostKey(opts, volume, key) })
+	case kek == SpecTPM || chosen && pcrs != "":
+		selected := defaultPCRs
+		if chosen {
+			if selected, err = parsePCRs(pcrs); err != nil {
 				return nil, fail("seal", clean(spec), ClassConfig, err)
 			}
 		}
-		var p *tpmToken
-		p, err = sealTPM(ctx, opts, pcrs, volume, key)
-		x := Exchange{Op: "wrap", KeyID: opts.tpm(), Duration: time.Since(begun)}
-		if err == nil {
-			x.KeyID, t = p.keyID(), p
+		t, err = opts.sealHere(opts.tpm(), func() (token, error) { return sealTPM(ctx, opts, selected, volume, key) })
+	case strings.Contains(spec, "://"):
+		id, perr := parseKeySpec("seal", spec)
+		if perr != nil {
+			return nil, perr
 		}
-		reporter(opts.Observe).observe(x, err)
+		t, err = sealVault(ctx, opts, id, volume, nil, key)
 	default:
-		if !strings.Contains(spec, "://") {
-			return nil, fail("seal", clean(spec), ClassConfig, errors.New("is none of platform, tpm, tpm:PCR+PCR, host-key, and the URL of a vault's key"))
-		}
-		t, err = sealVault(ctx, opts, spec, volume, nil, key)
+		return nil, fail("seal", clean(spec), ClassConfig, errors.New("is none of platform, tpm, tpm:PCR+PCR, host-key, and the URL of a vault's key"))
 	}
 	if err != nil {
 		return nil, err
 	}
-	return verified(ctx, opts, t, spec, volume, key)
+	return verified(ctx, opts, t, volume, key)
 }
 
 // verified encodes a token that was just sealed, if it unseals.
-func verified(ctx context.Context, opts Options, t any, spec, volume string, key *[KeySize]byte) (json.RawMessage, error) {
-	token, err := json.Marshal(t)
+func verified(ctx context.Context, opts Options, t token, volume string, key *[KeySize]byte) (json.RawMessage, error) {
+	raw, err := json.Marshal(t)
 	if err != nil {
-		return nil, fail("seal", spec, ClassInternal, err)
+		return nil, fail("seal", t.keyID(), ClassInternal, err)
 	}
 
 	var check [KeySize]byte
 	defer clear(check[:])
-	if err := Unseal(ctx, opts, token, volume, &check); err != nil {
+	if err := Unseal(ctx, opts, raw, volume, &check); err != nil {
 		return nil, verifyError(err)
 	}
 	if subtle.ConstantTimeCompare(check[:], key[:]) != 1 {
-		return nil, fail("verify", spec, ClassIntegrity, errors.New("the token unseals to another key than was sealed"))
+		return nil, fail("verify", t.keyID(), ClassIntegrity, errors.New("the token unseals to another key than was sealed"))
 	}
 	// The canary of a vault token is wrapped by itself. What else a probe looks at,
 	// unsealing has needed.
 	if _, ok := t.(*vaultToken); ok {
-		if err := Probe(ctx, opts, token, volume); err != nil {
+		if err := Probe(ctx, opts, raw, volume); err != nil {
 			return nil, verifyError(err)
 		}
 	}
-	return token, nil
+	return raw, nil
 }
 
 // verifyError marks err as found by Seal's own check, because "the vault
@@ -236,32 +220,14 @@ func verifyError(err error) error {
 	return err
 }
 
-// Unseal unwraps the volume key in token into dst. It never creates anything.
+// Unseal unwraps the volume key in a token into dst. It never creates anything.
 // dst is left alone when Unseal returns an error.
-func Unseal(ctx context.Context, opts Options, token json.RawMessage, volume string, dst *[KeySize]byte) error {
-	volume, err := canonicalUUID(volume)
-	if err != nil {
-		return fail("unseal", "", ClassConfig, err)
-	}
-	t, err := decodeToken(token)
+func Unseal(ctx context.Context, opts Options, raw json.RawMessage, volume string, dst *[KeySize]byte) error {
+	t, volume, err := parse("unseal", raw, volume)
 	if err != nil {
 		return err
 	}
-	switch t := t.(type) {
-	case *hostKeyToken:
-		begun := time.Now()
-		err := unsealHostKey(opts, t, volume, dst)
-		reporter(opts.Observe).observe(Exchange{Op: "unwrap", KeyID: t.HostKeyID, Duration: time.Since(begun)}, err)
-		return err
-	case *tpmToken:
-		begun := time.Now()
-		err := unsealTPM(ctx, opts, t, volume, dst)
-		reporter(opts.Observe).observe(Exchange{Op: "unwrap", KeyID: t.keyID(), Duration: time.Since(begun)}, err)
-		return err
-	case *vaultToken:
-		return unsealVault(ctx, opts, t, volume, dst)
-	}
-	panic("keyunseal: token type without a KEK")
+	return t.unseal(ctx, opts, volume, dst)
 }
 
 // A Description is what a token says about its KEK. It holds no secret and may
@@ -280,36 +246,12 @@ type Description struct {
 
 // Describe reads a token without touching its KEK. An error about a foreign
 // token has [ErrNotOurs] in its chain.
-func Describe(token json.RawMessage) (Description, error) {
-	t, err := decodeToken(token)
+func Describe(raw json.RawMessage) (Description, error) {
+	t, err := decodeToken(raw)
 	if err != nil {
 		return Description{}, err
 	}
-	switch t := t.(type) {
-	case *hostKeyToken:
-		return Description{
-			Type: t.Type, Version: t.Version,
-			KeyID: t.HostKeyID, Algorithm: hostKeyAlgorithm,
-		}, nil
-	case *tpmToken:
-		return Description{
-			Type: t.Type, Version: t.Version,
-			KeyID: t.keyID(), Algorithm: tpmAlgorithm, PCRs: formatPCRs(t.PCRs),
-		}, nil
-	case *vaultToken:
-		base := t.id
-		base.version = ""
-		d := Description{
-			Type: t.Type, Version: t.Version,
-			KeyID: base.String(), KeyVersion: t.id.version, Algorithm: t.Algorithm,
-			Identity: t.Identity, Tenant: t.Tenant,
-		}
-		if t.Algorithm == algorithmRSA {
-			d.Bits = 8 * len(t.Wrapped)
-		}
-		return d, nil
-	}
-	panic("keyunseal: token type without a description")
+	return t.describe(), nil
 }
 
 // canonicalUUID returns s in lower case. The UUID is bound into tokens, so that

@@ -62,6 +62,18 @@ func parseKeyURL(s string) (keyURL, error) {
 	return keyURL{host: host, name: name, version: strings.ToLower(version)}, nil
 }
 
+// parseKeySpec is parseKeyURL for what a person has typed.
+func parseKeySpec(op, spec string) (keyURL, error) {
+	id, err := parseKeyURL(spec)
+	if err != nil {
+		if strings.Contains(spec, "@") {
+			spec = "" // it may hold a password
+		}
+		return keyURL{}, fail(op, clean(spec), ClassConfig, err)
+	}
+	return id, nil
+}
+
 // checkVaultHost checks a host name in lower case.
 func checkVaultHost(host string) error {
 	if label, _, ok := cutPublic(host); ok {
@@ -130,6 +142,12 @@ func (u keyURL) String() string {
 		s += "/" + u.version
 	}
 	return s
+}
+
+// newest names whatever version is the newest.
+func (u keyURL) newest() keyURL {
+	u.version = ""
+	return u
 }
 
 // vault returns the base URL of the vault.

@@ -1,6 +1,7 @@
 package keyunseal
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/rsa"
@@ -36,18 +37,11 @@ func Sign(ctx context.Context, opts Options, spec, volume string, digest [sha256
 	if err != nil {
 		return nil, fail("sign", "", ClassConfig, err)
 	}
-	id, err := parseKeyURL(spec)
+	id, err := parseKeySpec("sign", spec)
 	if err != nil {
-		if strings.Contains(spec, "@") {
-			spec = "" // it may hold a password
-		}
-		return nil, fail("sign", clean(spec), ClassConfig, err)
+		return nil, err
 	}
-	identity := opts.Identity
-	if identity == "" {
-		identity = identityManaged
-	}
-	v, err := newVault(opts, id, identity, "", volume)
+	v, err := newVault(opts, id, cmp.Or(opts.Identity, identityManaged), "", volume)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package keyunseal
 
 import (
+	"context"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hkdf"
@@ -31,6 +32,19 @@ func newHead(typ string) tokenHead {
 	return tokenHead{Type: typ, Keyslots: []string{}, Version: tokenVersion}
 }
 
+// A token is decoded: a *hostKeyToken, *tpmToken or *vaultToken.
+type token interface {
+	// check looks whether the fields have their proper form.
+	check() error
+	// keyID names the KEK: host key id, TPM id, or the vault key's URL.
+	keyID() string
+	describe() Description
+	unseal(ctx context.Context, opts Options, volume string, dst *[KeySize]byte) error
+	probe(ctx context.Context, opts Options, volume string) error
+	// rewrap seals key under the newest version of the KEK.
+	rewrap(ctx context.Context, opts Options, volume string, key *[KeySize]byte) (token, error)
+}
+
 // A hostKeyToken holds a volume key sealed under the host key.
 type hostKeyToken struct {
 	tokenHead
@@ -57,11 +71,21 @@ type vaultToken struct {
 	id keyURL // KeyID, parsed
 }
 
-// decodeToken returns a *hostKeyToken, *tpmToken or *vaultToken whose fields have
-// their proper form. It ignores members that it doesn't know: cryptsetup keeps
-// them, and a later version may add some that don't change the meaning of the
-// others. A change of meaning changes the version.
-func decodeToken(raw json.RawMessage) (any, error) {
+// parse decodes a token, and returns it with the canonical form of its volume's UUID.
+func parse(op string, raw json.RawMessage, volume string) (token, string, error) {
+	volume, err := canonicalUUID(volume)
+	if err != nil {
+		return nil, "", fail(op, "", ClassConfig, err)
+	}
+	t, err := decodeToken(raw)
+	return t, volume, err
+}
+
+// decodeToken returns a token whose fields have their proper form. It ignores
+// members that it doesn't know: cryptsetup keeps them, and a later version may add
+// some that don't change the meaning of the others. A change of meaning changes the
+// version.
+func decodeToken(raw json.RawMessage) (token, error) {
 	if len(raw) > maxToken {
 		return nil, fail("token", "", ClassIntegrity, fmt.Errorf("%d bytes, at most %d are allowed", len(raw), maxToken))
 	}
@@ -69,7 +93,7 @@ func decodeToken(raw json.RawMessage) (any, error) {
 	if err := json.Unmarshal(raw, &head); err != nil {
 		return nil, fail("token", "", ClassIntegrity, err)
 	}
-	var t interface{ check() error }
+	var t token
 	switch head.Type {
 	case TypeHostKey:
 		t = new(hostKeyToken)

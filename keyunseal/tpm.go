@@ -2,6 +2,7 @@ package keyunseal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -145,14 +146,13 @@ func tpmID(srkName []byte) string { return "tpm2:" + hex.EncodeToString(srkName[
 
 func (t *tpmToken) keyID() string { return tpmID(t.SRKName) }
 
-func (o Options) tpm() string {
-	if o.TPM == "" {
-		return DefaultTPM
-	}
-	return o.TPM
+func (t *tpmToken) describe() Description {
+	return Description{Type: t.Type, Version: t.Version, KeyID: t.keyID(), Algorithm: tpmAlgorithm, PCRs: formatPCRs(t.PCRs)}
 }
 
-func sealTPM(ctx context.Context, opts Options, pcrs []uint, volume string, key *[KeySize]byte) (*tpmToken, error) {
+func (o Options) tpm() string { return cmp.Or(o.TPM, DefaultTPM) }
+
+func sealTPM(ctx context.Context, opts Options, pcrs []uint, volume string, key *[KeySize]byte) (token, error) {
 	t, err := trySealTPM(ctx, opts, pcrs, volume, key)
 	if err != nil {
 		return nil, classifyTPM("seal", opts.tpm(), err)
@@ -219,10 +219,11 @@ func trySealTPM(ctx context.Context, opts Options, pcrs []uint, volume string, k
 	}, nil
 }
 
-func unsealTPM(ctx context.Context, opts Options, t *tpmToken, volume string, dst *[KeySize]byte) error {
+func (t *tpmToken) unseal(ctx context.Context, opts Options, volume string, dst *[KeySize]byte) (err error) {
+	defer opts.observeHere("unwrap", t.keyID(), time.Now(), &err)
 	var secret [KeySize]byte
 	defer clear(secret[:])
-	if err := findTPMSecret(ctx, opts, "unseal", t, &secret); err != nil {
+	if err := t.findSecret(ctx, opts, "unseal", &secret); err != nil {
 		return err
 	}
 	if err := t.open(&secret, TypeTPM, volume, dst); err != nil {
@@ -232,16 +233,16 @@ func unsealTPM(ctx context.Context, opts Options, t *tpmToken, volume string, ds
 	return nil
 }
 
-// probeTPM unseals the secret and doesn't use it.
-func probeTPM(ctx context.Context, opts Options, t *tpmToken) error {
+// probe unseals the secret and doesn't use it.
+func (t *tpmToken) probe(ctx context.Context, opts Options, _ string) error {
 	var secret [KeySize]byte
 	defer clear(secret[:])
-	return findTPMSecret(ctx, opts, "probe", t, &secret)
+	return t.findSecret(ctx, opts, "probe", &secret)
 }
 
-// findTPMSecret lets the TPM unseal the secret of a token.
-func findTPMSecret(ctx context.Context, opts Options, op string, t *tpmToken, secret *[KeySize]byte) error {
-	if err := tryFindTPMSecret(ctx, opts, t, secret); err != nil {
+// findSecret lets the TPM unseal the secret.
+func (t *tpmToken) findSecret(ctx context.Context, opts Options, op string, secret *[KeySize]byte) error {
+	if err := t.tryFindSecret(ctx, opts, secret); err != nil {
 		return classifyTPM(op, t.keyID(), err)
 	}
 	if hash := sha256.Sum256(secret[:]); !bytes.Equal(hash[:], t.SecretHash) {
@@ -250,7 +251,7 @@ func findTPMSecret(ctx context.Context, opts Options, op string, t *tpmToken, se
 	return nil
 }
 
-func tryFindTPMSecret(ctx context.Context, opts Options, t *tpmToken, secret *[KeySize]byte) error {
+func (t *tpmToken) tryFindSecret(ctx context.Context, opts Options, secret *[KeySize]byte) error {
 	public, err := tpm2.Unmarshal[tpm2.TPM2BPublic](t.Public)
 	if err != nil {
 		return &Error{Class: ClassIntegrity, Err: fmt.Errorf("public: %w", err)}
@@ -322,17 +323,19 @@ func policyError(c *tpmConn, t *tpmToken) error {
 	return e
 }
 
-// rewrapTPM seals key anew to what the PCRs hold now, if the token doesn't unseal
-// any more: with PCRs that changed, or another TPM.
-func rewrapTPM(ctx context.Context, opts Options, old *tpmToken, volume string, key *[KeySize]byte) (*tpmToken, error) {
-	err := probeTPM(ctx, opts, old)
+// rewrap seals key anew to what the PCRs hold now, if the token doesn't unseal any
+// more: with PCRs that changed, or another TPM.
+func (t *tpmToken) rewrap(ctx context.Context, opts Options, volume string, key *[KeySize]byte) (fresh token, err error) {
+	begun := time.Now()
+	err = t.probe(ctx, opts, volume)
 	if err == nil {
-		return nil, fail("rewrap", old.keyID(), ClassConfig, ErrCurrent)
+		return nil, fail("rewrap", t.keyID(), ClassConfig, ErrCurrent)
 	}
+	defer opts.observeHere("wrap", t.keyID(), begun, &err)
 	if e, ok := errors.AsType[*Error](err); !ok || e.Class != ClassTPMState && e.Class != ClassWrongKey && e.Class != ClassIntegrity {
 		return nil, err
 	}
-	return sealTPM(ctx, opts, old.PCRs, volume, key)
+	return sealTPM(ctx, opts, t.PCRs, volume, key)
 }
 
 // An srk is a TPM's storage root key, loaded.

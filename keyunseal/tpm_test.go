@@ -597,7 +597,7 @@ func TestTPMBus(t *testing.T) {
 		t.Fatal(err)
 	}
 	var secret [KeySize]byte
-	if err := findTPMSecret(t.Context(), opts, "test", decoded.(*tpmToken), &secret); err != nil {
+	if err := decoded.(*tpmToken).findSecret(t.Context(), opts, "test", &secret); err != nil {
 		t.Fatal(err)
 	}
 	p.mu.Lock()

@@ -2,6 +2,7 @@ package keyunseal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -62,21 +63,11 @@ func checkWrapped(algorithm string, value []byte) error {
 	return nil
 }
 
-// sealVault seals under the key that spec names. old, if it isn't nil, is the
-// token that the new one is to replace: same tenant, and another version of the
-// key, or [ErrCurrent].
-func sealVault(ctx context.Context, opts Options, spec, volume string, old *vaultToken, key *[KeySize]byte) (*vaultToken, error) {
-	id, err := parseKeyURL(spec)
-	if err != nil {
-		if strings.Contains(spec, "@") {
-			spec = "" // it may hold a password
-		}
-		return nil, fail("seal", clean(spec), ClassConfig, err)
-	}
-	identity := opts.Identity
-	if identity == "" {
-		identity = identityManaged
-	}
+// sealVault seals under the key with an id. old, if it isn't nil, is the token that
+// the new one is to replace: same tenant, and another version of the key, or
+// [ErrCurrent].
+func sealVault(ctx context.Context, opts Options, id keyURL, volume string, old *vaultToken, key *[KeySize]byte) (token, error) {
+	identity := cmp.Or(opts.Identity, identityManaged)
 	tenant := ""
 	if old != nil {
 		tenant = old.Tenant
@@ -142,12 +133,22 @@ func sealVault(ctx context.Context, opts Options, spec, volume string, old *vaul
 	}, nil
 }
 
-func unsealVault(ctx context.Context, opts Options, t *vaultToken, volume string, dst *[KeySize]byte) error {
-	identity := opts.Identity
-	if identity == "" {
-		identity = t.Identity
+func (t *vaultToken) keyID() string { return t.KeyID }
+
+func (t *vaultToken) describe() Description {
+	d := Description{
+		Type: t.Type, Version: t.Version,
+		KeyID: t.id.newest().String(), KeyVersion: t.id.version, Algorithm: t.Algorithm,
+		Identity: t.Identity, Tenant: t.Tenant,
 	}
-	v, err := newVault(opts, t.id, identity, t.Tenant, volume)
+	if t.Algorithm == algorithmRSA {
+		d.Bits = 8 * len(t.Wrapped)
+	}
+	return d
+}
+
+func (t *vaultToken) unseal(ctx context.Context, opts Options, volume string, dst *[KeySize]byte) error {
+	v, err := t.vault(opts, volume)
 	if err != nil {
 		return err
 	}
@@ -163,13 +164,9 @@ func unsealVault(ctx context.Context, opts Options, t *vaultToken, volume string
 	return nil
 }
 
-// probeVault unwraps the canary.
-func probeVault(ctx context.Context, opts Options, t *vaultToken, volume string) error {
-	identity := opts.Identity
-	if identity == "" {
-		identity = t.Identity
-	}
-	v, err := newVault(opts, t.id, identity, t.Tenant, volume)
+// probe unwraps the canary.
+func (t *vaultToken) probe(ctx context.Context, opts Options, volume string) error {
+	v, err := t.vault(opts, volume)
 	if err != nil {
 		return err
 	}
@@ -177,20 +174,19 @@ func probeVault(ctx context.Context, opts Options, t *vaultToken, volume string)
 	return v.unwrap(ctx, "probe", t, t.Canary, t.CanaryHash, &canary)
 }
 
-// inspectVault looks at the version that the token was sealed with and at the
-// newest.
-func inspectVault(ctx context.Context, opts Options, t *vaultToken, volume string) (KeyStatus, error) {
-	identity := opts.Identity
-	if identity == "" {
-		identity = t.Identity
-	}
-	v, err := newVault(opts, t.id, identity, t.Tenant, volume)
+// rewrap goes on with the identity that the token was sealed with.
+func (t *vaultToken) rewrap(ctx context.Context, opts Options, volume string, key *[KeySize]byte) (token, error) {
+	opts.Identity = cmp.Or(opts.Identity, t.Identity)
+	return sealVault(ctx, opts, t.id.newest(), volume, t, key)
+}
+
+// inspect looks at the version that the token was sealed with and at the newest.
+func (t *vaultToken) inspect(ctx context.Context, opts Options, volume string) (KeyStatus, error) {
+	v, err := t.vault(opts, volume)
 	if err != nil {
 		return KeyStatus{}, err
 	}
-	base := t.id
-	base.version = ""
-	newest, err := v.get(ctx, base)
+	newest, err := v.get(ctx, t.id.newest())
 	if err != nil {
 		return KeyStatus{}, err
 	}
@@ -212,6 +208,11 @@ type vault struct {
 	client   *azkeys.Client
 	exchange *exchange
 	observe  reporter
+}
+
+// vault is the one whose key has sealed t.
+func (t *vaultToken) vault(opts Options, volume string) (*vault, error) {
+	return newVault(opts, t.id, cmp.Or(opts.Identity, t.Identity), t.Tenant, volume)
 }
 
 // newVault makes no request. A tenant that isn't empty is the only one whose

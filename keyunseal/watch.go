@@ -18,24 +18,12 @@ var ErrCurrent = errors.New("the token is sealed with the newest version of its 
 // to be there and the right one, a TPM has to give out the token's secret, which
 // isn't used. It's the only look that tells: a disabled key can be read, and is
 // reported to wrap.
-func Probe(ctx context.Context, opts Options, token json.RawMessage, volume string) error {
-	volume, err := canonicalUUID(volume)
-	if err != nil {
-		return fail("probe", "", ClassConfig, err)
-	}
-	t, err := decodeToken(token)
+func Probe(ctx context.Context, opts Options, raw json.RawMessage, volume string) error {
+	t, volume, err := parse("probe", raw, volume)
 	if err != nil {
 		return err
 	}
-	switch t := t.(type) {
-	case *hostKeyToken:
-		return probeHostKey(opts, t)
-	case *tpmToken:
-		return probeTPM(ctx, opts, t)
-	case *vaultToken:
-		return probeVault(ctx, opts, t, volume)
-	}
-	panic("keyunseal: token type without a probe")
+	return t.probe(ctx, opts, volume)
 }
 
 // A KeyStatus is what a vault says of a token's key.
@@ -60,17 +48,13 @@ var ErrNoStatus = errors.New("this kind of key has no versions")
 
 // Inspect asks a vault about the key of a token. The permission to do so is
 // optional: without it the error is of [ClassDenied].
-func Inspect(ctx context.Context, opts Options, token json.RawMessage, volume string) (KeyStatus, error) {
-	volume, err := canonicalUUID(volume)
-	if err != nil {
-		return KeyStatus{}, fail("inspect", "", ClassConfig, err)
-	}
-	t, err := decodeToken(token)
+func Inspect(ctx context.Context, opts Options, raw json.RawMessage, volume string) (KeyStatus, error) {
+	t, volume, err := parse("inspect", raw, volume)
 	if err != nil {
 		return KeyStatus{}, err
 	}
 	if t, ok := t.(*vaultToken); ok {
-		return inspectVault(ctx, opts, t, volume)
+		return t.inspect(ctx, opts, volume)
 	}
 	return KeyStatus{}, fail("inspect", "", ClassConfig, ErrNoStatus)
 }
@@ -82,42 +66,16 @@ func Inspect(ctx context.Context, opts Options, token json.RawMessage, volume st
 //
 // A TPM has no versions. There Rewrap seals to the PCRs as they are now, if they
 // have changed, or with the TPM of this host, if the token is another's.
-func Rewrap(ctx context.Context, opts Options, token json.RawMessage, volume string, key *[KeySize]byte) (json.RawMessage, error) {
-	volume, err := canonicalUUID(volume)
-	if err != nil {
-		return nil, fail("rewrap", "", ClassConfig, err)
-	}
-	t, err := decodeToken(token)
+func Rewrap(ctx context.Context, opts Options, raw json.RawMessage, volume string, key *[KeySize]byte) (json.RawMessage, error) {
+	old, volume, err := parse("rewrap", raw, volume)
 	if err != nil {
 		return nil, err
 	}
-	var old *vaultToken
-	switch t := t.(type) {
-	case *tpmToken:
-		begun := time.Now()
-		fresh, err := rewrapTPM(ctx, opts, t, volume, key)
-		if !errors.Is(err, ErrCurrent) {
-			reporter(opts.Observe).observe(Exchange{Op: "wrap", KeyID: t.keyID(), Duration: time.Since(begun)}, err)
-		}
-		if err != nil {
-			return nil, err
-		}
-		return verified(ctx, opts, fresh, opts.tpm(), volume, key)
-	case *vaultToken:
-		old = t
-	default:
-		return nil, fail("rewrap", "", ClassConfig, ErrCurrent)
-	}
-	if opts.Identity == "" {
-		opts.Identity = old.Identity
-	}
-	base := old.id
-	base.version = ""
-	fresh, err := sealVault(ctx, opts, base.String(), volume, old, key)
+	fresh, err := old.rewrap(ctx, opts, volume, key)
 	if err != nil {
 		return nil, err
 	}
-	return verified(ctx, opts, fresh, base.String(), volume, key)
+	return verified(ctx, opts, fresh, volume, key)
 }
 
 // An Exchange is one use of a KEK, for an audit: what was asked and how it went.
@@ -138,15 +96,29 @@ type Exchange struct {
 // OK tells whether it worked.
 func (x *Exchange) OK() bool { return x.Class == "" }
 
+// observeHere observes a use of a KEK of this host, when that returns.
+func (o Options) observeHere(op, keyID string, begun time.Time, err *error) {
+	reporter(o.Observe).observe(Exchange{Op: op, KeyID: keyID, Duration: time.Since(begun)}, *err)
+}
+
+// sealHere observes f, which seals under a KEK of this host. where names the KEK as
+// long as no token does.
+func (o Options) sealHere(where string, f func() (token, error)) (t token, err error) {
+	begun := time.Now()
+	if t, err = f(); err == nil {
+		where = t.keyID()
+	}
+	o.observeHere("wrap", where, begun, &err)
+	return t, err
+}
+
 // A reporter is Options.Observe; nil observes nothing.
 type reporter func(Exchange)
 
 // tell observes an exchange with a vault.
 func (o reporter) tell(op string, id keyURL, x *exchange, took time.Duration, err error) {
-	base := id
-	base.version = ""
 	o.observe(Exchange{
-		Op: op, KeyID: base.String(), KeyVersion: id.version, Duration: took,
+		Op: op, KeyID: id.newest().String(), KeyVersion: id.version, Duration: took,
 		Requests: x.requests, ClientRequestID: x.clientRequestID, RequestID: x.requestID,
 	}, err)
 }
