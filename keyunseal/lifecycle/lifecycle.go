@@ -35,6 +35,7 @@ package lifecycle
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -66,18 +67,21 @@ const (
 
 var stateNames = [...]string{"locked", "acquiring", "verifying", "unlocked", "degraded", "grace", "revoked", "erased"}
 
-func (s State) String() string {
-	if int(s) < len(stateNames) && s >= 0 {
-		return stateNames[s]
-	}
-	return fmt.Sprintf("state %d", int(s))
-}
+func (s State) String() string { return nameOf(s, stateNames[:], "state") }
 
 // MarshalText makes states names in JSON.
 func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // UnmarshalText reads what MarshalText wrote.
 func (s *State) UnmarshalText(b []byte) error { return unmarshal(s, stateNames[:], b) }
+
+// nameOf is the name in a list of a value of a type, what.
+func nameOf[T ~int](v T, names []string, what string) string {
+	if int(v) < len(names) && v >= 0 {
+		return names[v]
+	}
+	return fmt.Sprintf("%s %d", what, int(v))
+}
 
 // unmarshal finds a name in a list.
 func unmarshal[T ~int](v *T, names []string, b []byte) error {
@@ -108,12 +112,7 @@ const (
 
 var policyNames = [...]string{"stop", "read-only", "freeze", "warn"}
 
-func (p Policy) String() string {
-	if int(p) < len(policyNames) && p >= 0 {
-		return policyNames[p]
-	}
-	return fmt.Sprintf("policy %d", int(p))
-}
+func (p Policy) String() string { return nameOf(p, policyNames[:], "policy") }
 
 // MarshalText makes policies names in JSON.
 func (p Policy) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
@@ -123,12 +122,10 @@ func (p *Policy) UnmarshalText(b []byte) error { return unmarshal(p, policyNames
 
 // ParsePolicy returns the policy of a name.
 func ParsePolicy(name string) (Policy, error) {
-	for i, n := range policyNames {
-		if n == name {
-			return Policy(i), nil
-		}
+	if i := slices.Index(policyNames[:], name); i >= 0 {
+		return Policy(i), nil
 	}
-	return 0, fmt.Errorf("policy %q is none of stop, read-only, freeze, warn", name)
+	return 0, fmt.Errorf("policy %q is none of %s", name, strings.Join(policyNames[:], ", "))
 }
 
 // Wipes tells whether the policy wipes the keys.
@@ -153,12 +150,7 @@ const (
 
 var kindNames = [...]string{"transient", "success", "denied", "integrity", "misconfigured"}
 
-func (k Kind) String() string {
-	if int(k) < len(kindNames) && k >= 0 {
-		return kindNames[k]
-	}
-	return fmt.Sprintf("kind %d", int(k))
-}
+func (k Kind) String() string { return nameOf(k, kindNames[:], "kind") }
 
 // MarshalText makes kinds names in JSON.
 func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
@@ -206,9 +198,4 @@ const (
 
 var actionNames = [...]string{"nothing", "unseal", "probe", "rotate", "halt", "lift", "give up"}
 
-func (a Action) String() string {
-	if int(a) < len(actionNames) && a >= 0 {
-		return actionNames[a]
-	}
-	return fmt.Sprintf("action %d", int(a))
-}
+func (a Action) String() string { return nameOf(a, actionNames[:], "action") }

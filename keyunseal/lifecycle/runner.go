@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -60,19 +61,22 @@ type Runner struct {
 	machine *Machine
 }
 
+// A command is an operator's.
 type command struct {
-	what Action // Halt for Lock, Unseal for Unlock, GiveUp for Erase
-	done chan struct{}
+	change func(now time.Time) // of the machine
+	done   chan struct{}
 }
 
 // NewRunner returns a Runner that hasn't begun. c has been checked.
-func NewRunner(c Config, host Host) *Runner {
-	return &Runner{host: host, machine: New(c, now()), commands: make(chan command), wake: make(chan struct{}, 1)}
-}
+func NewRunner(c Config, host Host) *Runner { return newRunner(New(c, now()), host) }
 
 // RestoreRunner is NewRunner with a machine of [Restore].
 func RestoreRunner(c Config, s Snapshot, wiped bool, host Host) *Runner {
-	return &Runner{host: host, machine: Restore(c, s, wiped, now()), commands: make(chan command), wake: make(chan struct{}, 1)}
+	return newRunner(Restore(c, s, wiped, now()), host)
+}
+
+func newRunner(m *Machine, host Host) *Runner {
+	return &Runner{host: host, machine: m, commands: make(chan command), wake: make(chan struct{}, 1)}
 }
 
 // Snapshot returns what is known now.
@@ -84,13 +88,13 @@ func (r *Runner) Snapshot() Snapshot {
 
 // Lock stops the volume now and wipes its keys; it stays so until Unlock. It
 // returns when that is done, or the error of ctx.
-func (r *Runner) Lock(ctx context.Context) error { return r.command(ctx, command{what: Halt}) }
+func (r *Runner) Lock(ctx context.Context) error { return r.command(ctx, r.machine.Lock) }
 
 // Unlock takes a Lock back, and tries to unseal now.
-func (r *Runner) Unlock(ctx context.Context) error { return r.command(ctx, command{what: Unseal}) }
+func (r *Runner) Unlock(ctx context.Context) error { return r.command(ctx, r.machine.Unlock) }
 
 // Erase stops the volume for good.
-func (r *Runner) Erase(ctx context.Context) error { return r.command(ctx, command{what: GiveUp}) }
+func (r *Runner) Erase(ctx context.Context) error { return r.command(ctx, r.machine.Erase) }
 
 // Watch takes over what a change of the KEKs asks for, see [Machine.Watch]. c has
 // been checked. It waits for nothing, and ends no attempt that is under way: a
@@ -103,8 +107,8 @@ func (r *Runner) Watch(c Config) {
 	}
 }
 
-func (r *Runner) command(ctx context.Context, c command) error {
-	c.done = make(chan struct{})
+func (r *Runner) command(ctx context.Context, change func(now time.Time)) error {
+	c := command{change, make(chan struct{})}
 	select {
 	case r.commands <- c:
 	case <-ctx.Done():
@@ -166,16 +170,7 @@ func (r *Runner) wait(ctx context.Context, action Action, d time.Duration) bool 
 // obey carries out a command, and what follows from it at once.
 func (r *Runner) obey(c command) {
 	defer close(c.done)
-	r.update(func(now time.Time) {
-		switch c.what {
-		case Halt:
-			r.machine.Lock(now)
-		case Unseal:
-			r.machine.Unlock(now)
-		case GiveUp:
-			r.machine.Erase(now)
-		}
-	})
+	r.update(c.change)
 	r.mu.Lock()
 	action, _ := r.machine.Next()
 	r.mu.Unlock()
@@ -187,11 +182,14 @@ func (r *Runner) obey(c command) {
 // do carries out one action. A command that comes while the KEK is being asked
 // ends that attempt: a lock must not wait for a vault that doesn't answer.
 func (r *Runner) do(ctx context.Context, action Action) {
-	limit := r.Limit
-	if limit == 0 {
-		limit = 90 * time.Second
-	}
+	attempt, report := r.host.Probe, r.machine.Probed
 	switch action {
+	case Unseal:
+		attempt, report = func(ctx context.Context) Outcome {
+			return r.host.Unseal(ctx, func() { r.update(r.machine.KeyObtained) })
+		}, r.machine.Unsealed
+	case Rotate:
+		attempt, report = r.host.Rotate, r.machine.Rotated
 	case Halt:
 		r.mu.Lock()
 		policy := r.machine.HaltPolicy()
@@ -205,20 +203,10 @@ func (r *Runner) do(ctx context.Context, action Action) {
 		return
 	}
 
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(r.Limit, 90*time.Second))
 	defer cancel()
 	result := make(chan Outcome, 1)
-	go func() {
-		result <- r.guarded(func() Outcome {
-			switch action {
-			case Unseal:
-				return r.host.Unseal(ctx, func() { r.update(r.machine.KeyObtained) })
-			case Probe:
-				return r.host.Probe(ctx)
-			}
-			return r.host.Rotate(ctx)
-		})
-	}()
+	go func() { result <- guarded(ctx, attempt) }()
 	var pending *command
 	var o Outcome
 	select {
@@ -227,24 +215,10 @@ func (r *Runner) do(ctx context.Context, action Action) {
 		cancel()
 		o, pending = <-result, &c
 	}
-	if pending != nil && o.Kind != Success {
-		// It failed because it was interrupted: that says nothing.
-		if action == Rotate {
-			r.update(func(now time.Time) { r.machine.Rotated(now, o) })
-		}
-		r.obey(*pending)
-		return
+	// What has failed because it was interrupted says nothing of the KEK.
+	if pending == nil || o.Kind == Success || action == Rotate {
+		r.update(func(now time.Time) { report(now, o) })
 	}
-	r.update(func(now time.Time) {
-		switch action {
-		case Unseal:
-			r.machine.Unsealed(now, o)
-		case Probe:
-			r.machine.Probed(now, o)
-		case Rotate:
-			r.machine.Rotated(now, o)
-		}
-	})
 	if pending != nil {
 		r.obey(*pending)
 	}
@@ -252,13 +226,13 @@ func (r *Runner) do(ctx context.Context, action Action) {
 
 // guarded makes a panic a transient failure: what is below here is a vendor's
 // SDK and a process that may die.
-func (r *Runner) guarded(f func() Outcome) (o Outcome) {
+func guarded(ctx context.Context, attempt func(context.Context) Outcome) (o Outcome) {
 	defer func() {
 		if p := recover(); p != nil {
 			o = Outcome{Kind: Transient, Class: "internal", Text: fmt.Sprintf("panic: %v", p)}
 		}
 	}()
-	return f()
+	return attempt(ctx)
 }
 
 // update changes the machine and tells the host.
