@@ -33,6 +33,9 @@ type Identity struct {
 	Certificate *x509.Certificate
 }
 
+// tokenLifetime is that of an access token.
+const tokenLifetime = 24 * time.Hour
+
 // AddIdentity adds an identity with permissions such as "get", "wrapKey" and
 // "unwrapKey" on all vaults.
 func (s *Server) AddIdentity(id Identity, permissions ...string) {
@@ -108,7 +111,7 @@ func (s *Server) issue(id *Identity, audience string) (token string, c claims, e
 	now := s.opts.Now()
 	c = claims{
 		Audience: audience, Issuer: s.issuer(),
-		IssuedAt: now.Unix(), NotBefore: now.Add(-5 * time.Minute).Unix(), Expires: now.Add(s.opts.TokenLifetime).Unix(),
+		IssuedAt: now.Unix(), NotBefore: now.Add(-5 * time.Minute).Unix(), Expires: now.Add(tokenLifetime).Unix(),
 		AppID: id.ClientID, ObjectID: id.ObjectID, Subject: id.ObjectID, Tenant: s.opts.Tenant, Version: "1.0",
 	}
 	payload, err := json.Marshal(c)

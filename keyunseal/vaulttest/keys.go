@@ -90,12 +90,9 @@ func (s *Server) AddAESKey(url string) (string, error) {
 	if !isHSM(host) {
 		return "", fmt.Errorf("vaulttest: %s is not a managed HSM", host)
 	}
-	v := s.emptyVersion()
-	v.aes = make([]byte, 32)
-	rand.Read(v.aes)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.addVersion(host, name, v), nil
+	return s.addVersion(host, name, s.newAESVersion()), nil
 }
 
 func (s *Server) newVersion(bits int) (*version, error) {
@@ -109,6 +106,13 @@ func (s *Server) newVersion(bits int) (*version, error) {
 	v := s.emptyVersion()
 	v.priv = priv
 	return v, nil
+}
+
+func (s *Server) newAESVersion() *version {
+	v := s.emptyVersion()
+	v.aes = make([]byte, 32)
+	rand.Read(v.aes)
+	return v
 }
 
 func (s *Server) emptyVersion() *version {
@@ -637,14 +641,11 @@ func (s *Server) rotateKey(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := s.emptyVersion()
+	v := s.newAESVersion()
 	if old.priv != nil {
 		if v, err = s.newVersion(old.priv.N.BitLen()); err != nil {
 			return nil, err
 		}
-	} else {
-		v.aes = make([]byte, 32)
-		rand.Read(v.aes)
 	}
 	v.ops = old.ops
 	if k.policy != nil && k.policy.Attributes.ExpiryTime != "" {
@@ -718,30 +719,47 @@ const (
 	algCKMPad  = "CKM_AES_KEY_WRAP_PAD"
 )
 
-// operand reads the body of wrapkey and unwrapkey. newHash is nil for AES keys.
-// alg is what the answer repeats, padded tells how an AES key wraps.
-func (s *Server) operand(c *call, v *version) (newHash func() hash.Hash, value []byte, alg string, padded bool, err error) {
+// An operand is what wrapkey and unwrapkey work on.
+type operand struct {
+	key     *key
+	version *version
+	newHash func() hash.Hash // of OAEP; nil for an AES key
+	padded  bool             // how an AES key wraps
+	value   []byte
+	alg     string // what the answer repeats
+}
+
+// operand finds the key of an operation, reads its body and checks that the key may
+// be used for it.
+func (s *Server) operand(c *call, op string) (*operand, error) {
+	k, v, err := s.lookup(c)
+	if err != nil {
+		return nil, err
+	}
 	var p operation
 	if err := json.Unmarshal(c.body, &p); err != nil {
-		return nil, nil, "", false, badParameter("The request body is missing or not valid JSON.")
+		return nil, badParameter("The request body is missing or not valid JSON.")
 	}
+	o := &operand{key: k, version: v, padded: p.Alg == algCKMPad}
 	switch {
 	case p.Alg == "RSA-OAEP-256" && v.priv != nil:
-		newHash = sha256.New
+		o.newHash = sha256.New
 	case p.Alg == "RSA-OAEP" && v.priv != nil:
-		newHash = sha1.New
+		o.newHash = sha1.New
 	case (p.Alg == "A256KW" || p.Alg == algCKMWrap || p.Alg == algCKMPad) && v.aes != nil:
 	default:
-		return nil, nil, "", false, badParameter("Property alg has the invalid or unsupported value %q.", p.Alg)
+		return nil, badParameter("Property alg has the invalid or unsupported value %q.", p.Alg)
 	}
-	if value, err = unb64(p.Value); err != nil || len(value) == 0 {
-		return nil, nil, "", false, badParameter("Property value is not a valid base64url string.")
+	if o.value, err = unb64(p.Value); err != nil || len(o.value) == 0 {
+		return nil, badParameter("Property value is not a valid base64url string.")
 	}
 	if isHSM(c.host) {
-		alg = p.Alg
+		o.alg = p.Alg
 	}
-	return newHash, value, alg, p.Alg == algCKMPad, nil
+	return o, s.usable(v, op)
 }
+
+func (o *operand) result(value []byte) result { return result{o.key.kid(o.version), o.alg, b64(value)} }
 
 // usable checks what a key's attributes allow. Outside its validity a key may
 // still unwrap, but neither wrap nor sign; when disabled it may not.
@@ -764,36 +782,54 @@ func (s *Server) usable(v *version, op string) error {
 }
 
 func (s *Server) wrap(c *call) (any, error) {
-	k, v, err := s.lookup(c)
+	o, err := s.operand(c, "wrapKey")
 	if err != nil {
-		return nil, err
-	}
-	newHash, value, alg, padded, err := s.operand(c, v)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.usable(v, "wrapKey"); err != nil {
 		return nil, err
 	}
 	if s.opts.Plaintext != nil {
-		s.opts.Plaintext("wrapkey", value)
+		s.opts.Plaintext("wrapkey", o.value)
 	}
-	if newHash == nil {
+	if o.newHash == nil {
 		wrap := aesWrap
-		if padded {
+		if o.padded {
 			wrap = aesWrapPad
 		}
-		wrapped, err := wrap(v.aes, value)
+		wrapped, err := wrap(o.version.aes, o.value)
 		if err != nil {
 			return nil, badParameter("%v", err)
 		}
-		return result{k.kid(v), alg, b64(wrapped)}, nil
+		return o.result(wrapped), nil
 	}
-	wrapped, err := rsa.EncryptOAEP(newHash(), rand.Reader, &v.priv.PublicKey, value, nil)
+	wrapped, err := rsa.EncryptOAEP(o.newHash(), rand.Reader, &o.version.priv.PublicKey, o.value, nil)
 	if err != nil {
 		return nil, badParameter("Property value is too long for this key and algorithm.")
 	}
-	return result{k.kid(v), alg, b64(wrapped)}, nil
+	return o.result(wrapped), nil
+}
+
+func (s *Server) unwrap(c *call) (any, error) {
+	o, err := s.operand(c, "unwrapKey")
+	if err != nil {
+		return nil, err
+	}
+	var plain []byte
+	switch priv := o.version.priv; {
+	case o.padded:
+		plain, err = aesUnwrapPad(o.version.aes, o.value)
+	case o.newHash == nil:
+		plain, err = aesUnwrap(o.version.aes, o.value)
+	case len(o.value) != priv.Size():
+		return nil, badParameter("Property value has %d bytes, the key has %d.", len(o.value), priv.Size())
+	default:
+		plain, err = rsa.DecryptOAEP(o.newHash(), nil, priv, o.value, nil)
+	}
+	if err != nil {
+		return nil, badParameter("The parameter is incorrect.")
+	}
+	if s.opts.Plaintext != nil {
+		s.opts.Plaintext("unwrapkey", plain)
+	}
+	return o.result(plain), nil
 }
 
 // sign signs a digest of SHA-256 with an RSA key.
@@ -826,36 +862,4 @@ func (s *Server) sign(c *call) (any, error) {
 		return nil, err
 	}
 	return result{KID: k.kid(v), Value: b64(value)}, nil
-}
-
-func (s *Server) unwrap(c *call) (any, error) {
-	k, v, err := s.lookup(c)
-	if err != nil {
-		return nil, err
-	}
-	newHash, value, alg, padded, err := s.operand(c, v)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.usable(v, "unwrapKey"); err != nil {
-		return nil, err
-	}
-	var plain []byte
-	switch {
-	case padded:
-		plain, err = aesUnwrapPad(v.aes, value)
-	case newHash == nil:
-		plain, err = aesUnwrap(v.aes, value)
-	case len(value) != v.priv.Size():
-		return nil, badParameter("Property value has %d bytes, the key has %d.", len(value), v.priv.Size())
-	default:
-		plain, err = rsa.DecryptOAEP(newHash(), nil, v.priv, value, nil)
-	}
-	if err != nil {
-		return nil, badParameter("The parameter is incorrect.")
-	}
-	if s.opts.Plaintext != nil {
-		s.opts.Plaintext("unwrapkey", plain)
-	}
-	return result{k.kid(v), alg, b64(plain)}, nil
 }

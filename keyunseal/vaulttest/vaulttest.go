@@ -5,8 +5,8 @@
 // Nothing in hostcryptd knows that it talks to the double. A unit test calls
 // [Server.Start] and gives [Server.Transport] to the client: the transport maps
 // vault and login names and 169.254.169.254 to loopback, and refuses everything
-// else. A virtual machine runs [Server.ListenAndServe] on its own addresses, has
-// the names in its hosts file and [Server.CAPEM] in its certificate store.
+// else. A virtual machine runs [Server.Serve] on its own addresses, has the names in
+// its hosts file and [Server.CAPEM] in its certificate store.
 //
 // BEHAVIOUR.md lists what is imitated and how each point is known: recorded from
 // the live service, documented, reported in an issue, or inferred.
@@ -16,6 +16,7 @@
 package vaulttest
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -51,9 +52,6 @@ type Options struct {
 
 	// Now is the double's clock; nil means time.Now.
 	Now func() time.Time
-
-	// TokenLifetime of an access token; 0 means 24 hours.
-	TokenLifetime time.Duration
 
 	// AsyncDelay is how long deletions and recoveries take to become visible; 0
 	// means 10 seconds.
@@ -148,20 +146,11 @@ const arcHost = "127.0.0.1:40342"
 // holds a saved state, it has the keys, the certificate authority and the system
 // assigned identity of that state instead.
 func New(opts Options) (*Server, error) {
-	if opts.Tenant == "" {
-		opts.Tenant = DefaultTenant
-	}
+	opts.Tenant = cmp.Or(opts.Tenant, DefaultTenant)
+	opts.AsyncDelay = cmp.Or(opts.AsyncDelay, 10*time.Second)
+	opts.RecoveryLevel = cmp.Or(opts.RecoveryLevel, "Recoverable")
 	if opts.Now == nil {
 		opts.Now = time.Now
-	}
-	if opts.TokenLifetime == 0 {
-		opts.TokenLifetime = 24 * time.Hour
-	}
-	if opts.AsyncDelay == 0 {
-		opts.AsyncDelay = 10 * time.Second
-	}
-	if opts.RecoveryLevel == "" {
-		opts.RecoveryLevel = "Recoverable"
 	}
 	s := &Server{
 		opts:       opts,
@@ -275,25 +264,9 @@ func Dial(tlsAddr, imdsAddr string, caPEM []byte) *http.Transport {
 	}
 }
 
-// ListenAndServe serves vaults and Entra ID by TLS on tlsAddr and the IMDS by
-// plain HTTP on imdsAddr, such as ":443" and "169.254.169.254:80". It returns
-// when ctx ends, with nil, or when listening fails.
-func (s *Server) ListenAndServe(ctx context.Context, tlsAddr, imdsAddr string) error {
-	var lc net.ListenConfig
-	tl, err := lc.Listen(ctx, "tcp", tlsAddr)
-	if err != nil {
-		return err
-	}
-	il, err := lc.Listen(ctx, "tcp", imdsAddr)
-	if err != nil {
-		tl.Close()
-		return err
-	}
-	return s.Serve(ctx, tl, il)
-}
-
-// Serve serves on two listeners and closes them. It returns when ctx ends, with
-// nil, or when accepting fails. Requests still under way are cut off.
+// Serve serves vaults and Entra ID by TLS on one listener, the IMDS by plain HTTP
+// on another, and closes both. It returns when ctx ends, with nil, or when accepting
+// fails. Requests still under way are cut off.
 func (s *Server) Serve(ctx context.Context, tlsListener, imdsListener net.Listener) error {
 	base, cancel := context.WithCancel(context.Background())
 	defer cancel()
