@@ -15,7 +15,7 @@ BIN         ?= bin/hostcryptd
 DEPS := gcc libc6-dev git ca-certificates \
 	qemu-system-x86 qemu-utils libnbd-bin nbdfuse nbdkit cryptsetup-bin dmsetup fio \
 	e2fsprogs xfsprogs util-linux fdisk mount kmod xz-utils cpio \
-	iproute2 man-db systemd mmdebstrap shellcheck openssl qemu-user-static swtpm swtpm-tools tpm2-tools
+	iproute2 man-db mandoc systemd mmdebstrap shellcheck openssl qemu-user-static swtpm swtpm-tools tpm2-tools
 
 export CGO_ENABLED ?= 0
 
@@ -89,14 +89,11 @@ check-generate: ## fail if generated files are not up to date
 	@before=$$(git diff | sha256sum); $(MAKE) --no-print-directory generate >/dev/null; \
 	[ "$$before" = "$$(git diff | sha256sum)" ] || { echo "'make generate' changed files:" >&2; git diff --stat >&2; exit 1; }
 
-man: build ## write the manual pages to dist/man
-	bin/hostcryptd man dist/man
-
 install: build ## install binary, manual, completions, units and udev rules under DESTDIR
 	@[ "$(PREFIX)" = /usr ] || { echo "PREFIX=$(PREFIX): units and scripts call /usr/sbin/hostcryptd and read /usr/lib/hostcryptd, so it has to be /usr; nothing was installed (DESTDIR=DIR installs below DIR)" >&2; exit 1; }
 	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/hostcryptd
-	install -d $(DESTDIR)$(PREFIX)/share/man/man8
-	$(BIN) man $(DESTDIR)$(PREFIX)/share/man/man8
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 cmd/hostcryptd/hostcryptd.8
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 cmd/hostcryptd/hostcrypttab.5
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system systemd/hostcryptd@.service systemd/hostcryptd-dial.service systemd/hostcryptd.target systemd/system-hostcryptd.slice
 	install -d -m 755 $(DESTDIR)$(PREFIX)/lib/systemd/system-generators
 	ln -sf ../../../sbin/hostcryptd $(DESTDIR)$(PREFIX)/lib/systemd/system-generators/hostcryptd-generator
@@ -126,6 +123,6 @@ uninstall: build ## remove what install puts there; /etc/hostcryptd and /etc/hos
 	for d in hostcryptd dracut/modules.d/95hostcryptd; do [ ! -d "$$dest/usr/lib/$$d" ] || rmdir "$$dest/usr/lib/$$d"; done
 
 clean: ## remove what was built
-	rm -rf bin dist
+	rm -rf bin
 
-.PHONY: help build deps demo test check test-unit test-vm soak fuzz bench bench-profile bench-go bench-xts generate check-generate man install uninstall clean
+.PHONY: help build deps demo test check test-unit test-vm soak fuzz bench bench-profile bench-go bench-xts generate check-generate install uninstall clean

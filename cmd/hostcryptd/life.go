@@ -45,12 +45,12 @@ func (l *lifeFlags) add(c *cobra.Command) {
 	f := c.Flags()
 	f.DurationVar(&l.heartbeat, "heartbeat", autoHeartbeat, "`TIME` between two looks whether the vault's key may still be used; 0 for never (default: 10m to 30m, by the key's size, but at most two thirds of --max-offline)")
 	f.DurationVar(&l.grace, "grace", lifecycle.DefaultGrace, "`TIME` for which the volume goes on after access to its key was lost, 0 to 24h")
-	f.StringVar(&l.policy, "on-revocation", lifecycle.Stop.String(), "what the volume does then: stop, read-only, freeze (I/O waits) or warn")
+	f.StringVar(&l.policy, "on-revocation", lifecycle.Stop.String(), "what the volume does then, a `POLICY`: stop, read-only, freeze (I/O waits) or warn")
 	f.DurationVar(&l.maxOffline, "max-offline", 0, "stop too after this `TIME` without any answer of the vault (default: an outage never stops a volume)")
-	f.StringVar(&l.expired, "expired-key", "warn", "a key that has expired still unwraps: warn, or deny, which takes that for lost access")
+	f.StringVar(&l.expired, "expired-key", "warn", "`ACTION` when the key has expired, which still unwraps: warn, or deny, which takes that for lost access")
 	f.DurationVar(&l.confirm, "confirm", lifecycle.DefaultConfirmSpan, "believe the vault's denials when there were three in this `TIME`; new grants take minutes to arrive")
 	f.DurationVar(&l.rotation, "rotate-check", lifecycle.DefaultRotation, "`TIME` between two looks for a newer version of the vault's key, to rewrap with; 0 for never")
-	c.Flags().Lookup("heartbeat").DefValue = ""
+	c.Flags().Lookup("heartbeat").DefValue = "0s" // so that --help says nothing
 }
 
 // config makes a machine's configuration of the flags and of what keySize says.

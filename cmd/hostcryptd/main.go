@@ -80,7 +80,9 @@ attaches it as /dev/nbdN, and QEMU or any libnbd client uses a Unix socket.
 The data key is stored wrapped in the disk's LUKS2 header. It is unwrapped with a
 key in Azure Key Vault or a Managed HSM that never leaves it, or with the platform's
 key that needs no configuration: the TPM's, or a key file's on a host without a TPM.
-With its recovery key cryptsetup opens the same disk.`
+With its recovery key cryptsetup opens the same disk.
+
+The manual is hostcryptd(8), and hostcrypttab(5) for volumes that are attached at boot.`
 
 const rootExample = `  hostcryptd format /dev/sdb --recovery-key sdb.recovery
   hostcryptd serve /dev/sdb --attach /dev/nbd0 &
@@ -109,7 +111,7 @@ func (a *app) root() *cobra.Command {
 	})
 	root.AddCommand(
 		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.reloadCommand(), a.resizeCommand(), a.detachCommand(), a.dumpCommand(),
-		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.manCommand(), a.dialCommand(),
+		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.dialCommand(),
 	)
 	return root
 }

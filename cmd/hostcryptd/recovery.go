@@ -124,6 +124,7 @@ has a backup of the header and the old key can still open the volume.`,
 	keys.add(c)
 	c.Flags().StringVar(&file, "recovery-key", "", "write the generated key to this new `FILE`")
 	c.Flags().IntVar(&slot, "keyslot", -1, "`NUMBER` of the keyslot to replace, where there are several")
+	c.Flags().Lookup("keyslot").DefValue = "0" // so that --help says nothing
 	return a.jsonFlag(c)
 }
 
@@ -159,6 +160,7 @@ volume's keys has to unseal it now: the last way in is never removed.`,
 	}
 	keys.add(c)
 	c.Flags().IntVar(&slot, "keyslot", -1, "`NUMBER` of the keyslot, where there are several")
+	c.Flags().Lookup("keyslot").DefValue = "0"
 	return a.jsonFlag(c)
 }
 

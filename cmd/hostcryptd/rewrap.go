@@ -120,6 +120,7 @@ takes another key which opens the volume.`,
 	f := c.Flags()
 	f.IntVar(&keep, "keep-old", 7, "`DAYS` for which the old token stays a way in")
 	f.IntVar(&token, "token", -1, "`NUMBER` of the token to rewrap, where there are several")
+	f.Lookup("token").DefValue = "0" // so that --help says nothing
 	f.BoolVar(&all, "all", false, "rewrap all tokens that are not retired")
 	f.BoolVar(&drop, "drop-only", false, "rewrap nothing, only remove retired tokens whose time is over")
 	keys.add(c)

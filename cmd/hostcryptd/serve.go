@@ -103,19 +103,9 @@ take over from both, while the volume is in use; so does 'systemctl restart' of 
 with FileDescriptorStoreMax=. A line of ` + tabFile + ` that turns out to be of no
 use then is logged, and the volume goes on with the one that it had.
 
-A line of ` + tabFile + ` has the form of crypttab(5): name, device (a path, UUID=,
-LABEL=, PARTUUID= or PARTLABEL=), key and options. The key is the path of the host key
-file, /dev/urandom for --random-key, or - for what the header says. Options are flags
-without their dashes, such as on-revocation=freeze or read-only, and words of crypttab:
-nofail and noauto; _netdev for what is only needed after local-fs.target, which holds
-up logins of all but root as long as there is no nofail; timeout=TIME, which is
---unseal-timeout; x-systemd.device-timeout=TIME for the device; swap and
-tmp[=TYPE], which make swap or a file system on a volume that holds neither. A line
-without attach, listen or tcp is attached. hostcryptd-generator makes a service of each
-line, 'systemctl status hostcryptd@NAME', and orders what uses /dev/hostcryptd/NAME
-after it. At shutdown the service goes on until the last file system is unmounted.
-x-initrd.attach and x-kdump.attach say that an initramfs attaches the volume: for the
-root file system, or in the kernel after a crash, which writes its dump to it.
+A line of ` + tabFile + ` has the form of crypttab(5): name, device, key and options,
+which are flags without their dashes and words of crypttab. hostcrypttab(5) describes
+them. Each line is a service, 'systemctl status hostcryptd@NAME'.
 
 --initrd is for scripts of an initramfs that attach what the root file system is on.
 The command returns when the volume is ready, and prints its kernel device; what it

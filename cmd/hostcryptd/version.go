@@ -2,13 +2,11 @@ package main
 
 import (
 	"fmt"
-	"os"
 	"runtime"
 	"runtime/debug"
 	"slices"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/cobra/doc"
 )
 
 // linkedVersion is set by the linker for a release (see the Makefile).
@@ -39,24 +37,6 @@ func (a *app) versionCommand() *cobra.Command {
 		},
 	}
 	return a.jsonFlag(c)
-}
-
-// manCommand writes the manual, made of what --help shows, for a package.
-func (a *app) manCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:    "man DIR",
-		Short:  "write the manual pages to a directory",
-		Hidden: true,
-		Args:   oneArg("DIR"),
-		RunE: func(c *cobra.Command, args []string) error {
-			if err := os.MkdirAll(args[0], 0o755); err != nil {
-				return err
-			}
-			root := c.Root()
-			root.DisableAutoGenTag = true // the same source gives the same pages
-			return doc.GenManTree(root, &doc.GenManHeader{Title: "HOSTCRYPTD", Section: "8", Source: "hostcryptd", Manual: "hostcryptd"}, args[0])
-		},
-	}
 }
 
 func median(v []float64) float64 {
