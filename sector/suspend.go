@@ -130,6 +130,9 @@ func (v *Volume) Suspended() bool {
 	return s == gateRefuse || s == gateWait
 }
 
+// Waiting tells whether the volume is suspended with [SuspendWait].
+func (v *Volume) Waiting() bool { return v.gate.state.Load() == gateWait }
+
 // Restrict refuses writes with EPERM, or permits them again. Reads go on, so
 // the keys stay in memory.
 func (v *Volume) Restrict(on bool) { v.gate.restricted.Store(on) }

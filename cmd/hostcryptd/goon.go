@@ -34,6 +34,11 @@ type serverState struct {
 	Remote bool               `json:"remote"` // there is a key in a vault
 	Index  int                `json:"index"`  // of the kernel device
 
+	// Requests is what becomes of requests to a volume without a key, which isn't
+	// always what the policy says: requestsWait or requestsRefused, and "" if it has
+	// one, or from a version that didn't say.
+	Requests string `json:"requests,omitempty"`
+
 	// Connections is how many sockets that has; 0 from a version that didn't say.
 	Connections int `json:"connections,omitempty"`
 
@@ -43,6 +48,11 @@ type serverState struct {
 }
 
 const serverStateVersion = 1
+
+const (
+	requestsWait    = "wait"
+	requestsRefused = "refused"
+)
 
 // parseState returns the state to go on with, or nil.
 func parseState(b []byte) (*serverState, error) {
@@ -70,6 +80,12 @@ func (d *daemon) pushState() {
 	s, known := d.left, d.index >= 0 && d.volume != nil
 	if known {
 		s.Version, s.Volume, s.Index = serverStateVersion, d.volume.State(), d.index
+		switch {
+		case d.volume.Waiting():
+			s.Requests = requestsWait
+		case d.volume.Suspended():
+			s.Requests = requestsRefused
+		}
 	}
 	d.mu.Unlock()
 	if !known {
@@ -143,7 +159,8 @@ func (d *daemon) openHandover() (err error) {
 // goOn makes the volume of the server before.
 func (d *daemon) goOn(s *serverState) error {
 	mode := sector.SuspendRefuse
-	if (s.Life.Policy == lifecycle.Freeze || d.keyLost) && !s.Life.Locked && s.Life.State != lifecycle.Erased {
+	wait := s.Requests == requestsWait || s.Requests == "" && (s.Life.Policy == lifecycle.Freeze || d.keyLost)
+	if wait && !s.Life.Locked && s.Life.State != lifecycle.Erased {
 		mode = sector.SuspendWait
 	}
 	v, err := sector.Continue(d.device, s.Volume, d.handover, mode)

@@ -240,6 +240,74 @@ func TestGoOnErased(t *testing.T) {
 	}
 }
 
+// TestGoOnRequests: what becomes of requests to a volume without a key is what became of
+// them with the server before. After a lock and an unlock that found no key they are
+// refused, also where they would wait after a revocation.
+func TestGoOnRequests(t *testing.T) {
+	d, keeper := leavingServer(t)
+	before := func() *serverState {
+		t.Helper()
+		d.mu.Lock()
+		d.left.Life = d.life.Snapshot()
+		d.left.Life.Policy = lifecycle.Freeze
+		d.mu.Unlock()
+		d.pushState()
+		if err := keeper.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		var last *serverState
+		for {
+			var m keeperMessage
+			f, err := receivePacket(keeper, &m)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				return last
+			}
+			if f != nil {
+				f.Close()
+			}
+			if m.State == nil {
+				continue
+			}
+			if last, err = parseState(m.State); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := errors.Join(d.life.Lock(t.Context()), d.life.Unlock(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	d.stopLife()
+	refused := before()
+	if refused.Life.Locked || refused.Life.State == lifecycle.Locked {
+		t.Fatalf("after lock and unlock: %+v", refused.Life)
+	}
+	wantRefused(t, "before", readOf(d.volume))
+	first := d.volume
+	if err := d.goOn(refused); err != nil {
+		t.Fatal(err)
+	}
+	wantRefused(t, "after a lock and an unlock", readOf(d.volume))
+
+	_ = d.volume.Close()
+	d.volume = first
+	if err := d.volume.Suspend(sector.SuspendWait); err != nil {
+		t.Fatal(err)
+	}
+	waits := before()
+	silent := *waits
+	silent.Requests = ""
+	for what, s := range map[string]*serverState{"of a revoked volume": waits, "of a version that didn't say": &silent} {
+		if err := d.goOn(s); err != nil {
+			t.Fatal(err)
+		}
+		if ended := readOf(d.volume); !d.volume.Waiting() {
+			t.Errorf("a read %s: %v", what, <-ended)
+		}
+		_ = d.volume.Close()
+	}
+	_ = first.Close()
+}
+
 // TestLeftHeader: what is said of a rewrap that was killed is what it has done.
 func TestLeftHeader(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "disk.img")
