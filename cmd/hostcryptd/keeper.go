@@ -1149,6 +1149,7 @@ type keeperLink struct {
 
 	pid  int         // of the keeper
 	dead atomic.Bool // it is
+	left atomic.Bool // this server has left, and the keeper has no more use for it
 
 	leave   chan struct{} // closed when the server is to leave
 	refused chan string   // capacity 1: why a reload came to nothing
@@ -1216,6 +1217,9 @@ func (k *keeperLink) listen(log *zap.Logger) {
 		f, err := receivePacket(k.conn, &o)
 		if err != nil {
 			k.dead.Store(true)
+			if k.left.Load() {
+				return // it was the keeper that ended this
+			}
 			log.Error("the keeper has died; this server goes on, but nothing replaces it if it dies", zap.Error(err))
 			return
 		}
@@ -1290,5 +1294,8 @@ func (k *keeperLink) send(m keeperMessage, f *os.File) error {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if m.Left {
+		k.left.Store(true) // its answer may be faster than this
+	}
 	return sendPacket(k.conn, m, f)
 }

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/sys/unix"
 )
 
@@ -48,5 +49,28 @@ func TestKeeperGone(t *testing.T) {
 	link.listen(zap.NewNop()) // until there is nobody to listen to
 	if keeper, text, problem := show(); keeper != 0 || !strings.Contains(text, "keeper:    NONE") || !problem {
 		t.Errorf("without a keeper, that is process %d, said to be missing: %v\n%s", keeper, problem, text)
+	}
+}
+
+// TestKeeperLeftBehind: a server that is still there after it has left doesn't take the
+// end of its link for the keeper's death. One that dies before is missed.
+func TestKeeperLeftBehind(t *testing.T) {
+	for _, left := range []bool{false, true} {
+		conn, keeper := unixPair(t, unix.SOCK_SEQPACKET)
+		link := &keeperLink{conn: conn, pid: os.Getppid(), leave: make(chan struct{}), refused: make(chan string, 1)}
+		if err := sendPacket(keeper, keeperOrder{Leave: true}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if left {
+			if err := link.send(keeperMessage{Left: true}, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		keeper.Close()
+		core, logs := observer.New(zap.ErrorLevel)
+		link.listen(zap.New(core))
+		if got, want := logs.FilterMessageSnippet("the keeper has died").Len(), 1; (got == want) == left || link.keeper() != 0 {
+			t.Errorf("left: %v: said %d times that the keeper has died; it is %d", left, got, link.keeper())
+		}
 	}
 }
