@@ -98,6 +98,11 @@ seconds, and no request fails. Clients of --listen and --tcp have to connect aga
 both are killed, I/O waits for up to an hour for 'serve' to be started again with the
 same volume; what is encrypted with --random-key is lost then.
 
+Give a volume with --on-revocation freeze an --audit-log that is not on itself. As long
+as it waits for the key, a server that writes there waits for the volume that it serves,
+and no signal ends a process that waits so: if it's killed, nothing takes its place
+before the next boot. 'hostcryptd reload' and a restart work.
+
 'hostcryptd reload', or SIGHUP to the keeper, has the program that is installed now
 take over from both, while the volume is in use; so does 'systemctl restart' of a unit
 with FileDescriptorStoreMax=. A line of ` + tabFile + ` that turns out to be of no
