@@ -28,7 +28,8 @@ build: ## build bin/hostcryptd, a static binary
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/hostcryptd ./cmd/hostcryptd
 
 deps: ## install with apt what building and testing takes (needs root), or say what is missing
-	@missing=$$(for p in $(DEPS); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done); \
+	@have=$$(dpkg-query -W -f '$${db:Status-Status}, $${Package}, $${Provides}\n' | sed -n 's/^installed, //p' | tr ',' '\n' | sed 's/ *(.*//; s/ //g'); \
+	missing=$$(for p in $(DEPS); do echo "$$have" | grep -qxF -- $$p || echo $$p; done); \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" != 0 ]; then echo "missing packages; as root: apt-get install --no-install-recommends" $$missing >&2; exit 1; fi; \
 	echo "installing" $$missing; \
