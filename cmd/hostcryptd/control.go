@@ -752,11 +752,7 @@ func (a *app) postCommand(name, short, long, done string) *cobra.Command {
 			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/"+name, nil); err != nil {
 				return err
 			}
-			if a.json {
-				return a.printJSON(map[string]string{"uuid": s.UUID, "device": s.Device})
-			}
-			fmt.Fprintf(a.stdout, "%s %s\n", s.Device, done)
-			return nil
+			return a.answer(nil, map[string]string{"uuid": s.UUID, "device": s.Device}, "%s %s", s.Device, done)
 		},
 	}
 	return a.jsonFlag(c)
@@ -786,11 +782,7 @@ state, everything stays as it was. SIGHUP to the keeper does the same.
 			for {
 				var now status
 				if err := client.do(c.Context(), "GET", "/v1/status", &now); err == nil && now.PID != before.PID && now.State == stateServing {
-					if a.json {
-						return a.printJSON(map[string]any{"uuid": now.UUID, "device": now.Device, "version": now.Version, "pid": now.PID})
-					}
-					fmt.Fprintf(a.stdout, "%s is served by version %s now\n", now.Device, now.Version)
-					return nil
+					return a.answer(nil, map[string]any{"uuid": now.UUID, "device": now.Device, "version": now.Version, "pid": now.PID}, "%s is served by version %s now", now.Device, now.Version)
 				}
 				select {
 				case <-c.Context().Done():
@@ -834,11 +826,7 @@ the kernel device is mounted or otherwise in use.
 				case <-time.After(10 * time.Millisecond):
 				}
 			}
-			if a.json {
-				return a.printJSON(map[string]string{"uuid": s.UUID, "device": s.Device})
-			}
-			fmt.Fprintf(a.stdout, "%s is detached\n", s.Device)
-			return nil
+			return a.answer(nil, map[string]string{"uuid": s.UUID, "device": s.Device}, "%s is detached", s.Device)
 		},
 	}
 	return a.jsonFlag(c)

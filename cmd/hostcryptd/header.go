@@ -263,14 +263,7 @@ back it doesn't tell.`,
 				if err == nil {
 					err = commit()
 				}
-				if err != nil {
-					return err
-				}
-				if a.json {
-					return a.printJSON(map[string]any{"device": args[0], "signed_by": spec})
-				}
-				fmt.Fprintf(a.stdout, "%s is signed by %s\n", args[0], spec)
-				return nil
+				return a.answer(err, map[string]any{"device": args[0], "signed_by": spec}, "%s is signed by %s", args[0], spec)
 			})
 		},
 	}

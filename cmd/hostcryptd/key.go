@@ -244,14 +244,7 @@ that gave, and writes it to the header. The volume may be in use meanwhile.`,
 					added = "of " + spec // it has no number
 				}
 				keys.changed(c.Context(), d, audit.KeyAdd, added, err)
-				if err != nil {
-					return err
-				}
-				if a.json {
-					return a.printJSON(map[string]any{"device": args[0], "token": id})
-				}
-				fmt.Fprintf(a.stdout, "token %d of %s now opens the volume with %s\n", id, args[0], spec)
-				return nil
+				return a.answer(err, map[string]any{"device": args[0], "token": id}, "token %d of %s now opens the volume with %s", id, args[0], spec)
 			})
 		},
 	}
@@ -285,14 +278,7 @@ volume.`,
 			return withHeader(args[0], false, func(d *sector.Device) error {
 				err := sector.RemoveToken(c.Context(), d, keys.unsealer(a.cliLog()), id, force, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.KeyRemove, fmt.Sprintf("token %d", id), err)
-				if err != nil {
-					return err
-				}
-				if a.json {
-					return a.printJSON(map[string]any{"device": args[0], "removed": id})
-				}
-				fmt.Fprintf(a.stdout, "token %d of %s is removed\n", id, args[0])
-				return nil
+				return a.answer(err, map[string]any{"device": args[0], "removed": id}, "token %d of %s is removed", id, args[0])
 			})
 		},
 	}

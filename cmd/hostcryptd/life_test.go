@@ -128,9 +128,9 @@ func openUnseal(_ context.Context, _ string, token json.RawMessage, key *[sector
 	return err
 }
 
-// TestHangingHeader: a disk that doesn't give out the header keeps nobody from
-// looking at the keys that are known.
-func TestHangingHeader(t *testing.T) {
+// openVolume opens a new volume on a disk in memory.
+func openVolume(t *testing.T) (*sectortest.Disk, *sector.Volume) {
+	t.Helper()
 	disk := sectortest.New(24 << 20)
 	if _, err := sector.Format(t.Context(), disk, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
 		t.Fatal(err)
@@ -139,7 +139,14 @@ func TestHangingHeader(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer v.Close()
+	t.Cleanup(func() { v.Close() })
+	return disk, v
+}
+
+// TestHangingHeader: a disk that doesn't give out the header keeps nobody from
+// looking at the keys that are known.
+func TestHangingHeader(t *testing.T) {
+	disk, v := openVolume(t)
 	h := &keyHost{d: &daemon{volume: v, log: zap.NewNop(), opts: serveOptions{keys: keyFlags{auditLog: "none"}}}}
 	reads, answers := make(chan bool, 100), make(chan bool)
 	disk.Fail(func(op sectortest.Op, n int, off int64, length int) error {
@@ -173,15 +180,7 @@ func TestHangingHeader(t *testing.T) {
 // asks for any more.
 func TestStopFrozen(t *testing.T) {
 	for name, stop := range map[string]func(*lifecycle.Runner, context.Context) error{"lock": (*lifecycle.Runner).Lock, "erase": (*lifecycle.Runner).Erase} {
-		disk := sectortest.New(24 << 20)
-		if _, err := sector.Format(t.Context(), disk, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
-			t.Fatal(err)
-		}
-		v, err := sector.Open(t.Context(), disk, openUnseal, sector.OpenOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer v.Close()
+		_, v := openVolume(t)
 		if err := v.Suspend(sector.SuspendWait); err != nil {
 			t.Fatal(err)
 		}
@@ -358,16 +357,8 @@ func TestRewrapOutcome(t *testing.T) {
 
 // TestHaltEndsLook: when a volume was stopped, no look at its header has the key.
 func TestHaltEndsLook(t *testing.T) {
-	disk := sectortest.New(24 << 20)
-	if _, err := sector.Format(t.Context(), disk, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
-		t.Fatal(err)
-	}
 	for _, policy := range []lifecycle.Policy{lifecycle.Stop, lifecycle.Freeze} {
-		v, err := sector.Open(t.Context(), disk, openUnseal, sector.OpenOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer v.Close()
+		_, v := openVolume(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		look := &headerLook{cancel: cancel, done: make(chan struct{})}
 		h := &keyHost{d: &daemon{volume: v, log: zap.NewNop()}, look: look}

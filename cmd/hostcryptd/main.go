@@ -130,6 +130,17 @@ func (a *app) printJSON(v any) error {
 	return e.Encode(v)
 }
 
+// answer ends a command: with its error, else with v if --json was given, or a line.
+func (a *app) answer(err error, v any, format string, args ...any) error {
+	if err == nil && a.json {
+		return a.printJSON(v)
+	}
+	if err == nil {
+		fmt.Fprintf(a.stdout, format+"\n", args...)
+	}
+	return err
+}
+
 func (a *app) warnf(format string, args ...any) {
 	fmt.Fprintf(a.stderr, "hostcryptd: warning: "+format+"\n", args...)
 }

@@ -71,14 +71,7 @@ to FILE and adds a keyslot that it opens. The volume may be in use meanwhile.`,
 				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("add keyslot %d", id), err)
 				return id, err
 			})
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return a.printJSON(map[string]any{"device": args[0], "keyslot": id, "recovery_key": file})
-			}
-			fmt.Fprintf(a.stdout, "keyslot %d of %s now opens with the key in %s; keep it somewhere else\n", id, args[0], file)
-			return nil
+			return a.answer(err, map[string]any{"device": args[0], "keyslot": id, "recovery_key": file}, "keyslot %d of %s now opens with the key in %s; keep it somewhere else", id, args[0], file)
 		},
 	}
 	keys.add(c)
@@ -111,14 +104,7 @@ has a backup of the header and the old key can still open the volume.`,
 				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("rotate, now keyslot %d", id), err)
 				return id, err
 			})
-			if err != nil {
-				return err
-			}
-			if a.json {
-				return a.printJSON(map[string]any{"device": args[0], "keyslot": id, "removed": old, "recovery_key": file})
-			}
-			fmt.Fprintf(a.stdout, "keyslot %d of %s now opens with the key in %s; keyslot %d is removed\n", id, args[0], file, old)
-			return nil
+			return a.answer(err, map[string]any{"device": args[0], "keyslot": id, "removed": old, "recovery_key": file}, "keyslot %d of %s now opens with the key in %s; keyslot %d is removed", id, args[0], file, old)
 		},
 	}
 	keys.add(c)
@@ -147,14 +133,7 @@ volume's keys has to unseal it now: the last way in is never removed.`,
 				}
 				err = sector.RemoveRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), id, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("remove keyslot %d", id), err)
-				if err != nil {
-					return err
-				}
-				if a.json {
-					return a.printJSON(map[string]any{"device": args[0], "removed": id})
-				}
-				fmt.Fprintf(a.stdout, "keyslot %d of %s is removed\n", id, args[0])
-				return nil
+				return a.answer(err, map[string]any{"device": args[0], "removed": id}, "keyslot %d of %s is removed", id, args[0])
 			})
 		},
 	}
@@ -204,14 +183,7 @@ before anything is tried. The exit code is 2 if the key opens none.`,
 				defer clear(key)
 				id, err := sector.FindRecoveryKey(c.Context(), d, key)
 				keys.changed(c.Context(), d, audit.Recovery, "test", err)
-				if err != nil {
-					return err
-				}
-				if a.json {
-					return a.printJSON(map[string]any{"device": args[0], "keyslot": id})
-				}
-				fmt.Fprintf(a.stdout, "the recovery key opens keyslot %d of %s\n", id, args[0])
-				return nil
+				return a.answer(err, map[string]any{"device": args[0], "keyslot": id}, "the recovery key opens keyslot %d of %s", id, args[0])
 			})
 		},
 	}
