@@ -188,8 +188,8 @@ func Restore(c Config, s Snapshot, wiped bool, now time.Time) *Machine {
 	case !wiped && m.nextTry.IsZero() && c.Heartbeat > 0:
 		m.nextTry = now.Add(m.phase(c.Heartbeat))
 	}
-	if !wiped && c.Rotation > 0 {
-		m.nextRotate = now.Add(m.phase(c.Rotation))
+	if !wiped {
+		m.planRotate(now)
 	}
 	if s.Denials == 0 && !m.stopsAt.IsZero() {
 		m.offline = true
@@ -321,9 +321,7 @@ func (m *Machine) Unsealed(now time.Time, o Outcome) {
 				m.nextTry = now.Add(m.phase(m.c.Heartbeat))
 			}
 		}
-		if m.c.Rotation > 0 {
-			m.nextRotate = now.Add(m.phase(m.c.Rotation))
-		}
+		m.planRotate(now)
 		m.watchOffline()
 		return
 	case Transient:
@@ -364,6 +362,13 @@ func (m *Machine) phase(d time.Duration) time.Duration {
 	return max(min(5*time.Second, d), time.Duration(m.c.Phase*float64(d)))
 }
 
+// planRotate plans the first of a row of looks for a newer version of the KEK.
+func (m *Machine) planRotate(now time.Time) {
+	if m.c.Rotation > 0 {
+		m.nextRotate = now.Add(m.phase(m.c.Rotation))
+	}
+}
+
 // watchOffline plans the end of a volume that gets no answer.
 func (m *Machine) watchOffline() {
 	if m.c.MaxOffline > 0 && m.c.Policy != Warn {
@@ -400,7 +405,11 @@ func (m *Machine) Probed(now time.Time, o Outcome) {
 		if m.denials >= m.c.Confirmations && now.Sub(m.firstDenial) >= m.c.ConfirmSpan && !restricted {
 			m.to(Grace, now)
 			m.alarm = true
-			if at := later(now, m.lastGood.Add(m.c.Grace)); m.c.Policy != Warn && (m.stopsAt.IsZero() || m.offline && at.Before(m.stopsAt)) {
+			at := m.lastGood.Add(m.c.Grace)
+			if at.Before(now) {
+				at = now
+			}
+			if m.c.Policy != Warn && (m.stopsAt.IsZero() || m.offline && at.Before(m.stopsAt)) {
 				m.stopsAt, m.offline = at, false
 			}
 		}
@@ -423,13 +432,6 @@ func (m *Machine) Probed(now time.Time, o Outcome) {
 	default:
 		m.nextTry = now.Add(max(integrityPace, m.c.Heartbeat) + m.upTo(integrityPace/3))
 	}
-}
-
-func later(a, b time.Time) time.Time {
-	if b.After(a) {
-		return b
-	}
-	return a
 }
 
 // Rotated is called at the end of a Rotate. A failure changes nothing else: the
@@ -487,9 +489,7 @@ func (m *Machine) Halted(now time.Time) {
 func (m *Machine) Lifted(now time.Time) {
 	m.lifting = false
 	m.stopped = time.Time{}
-	if m.c.Rotation > 0 {
-		m.nextRotate = now.Add(m.phase(m.c.Rotation))
-	}
+	m.planRotate(now)
 	m.to(Unlocked, now)
 }
 
@@ -549,9 +549,7 @@ func (m *Machine) Watch(c Config, now time.Time) {
 	if m.c.Heartbeat > 0 {
 		m.nextTry = now.Add(m.phase(m.c.Heartbeat))
 	}
-	if m.c.Rotation > 0 {
-		m.nextRotate = now.Add(m.phase(m.c.Rotation))
-	}
+	m.planRotate(now)
 	m.watchOffline()
 }
 
