@@ -57,17 +57,14 @@ const (
 
 // A request goes to the child's standard input.
 type request struct {
-	Version  int             `json:"version"`
-	Op       string          `json:"op"` // one of the op constants
-	Volume   string          `json:"volume"`
-	Spec     string          `json:"spec,omitempty"`
-	Token    json.RawMessage `json:"token,omitempty"`
-	HostKey  string          `json:"host_key,omitempty"`
-	TPM      string          `json:"tpm,omitempty"`
-	Cloud    string          `json:"cloud,omitempty"`
-	Identity string          `json:"identity,omitempty"`
-	Digest   []byte          `json:"digest,omitempty"` // to be signed
-	Timeout  time.Duration   `json:"timeout"`          // ns
+	Version int             `json:"version"`
+	Op      string          `json:"op"` // one of the op constants
+	Volume  string          `json:"volume"`
+	Spec    string          `json:"spec,omitempty"`
+	Token   json.RawMessage `json:"token,omitempty"`
+	Options Options         `json:"options"`
+	Digest  []byte          `json:"digest,omitempty"` // to be signed
+	Timeout time.Duration   `json:"timeout"`          // ns
 }
 
 // A verdict comes from the child's standard output. A child that has given one
@@ -181,10 +178,7 @@ func (c *Child) seal(ctx context.Context, opts Options, req request, key *[KeySi
 	defer r.Close()
 	// 32 bytes always fit, so there is nobody to wait for.
 	_, err = w.Write(key[:])
-	if cerr := w.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
+	if err := errors.Join(err, w.Close()); err != nil {
 		return nil, fail("child", "", ClassInternal, err)
 	}
 	v, err := c.run(ctx, opts, req, r)
@@ -274,8 +268,7 @@ func (c *Child) run(ctx context.Context, opts Options, req request, pipe *os.Fil
 	ctx, cancel := context.WithTimeout(ctx, childTimeout)
 	defer cancel()
 	deadline, _ := ctx.Deadline()
-	req.Version, req.HostKey, req.TPM = protocolVersion, opts.HostKey, opts.TPM
-	req.Identity, req.Cloud = opts.Identity, opts.Cloud
+	req.Version, req.Options = protocolVersion, opts
 	left := time.Until(deadline)
 	req.Timeout = max(left-childGrace, left/2)
 	stdin, err := json.Marshal(req)

@@ -66,11 +66,13 @@ func serveRequest(rt http.RoundTripper, log *zap.Logger, v *verdict) error {
 
 	ctx, cancel := context.WithTimeout(context.Background(), req.Timeout)
 	defer cancel()
-	opts := Options{HostKey: req.HostKey, TPM: req.TPM, Identity: req.Identity, Cloud: req.Cloud, Log: log, Transport: rt, Observe: func(x Exchange) {
+	opts := req.Options
+	opts.Log, opts.Transport = log, rt
+	opts.Observe = func(x Exchange) {
 		if len(v.Exchanges) < maxExchanges {
 			v.Exchanges = append(v.Exchanges, x)
 		}
-	}}
+	}
 	var key [KeySize]byte
 	defer clear(key[:])
 	switch req.Op {

@@ -79,14 +79,15 @@ const (
 var ErrNotOurs = errors.New("not a token of hostcryptd")
 
 // Options are the parts of a KEK's configuration that a token doesn't hold.
-// The zero value is what a host with defaults uses.
+// The zero value is what a host with defaults uses. What can cross to a [Child] is its
+// JSON.
 type Options struct {
 	// HostKey is the path of the host key file; empty means [DefaultHostKey].
-	HostKey string
+	HostKey string `json:"host_key,omitempty"`
 
 	// TPM is the path of the TPM's device, or of the socket of a software TPM;
 	// empty means [DefaultTPM], [NoTPM] that there is none.
-	TPM string
+	TPM string `json:"tpm,omitempty"`
 
 	// Identity names whose permissions open the vault, in one of these forms:
 	//
@@ -100,24 +101,24 @@ type Options struct {
 	//
 	// Exactly this one is used, whatever the environment says. Empty means
 	// "managed" to Seal, and to Unseal the identity that the token was sealed with.
-	Identity string
+	Identity string `json:"identity,omitempty"`
 
 	// Cloud is the path of the file that describes a private cloud; empty means
 	// [DefaultCloud]. Vaults of the public clouds don't need it.
-	Cloud string
+	Cloud string `json:"cloud,omitempty"`
 
 	// Log receives warnings about a KEK that works but shouldn't be relied on.
 	// Nil means no log.
-	Log *zap.Logger
+	Log *zap.Logger `json:"-"`
 
 	// Observe, if not nil, is told of every use of a KEK, good or bad. It's
 	// called by the goroutine that called this package.
-	Observe func(Exchange)
+	Observe func(Exchange) `json:"-"`
 
 	// Transport carries every HTTP request to the vault and to the identity
 	// endpoint; nil means direct connections that check certificates against the
 	// system's roots. It's for tests: it can't be set from outside the program.
-	Transport http.RoundTripper
+	Transport http.RoundTripper `json:"-"`
 }
 
 func (o Options) log() *zap.Logger {
