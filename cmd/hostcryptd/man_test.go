@@ -400,7 +400,8 @@ func TestManTab(t *testing.T) {
 	}
 }
 
-// TestManExamples: what the examples say, the program understands.
+// TestManExamples: the program understands what the examples say, also those of the
+// README.
 func TestManExamples(t *testing.T) {
 	tabs, commands := 0, 0
 	for _, name := range []string{commandsPage, tabPage} {
@@ -409,45 +410,57 @@ func TestManExamples(t *testing.T) {
 			block, _, _ = strings.Cut(block, "\n.Ed")
 			_, block, _ = strings.Cut(block, "\n")
 			block = strings.ReplaceAll(block, "\\e\n", " ")
-			if tab, ok := strings.CutPrefix(block, "# "+tabFile+"\n"); ok {
-				entries, bad := parseTab(tab)
-				for _, e := range entries {
-					tabs++
-					if err := e.apply((&app{}).serveCommand().Flags()); err != nil {
-						bad = append(bad, err)
-					}
-				}
-				if bad != nil {
-					t.Errorf("%s: %v in\n%s", name, bad, tab)
-				}
+			tab, ok := strings.CutPrefix(block, "# "+tabFile+"\n")
+			if !ok {
+				commands += checkCommands(t, name, block)
 				continue
 			}
-			for _, m := range regexp.MustCompile(`\bhostcryptd ([^&\n]*)`).FindAllStringSubmatch(block, -1) {
-				if strings.HasPrefix(block, "#") {
-					continue
+			entries, bad := parseTab(tab)
+			for _, e := range entries {
+				tabs++
+				if err := e.apply((&app{}).serveCommand().Flags()); err != nil {
+					bad = append(bad, err)
 				}
-				commands++
-				line, _, _ := strings.Cut(m[1], " 2>")
-				root := (&app{stdout: io.Discard, stderr: io.Discard}).root()
-				c, args, err := root.Find(strings.Fields(line))
-				if err == nil && !c.Runnable() {
-					err = fmt.Errorf("%s is no command", c.Name())
-				}
-				if err == nil {
-					err = c.ParseFlags(args)
-				}
-				if err == nil {
-					err = c.ValidateArgs(c.Flags().Args())
-				}
-				if err != nil {
-					t.Errorf("%s: hostcryptd %s: %v", name, line, err)
-				}
+			}
+			if bad != nil {
+				t.Errorf("%s: %v in\n%s", name, bad, tab)
 			}
 		}
 	}
-	if tabs < 6 || commands < 15 {
-		t.Errorf("found %d lines of hostcrypttab and %d commands; does the test still know the form of the pages?", tabs, commands)
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
 	}
+	code := regexp.MustCompile(`(?m)^    .*\n`).FindAllString(string(readme), -1)
+	inReadme := checkCommands(t, "README.md", strings.Join(code, ""))
+	if tabs < 6 || commands < 15 || inReadme < 15 {
+		t.Errorf("found %d lines of hostcrypttab, %d commands and %d in the README; does the test still know the form of the examples?", tabs, commands, inReadme)
+	}
+}
+
+var commandLine = regexp.MustCompile(`(?m)^ *(?:until |.*&& )?hostcryptd ([^&#\n]*)`)
+
+// checkCommands checks the command lines in a text, and returns their number.
+func checkCommands(t *testing.T, where, text string) int {
+	t.Helper()
+	lines := commandLine.FindAllStringSubmatch(text, -1)
+	for _, m := range lines {
+		line, _, _ := strings.Cut(m[1], " 2>")
+		c, args, err := (&app{stdout: io.Discard, stderr: io.Discard}).root().Find(strings.Fields(line))
+		if err == nil && !c.Runnable() {
+			err = fmt.Errorf("%s is no command", c.Name())
+		}
+		if err == nil {
+			err = c.ParseFlags(args)
+		}
+		if err == nil {
+			err = c.ValidateArgs(c.Flags().Args())
+		}
+		if err != nil {
+			t.Errorf("%s: hostcryptd %s: %v", where, line, err)
+		}
+	}
+	return len(lines)
 }
 
 // TestManForm: two programs that show manuals find nothing to complain of.
