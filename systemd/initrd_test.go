@@ -152,11 +152,14 @@ func crashTree(t *testing.T, tab string) (dir string) {
 	below := regexp.MustCompile(`(^|[\s"=<>])/(usr|run|proc|dev/k|dev/c|etc|s?bin)`)
 	files := map[string]string{
 		"etc/hostcrypttab": tab, "proc/uptime": "12.34 5.6\n", "proc/meminfo": "MemAvailable: 1 kB\n", "proc/vmcore": "the memory",
-		"bin/hostcryptd": "#!/bin/sh\necho \"$*\" >>" + dir + "/asked\necho " + dir + "/volume\n",
-		"bin/modprobe":   "#!/bin/sh\n", "bin/mount": "#!/bin/sh\n", "bin/umount": "#!/bin/sh\n", "bin/reboot": "#!/bin/sh\n", "bin/sleep": "#!/bin/sh\n",
+		"bin/hostcryptd": "#!/bin/sh\necho $1 >>" + dir + "/asked\necho " + dir + "/volume\n",
+		"bin/mount":      "#!/bin/sh\necho $2 >>" + dir + "/asked\n[ ! -e " + dir + "/unmountable ]\n",
+		"bin/umount":     "#!/bin/sh\n[ ! -e " + dir + "/inuse ] && echo umount >>" + dir + "/asked\n",
+		"bin/modprobe":   "#!/bin/sh\n", "bin/reboot": "#!/bin/sh\n", "bin/sleep": "#!/bin/sh\n",
 		// A file in memory has no O_DIRECT, and no bad block.
 		"usr/lib/hostcryptd/dd": `#!/bin/sh
 [ ! -e ` + dir + `/unreadable ] || case $* in *if=*) exit 1 ;; esac
+[ ! -e ` + dir + `/full ] || case $* in *of=` + dir + `*) cat >/dev/null; exit 1 ;; esac
 for word; do
 	shift
 	case $word in ?flag=direct) ;; *) set -- "$@" "$word" ;; esac
@@ -197,12 +200,20 @@ func TestInitrdDumpDestroysNothing(t *testing.T) {
 		says       string
 		writes     bool // to its first byte
 		file       bool
+		fails      bool   // after it was written
+		asked      string // of the daemon and of mount, in their order
 	}{
-		{name: "empty", make: ":", says: "writing the dump to", writes: true},
-		{name: "ext4", make: "mkfs.ext4 -q volume", says: "writing the dump to", file: true},
-		{name: "partitions", make: "echo 'label: gpt\n,8M' | sfdisk -q volume", says: "left as it is"},
-		{name: "ambivalent", make: "mkfs.ext4 -q volume && printf '\\001CD001\\001' | dd of=volume bs=1 seek=32768 conv=notrunc status=none", says: "left as it is"},
-		{name: "unreadable", make: "touch unreadable", says: "can't be read"},
+		{name: "empty", make: ":", says: "writing the dump to", writes: true, asked: "serve detach"},
+		{name: "ext4", make: "mkfs.ext4 -q volume", says: "writing the dump to", file: true, asked: "serve ext4 umount detach"},
+		{name: "xfs", make: "truncate -s 320M volume && mkfs.xfs -q volume", says: "writing the dump to", file: true, asked: "serve xfs umount detach"},
+		// Whatever fails, nothing stays mounted or attached.
+		{name: "unmountable", make: "mkfs.ext4 -q volume && touch unmountable", asked: "serve ext4 detach"},
+		{name: "full", make: "mkfs.ext4 -q volume && touch full", says: "writing the dump to", asked: "serve ext4 umount detach"},
+		{name: "full, empty", make: "touch full", says: "writing the dump to", asked: "serve detach"},
+		{name: "in use", make: "mkfs.ext4 -q volume && touch inuse", says: "writing the dump to", file: true, fails: true, asked: "serve ext4 detach"},
+		{name: "partitions", make: "echo 'label: gpt\n,8M' | sfdisk -q volume", says: "left as it is", asked: "serve detach"},
+		{name: "ambivalent", make: "mkfs.ext4 -q volume && printf '\\001CD001\\001' | dd of=volume bs=1 seek=32768 conv=notrunc status=none", says: "left as it is", asked: "serve detach"},
+		{name: "unreadable", make: "touch unreadable", says: "can't be read", asked: "serve detach"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := crashTree(t, "dump /dev/sdb - x-kdump.attach")
@@ -212,11 +223,15 @@ func TestInitrdDumpDestroysNothing(t *testing.T) {
 			}
 			before := fileSum(t, dir+"/volume")
 			said, err := runIn(t, dir, "hostcryptd_dump_to dump")
-			if ok := tt.writes || tt.file; (err == nil) != ok || !strings.Contains(said, tt.says) {
+			if ok := (tt.writes || tt.file) && !tt.fails; (err == nil) != ok || !strings.Contains(said, tt.says) {
 				t.Errorf("%v, said %q; want %q", err, said, tt.says)
 			}
 			if changed := fileSum(t, dir+"/volume") != before; changed != tt.writes {
 				t.Errorf("the volume was changed: %v, want %v", changed, tt.writes)
+			}
+			asked, _ := os.ReadFile(dir + "/asked")
+			if got := strings.Join(strings.Fields(string(asked)), " "); got != tt.asked {
+				t.Errorf("asked %q, want %q", got, tt.asked)
 			}
 			dumps, _ := filepath.Glob(dir + "/run/hostcryptd-dump/*/dump.*")
 			if (len(dumps) == 1) != tt.file {

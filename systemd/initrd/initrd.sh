@@ -75,32 +75,44 @@ hostcryptd_dump_to() {
 	else
 		dev=$(hostcryptd_attach "$1" --unseal-timeout 5m)
 	fi || return 1
-	dir=
-	type=$(blkid -p -o value -s TYPE "$dev")
+	written=0
+	hostcryptd_write "$1" "$dev" || written=1
+	# Also after a failure: keys are wiped, and the next volume may be tried.
+	hostcryptd detach "$dev" && return $written
+}
+
+# hostcryptd_write NAME DEVICE
+hostcryptd_write() {
+	type=$(blkid -p -o value -s TYPE "$2")
 	case $?:$type in
 	2:)
 		# blkid says this of a device that it can't read, too.
-		if ! /usr/lib/hostcryptd/dd "if=$dev" of=/dev/null bs=1M count=1 iflag=direct 2>/dev/null; then
+		if ! /usr/lib/hostcryptd/dd "if=$2" of=/dev/null bs=1M count=1 iflag=direct 2>/dev/null; then
 			hostcryptd_say "volume $1 can't be read"
 			return 1
 		fi
-		file=$dev
+		hostcryptd_copy "$2"
 		;;
 	0:?*)
 		dir=/run/hostcryptd-dump
 		mkdir -p "$dir"
 		modprobe -q "$type" || true
-		mount -t "$type" "$dev" "$dir" || return 1
+		mount -t "$type" "$2" "$dir" || return 1
 		stamp=$(date -u +%Y%m%d%H%M%S)
-		mkdir -p "$dir/$stamp" || return 1
-		file=$dir/$stamp/dump.$stamp
+		copied=0
+		{ mkdir -p "$dir/$stamp" && hostcryptd_copy "$dir/$stamp/dump.$stamp"; } || copied=1
+		umount "$dir" && return $copied
 		;;
 	*)
 		hostcryptd_say "volume $1 is neither empty nor one file system, but has a partition table or more than one signature: it is left as it is"
 		return 1
 		;;
 	esac
-	hostcryptd_say "writing the dump to $file; $(grep MemAvailable /proc/meminfo)"
+}
+
+# hostcryptd_copy FILE
+hostcryptd_copy() {
+	hostcryptd_say "writing the dump to $1; $(grep MemAvailable /proc/meminfo)"
 	rc=/run/hostcryptd-dump.rc
 	echo 1 >$rc
 	if [ -x /sbin/makedumpfile ] || [ -x /usr/sbin/makedumpfile ] || [ -x /usr/bin/makedumpfile ] || [ -x /bin/makedumpfile ]; then
@@ -108,12 +120,7 @@ hostcryptd_dump_to() {
 		{ makedumpfile -F ${MAKEDUMP_ARGS:--c -d 31 --message-level 6} /proc/vmcore && echo 0 >$rc; }
 	else
 		cat /proc/vmcore && echo 0 >$rc
-	fi | /usr/lib/hostcryptd/dd "of=$file" bs=1M iflag=fullblock oflag=direct conv=fsync || return 1
-	if [ -n "$dir" ]; then
-		umount "$dir" || return 1
-	fi
-	hostcryptd detach "$dev" || return 1
-	[ "$(cat $rc)" = 0 ]
+	fi | /usr/lib/hostcryptd/dd "of=$1" bs=1M iflag=fullblock oflag=direct conv=fsync && [ "$(cat $rc)" = 0 ]
 }
 
 # hostcryptd_resolver writes the name servers that the kernel's or ipconfig's

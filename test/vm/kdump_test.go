@@ -89,22 +89,23 @@ func testKdump(t *testing.T, l *systemLab) {
 	}
 	files.AddFile("/var/lib/kdump/latest_sysctls-"+l.Kernel.Release, sysctl, 0o644)
 
-	for _, maker := range []string{"initramfs-tools", "dracut"} {
+	for _, c := range [][2]string{{"initramfs-tools", "ext4"}, {"dracut", "xfs"}} {
+		maker, fstype := c[0], c[1]
 		begun := time.Now()
 		files.AddFile(name, initrds[maker], 0o600)
-		said, dump := kdump(t, l, "kdump-"+maker, files, volume)
-		l.add(fmt.Sprintf("Kdump %s\t%.1f s\tcrash kernel: %s; dump %.4g MiB\n", maker, time.Since(begun).Seconds(), strings.Join(said, ", "), dump))
+		said, dump := kdump(t, l, "kdump-"+maker, fstype, files, volume)
+		l.add(fmt.Sprintf("Kdump %s, "+fstype+"\t%.1f s\tcrash kernel: %s; dump %.4g MiB\n", maker, time.Since(begun).Seconds(), strings.Join(said, ", "), dump))
 	}
 }
 
 // kdump lets one kernel panic. It returns what the kernel said that ran then,
 // and the size of the dump in MiB.
-func kdump(t *testing.T, l *systemLab, name string, files *vmtest.Image, volume vmtest.Disk) (said []string, dump float64) {
+func kdump(t *testing.T, l *systemLab, name, fstype string, files *vmtest.Image, volume vmtest.Disk) (said []string, dump float64) {
 	t.Helper()
 	root := l.root(t, name)
 	canary := newCanary()
 	boot := vmtest.SystemBoot{
-		Name: name + "-crash", Scenario: "kdump-crash", Params: map[string]string{"canary": canary}, Files: files,
+		Name: name + "-crash", Scenario: "kdump-crash", Params: map[string]string{"canary": canary, "fs": fstype}, Files: files,
 		Append: []string{fmt.Sprintf("crashkernel=%dM", crashMemory)}, MemoryMB: 1024, Disks: []vmtest.Disk{root, volume},
 	}
 	v, err := l.system.Start(t.Context(), boot)

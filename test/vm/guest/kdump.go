@@ -56,7 +56,14 @@ func kdumpCrash(m *machine) error {
 	if err != nil {
 		return err
 	}
-	if _, err := m.run("mkfs.ext4", "-q", "-F", s.dev); err != nil {
+	params, err := kernelParameters()
+	if err != nil {
+		return err
+	}
+	if _, err := m.run("wipefs", "-qa", s.dev); err != nil {
+		return err
+	}
+	if _, err := m.run("mkfs."+params["fs"], "-q", s.dev); err != nil {
 		return err
 	}
 	// udev looks at what mkfs has written.
@@ -87,7 +94,11 @@ func kdumpRead(m *machine) error {
 	if err := os.MkdirAll(m.mnt, 0o755); err != nil {
 		return err
 	}
-	if err := m.mount(s.dev); err != nil {
+	params, err := kernelParameters()
+	if err != nil {
+		return err
+	}
+	if err := m.mountAs(params["fs"], s.dev); err != nil {
 		return err
 	}
 	dumps, err := filepath.Glob(filepath.Join(m.mnt, "*/dump.*"))

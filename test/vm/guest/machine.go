@@ -371,10 +371,12 @@ func deviceSize(dev string) (int64, error) {
 }
 
 // mount mounts an ext4 file system.
-func (m *machine) mount(dev string) error {
+func (m *machine) mount(dev string) error { return m.mountAs("ext4", dev) }
+
+func (m *machine) mountAs(fstype, dev string) error {
 	m.typed("mount", dev, m.mnt)
 	begun := time.Now()
-	if err := unix.Mount(dev, m.mnt, "ext4", 0, ""); err != nil {
+	if err := unix.Mount(dev, m.mnt, fstype, 0, ""); err != nil {
 		return fmt.Errorf("mounting %s: %w", dev, err)
 	}
 	m.exited(0, begun)
