@@ -103,7 +103,6 @@ install: build ## install binary, manual, completions, units and udev rules unde
 	install -D -m 644 systemd/hostcryptd.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/hostcryptd.conf
 	install -d -m 700 $(DESTDIR)/etc/hostcryptd
 	install -D -m 644 systemd/initrd/initrd.sh $(DESTDIR)$(PREFIX)/lib/hostcryptd/initrd.sh
-	install -D -m 755 systemd/initrd/initrd-lines $(DESTDIR)$(PREFIX)/lib/hostcryptd/initrd-lines
 	install -D -m 755 systemd/initrd/initramfs-hook $(DESTDIR)$(PREFIX)/share/initramfs-tools/hooks/hostcryptd
 	install -D -m 644 systemd/initrd/initramfs-conf $(DESTDIR)$(PREFIX)/share/initramfs-tools/conf-hooks.d/zz-hostcryptd
 	install -D -m 755 systemd/initrd/initramfs-local-top $(DESTDIR)$(PREFIX)/share/initramfs-tools/scripts/local-top/hostcryptd

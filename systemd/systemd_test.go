@@ -125,7 +125,6 @@ func TestInstall(t *testing.T) {
 		"usr/lib/tmpfiles.d/hostcryptd.conf":                     "-rw-r--r--",
 
 		"usr/lib/hostcryptd/initrd.sh":                                 "-rw-r--r--",
-		"usr/lib/hostcryptd/initrd-lines":                              "-rwxr-xr-x",
 		"usr/share/initramfs-tools/hooks/hostcryptd":                   "-rwxr-xr-x",
 		"usr/share/initramfs-tools/conf-hooks.d/zz-hostcryptd":         "-rw-r--r--",
 		"usr/share/initramfs-tools/scripts/local-top/hostcryptd":       "-rwxr-xr-x",

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -117,13 +118,7 @@ func readTab(file string) (entries []*tabEntry, bad []error, err error) {
 
 func parseTab(text string) (entries []*tabEntry, bad []error) {
 	first := map[string]*tabEntry{}
-	n := 0
-	for line := range strings.Lines(text) {
-		n++
-		f := strings.Fields(line)
-		if len(f) == 0 || strings.HasPrefix(f[0], "#") {
-			continue
-		}
+	for n, f := range tabLines(text) {
 		name := f[0]
 		if err := checkTabName(name); err != nil {
 			bad = append(bad, fmt.Errorf("line %d: %w", n, err))
@@ -140,6 +135,21 @@ func parseTab(text string) (entries []*tabEntry, bad []error) {
 		entries = append(entries, e)
 	}
 	return entries, bad
+}
+
+// tabLines are the lines of a table that say something, by their numbers: the words of
+// each.
+func tabLines(text string) iter.Seq2[int, []string] {
+	return func(yield func(int, []string) bool) {
+		n := 0
+		for line := range strings.Lines(text) {
+			n++
+			f := strings.Fields(line)
+			if len(f) > 0 && !strings.HasPrefix(f[0], "#") && !yield(n, f) {
+				return
+			}
+		}
+	}
 }
 
 // checkTabName allows what can be part of a unit's and of a file's name as it is.

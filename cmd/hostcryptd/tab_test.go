@@ -118,9 +118,9 @@ func TestTabWordsAreFlags(t *testing.T) {
 	})
 }
 
-// TestInitrdReadsTheSame compares what the scripts that make an initramfs read of
-// a table with what the daemon reads: a line that they lose is a host that
-// doesn't boot.
+// TestInitrdReadsTheSame compares what gets into an initramfs of a table, and what its
+// scripts read of that, with what the daemon reads: a line that they lose is a host
+// that doesn't boot.
 func TestInitrdReadsTheSame(t *testing.T) {
 	const option = "x-initrd.attach"
 	for _, text := range []string{
@@ -135,6 +135,7 @@ func TestInitrdReadsTheSame(t *testing.T) {
 		"root UUID=1 /etc/a#b signer=/etc/s#1,x-initrd.attach\nb UUID=2 - x-initrd.attach more # than four\n",
 	} {
 		tab := filepath.Join(t.TempDir(), "hostcrypttab")
+		t.Setenv("HOSTCRYPTTAB", tab)
 		if err := os.WriteFile(tab, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -144,37 +145,38 @@ func TestInitrdReadsTheSame(t *testing.T) {
 		}
 		var names, devices []string
 		for _, e := range want {
-			names, devices = append(names, e.unit.Name), append(devices, e.unit.Device)
+			names = append(names, e.unit.Name)
+			if e.unit.Device != "" { // a line that is refused has none
+				devices = append(devices, e.unit.Device)
+			}
+		}
+		lines := func(args ...string) string {
+			t.Helper()
+			var out, errs strings.Builder
+			if code := run(t.Context(), append([]string{"initrd-lines", option}, args...), nil, &out, &errs); code != 0 {
+				t.Errorf("initrd-lines %q of %q: exit code %d: %s", args, text, code, &errs)
+			}
+			return out.String()
+		}
+		got, bad := parseTab(lines())
+		for i := range min(len(got), len(want)) {
+			got[i].line = want[i].line
+		}
+		if bad != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("initrd-lines makes %q of %q: %d lines, %v; want %d", lines(), text, len(got), bad, len(want))
+		}
+		if got := lines("--devices"); got != join(devices) {
+			t.Errorf("the devices of %q are %q, want %q", text, got, devices)
+		}
+		// What the initramfs itself reads, also of a table without the last newline.
+		if err := os.WriteFile(tab+".initrd", []byte(strings.TrimSpace(lines())), 0o600); err != nil {
+			t.Fatal(err)
 		}
 		for _, shell := range []string{"dash", "bash"} {
-			run := func(args ...string) string {
-				t.Helper()
-				cmd := exec.CommandContext(t.Context(), shell, args...)
-				cmd.Dir, cmd.Env = "../../systemd/initrd", append(os.Environ(), "HOSTCRYPTTAB="+tab)
-				out, err := cmd.CombinedOutput()
-				if err != nil {
-					t.Errorf("%s %q of %q: %v", shell, args, text, err)
-				}
-				return string(out)
-			}
-			lines := run("./initrd-lines", option)
-			got, bad := parseTab(lines)
-			for i := range min(len(got), len(want)) {
-				got[i].line = want[i].line
-			}
-			if bad != nil || !reflect.DeepEqual(got, want) {
-				t.Errorf("%s: initrd-lines makes %q of %q: %d lines, %v; want %d", shell, lines, text, len(got), bad, len(want))
-			}
-			// A line that is refused has no device.
-			if got := run("./initrd-lines", "--devices", option); got != join(devices) && !slices.Contains(devices, "") {
-				t.Errorf("%s: the devices of %q are %q, want %q", shell, text, got, devices)
-			}
-			// What the initramfs itself reads, also of a table without the last newline.
-			if err := os.WriteFile(tab+".initrd", []byte(strings.TrimSpace(lines)), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if got := run("-c", `hostcryptd_tab=$1; . ./initrd.sh; hostcryptd_names "$2"`, shell, tab+".initrd", option); got != join(names) {
-				t.Errorf("%s: an initramfs with %q attaches %q, want %q", shell, text, got, names)
+			cmd := exec.CommandContext(t.Context(), shell, "-c", `hostcryptd_tab=$1; . ./initrd.sh; hostcryptd_names "$2"`, shell, tab+".initrd", option)
+			cmd.Dir = "../../systemd/initrd"
+			if out, err := cmd.CombinedOutput(); err != nil || string(out) != join(names) {
+				t.Errorf("%s: an initramfs with %q attaches %q, %v, want %q", shell, lines(), out, err, names)
 			}
 		}
 	}

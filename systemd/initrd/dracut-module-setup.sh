@@ -15,7 +15,7 @@ _hostcryptd_option() {
 }
 
 _hostcryptd_lines() {
-	/usr/lib/hostcryptd/initrd-lines "$@" "$(_hostcryptd_option)"
+	/usr/sbin/hostcryptd initrd-lines "$@" "$(_hostcryptd_option)"
 }
 
 check() {
