@@ -211,3 +211,78 @@ func fileSum(t *testing.T, name string) [sha256.Size]byte {
 	}
 	return sha256.Sum256(b)
 }
+
+// TestInitramfsMakers: where the program knows that the initramfs would not attach a
+// volume, or a file that it names can't be copied, there is none, instead of one
+// without a root; what it warns of is shown.
+func TestInitramfsMakers(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "a file")
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What the makers have for their scripts, as far as it matters here.
+	write("hook-functions", `copy_file() { case $2 in /usr/*) return ;; esac; [ -f "$2" ] || return 2; echo "$2" >>`+dir+`/copied; }
+copy_exec() { :; }
+manual_add_modules() { :; }
+`)
+	write("dracut", `moddir=`+dir+` initdir=`+dir+`/initrd DRACUT_TMPDIR=`+dir+` hostonly=yes dracutbasedir=`+dir+`
+require_binaries() { :; }
+inst_multiple() { :; }
+inst_rules() { :; }
+inst_hook() { :; }
+instmods() { :; }
+dracut_need_initqueue() { :; }
+inst_simple() { [ -f "$1" ] || return 1; echo "$1" >>`+dir+`/copied; }
+dfatal() { echo "FATAL: $*" >&2; }
+dwarn() { echo "WARNING: $*" >&2; }
+derror() { echo "ERROR: $*" >&2; }
+. initrd/dracut-module-setup.sh
+check; [ $? = 0 ] || exit 0
+depends >/dev/null
+install
+`)
+	write("hostcryptd", "#!/bin/sh\n[ $1 = initramfs ] || exit 1\n[ ! -e "+dir+"/$2 ] || . "+dir+"/$2\n")
+	hook, err := os.ReadFile("initrd/initramfs-hook")
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("initramfs-tools", strings.NewReplacer("/usr/share/initramfs-tools/hook-functions", dir+"/hook-functions", "/usr/sbin/hostcryptd", dir+"/hostcryptd").Replace(string(hook)))
+	for _, maker := range []string{"initramfs-tools", "dracut"} {
+		for _, tt := range []struct {
+			name, lines, files string // what the program does when it is asked for them
+			there              bool   // the file that it names
+			fails, copies      bool
+			says               string
+		}{
+			{name: "nothing", lines: "", files: ""},
+			{name: "good", lines: "echo root /dev/sda - x-initrd.attach", files: "echo '" + file + "'", there: true, copies: true},
+			{name: "no file", lines: "echo root /dev/sda - x-initrd.attach", files: ""},
+			{name: "warning", lines: "echo root /dev/sda - x-initrd.attach", files: "echo 'W: hostcryptd: hear hear' >&2; echo '" + file + "'", there: true, copies: true, says: "hostcryptd: hear hear"},
+			{name: "refused", lines: "echo 'hostcryptd: line 7 is wrong' >&2; exit 1", files: "exit 1", fails: true, says: "hostcryptd: line 7 is wrong"},
+			{name: "refused file", lines: "echo root /dev/sda - x-initrd.attach", files: "echo 'hostcryptd: no signer' >&2; exit 4", fails: true, says: "hostcryptd: no signer"},
+			{name: "gone", lines: "echo root /dev/sda - x-initrd.attach", files: "echo '" + file + "'", fails: true},
+		} {
+			write("lines", tt.lines)
+			write("files", tt.files)
+			os.Remove(file)
+			if tt.there {
+				write("a file", "text")
+			}
+			if err := errors.Join(os.RemoveAll(dir+"/copied"), os.RemoveAll(dir+"/initrd"), os.MkdirAll(dir+"/initrd/etc/cmdline.d", 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			shell := map[string]string{"initramfs-tools": "sh", "dracut": "bash"}[maker]
+			cmd := exec.CommandContext(t.Context(), shell, filepath.Join(dir, maker))
+			cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "DESTDIR="+dir+"/initrd", "MODULES=most")
+			out, err := cmd.CombinedOutput()
+			copied, _ := os.ReadFile(dir + "/copied")
+			if (err != nil) != tt.fails || strings.Contains(string(copied), file+"\n") != tt.copies || !strings.Contains(string(out), tt.says) || tt.says == "" && !tt.fails && len(out) > 0 {
+				t.Errorf("%s, %s: %v, copied %q, said %q", maker, tt.name, err, copied, out)
+			}
+		}
+	}
+}

@@ -111,7 +111,7 @@ func (a *app) root() *cobra.Command {
 	})
 	root.AddCommand(
 		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.reloadCommand(), a.resizeCommand(), a.detachCommand(), a.dumpCommand(),
-		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.dialCommand(), a.initrdLinesCommand(),
+		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.dialCommand(), a.initramfsCommand(),
 	)
 	return root
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -28,6 +27,8 @@ type tabEntry struct {
 	unit systemd.Volume // what concerns who starts the service; Name and Device are set
 	// flags of serve that the line sets, in its order.
 	flags []tabFlag
+	words []string // of the fourth field, also of another line with the name
+	rest  []string // the third field and the fourth
 	// err says what is wrong with the line, whose name is known.
 	err error
 }
@@ -118,38 +119,34 @@ func readTab(file string) (entries []*tabEntry, bad []error, err error) {
 
 func parseTab(text string) (entries []*tabEntry, bad []error) {
 	first := map[string]*tabEntry{}
-	for n, f := range tabLines(text) {
+	n := 0
+	for line := range strings.Lines(text) {
+		n++
+		f := strings.Fields(line)
+		if len(f) == 0 || strings.HasPrefix(f[0], "#") {
+			continue
+		}
 		name := f[0]
 		if err := checkTabName(name); err != nil {
 			bad = append(bad, fmt.Errorf("line %d: %w", n, err))
 			continue
 		}
 		e := &tabEntry{line: n, unit: systemd.Volume{Name: name}}
+		if len(f) > 3 {
+			e.words = strings.Split(f[3], ",")
+		}
+		e.rest = f[min(2, len(f)):min(4, len(f))]
 		e.err = e.parse(f[1:])
 		if before := first[name]; before != nil {
 			// Which of the two is meant is nobody's to guess.
 			before.err = errors.Join(before.err, fmt.Errorf("line %d has the name %s too", n, name))
+			before.words = append(before.words, e.words...)
 			continue
 		}
 		first[name] = e
 		entries = append(entries, e)
 	}
 	return entries, bad
-}
-
-// tabLines are the lines of a table that say something, by their numbers: the words of
-// each.
-func tabLines(text string) iter.Seq2[int, []string] {
-	return func(yield func(int, []string) bool) {
-		n := 0
-		for line := range strings.Lines(text) {
-			n++
-			f := strings.Fields(line)
-			if len(f) > 0 && !strings.HasPrefix(f[0], "#") && !yield(n, f) {
-				return
-			}
-		}
-	}
 }
 
 // checkTabName allows what can be part of a unit's and of a file's name as it is.
@@ -182,7 +179,7 @@ func (e *tabEntry) parse(f []string) error {
 	// is to fail with it, and not after a timeout.
 	var errs []error
 	if len(f) > 2 {
-		for word := range strings.SplitSeq(f[2], ",") {
+		for _, word := range e.words {
 			if err := e.option(word); err != nil {
 				errs = append(errs, fmt.Errorf("option %q: %w", word, err))
 			}

@@ -3,9 +3,7 @@ package main
 import (
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -116,78 +114,6 @@ func TestTabWordsAreFlags(t *testing.T) {
 			t.Errorf("serve has --%s, and the table no word for it", f.Name)
 		}
 	})
-}
-
-// TestInitrdReadsTheSame compares what gets into an initramfs of a table, and what its
-// scripts read of that, with what the daemon reads: a line that they lose is a host
-// that doesn't boot.
-func TestInitrdReadsTheSame(t *testing.T) {
-	const option = "x-initrd.attach"
-	for _, text := range []string{
-		"", "# only a comment", "\n\n",
-		"root /dev/sda - x-initrd.attach", // no newline at the end
-		"# c\n  # x-initrd.attach\n\troot\t /dev/sda  none  discard,x-initrd.attach,nofail # a comment\n",
-		"root UUID=\"12-34\" - x-initrd.attach\nb PARTUUID='5-6' - x-initrd.attach\nc UUID='7\" - x-initrd.attach\nd LABEL=\" - x-initrd.attach\n",
-		`root LABEL="d/ü#+-.:=@_x" - x-initrd.attach` + "\n" + `b PARTLABEL=a\x20b\n!"$%&'()*,;<>?[]^{|}~` + "` - x-initrd.attach",
-		"root /dev/disk/by-partlabel/a\\x20b\\nc - x-initrd.attach\n",
-		"root UUID=1\t-\tx-initrd.attach\r\nb UUID=2 - x-initrd.attach\r\n",
-		"root\u00a0UUID=1 -\u00a0x-initrd.attach\v\nb\fUUID=2 - x-initrd.attach",
-		"root UUID=1 /etc/a#b signer=/etc/s#1,x-initrd.attach\nb UUID=2 - x-initrd.attach more # than four\n",
-	} {
-		tab := filepath.Join(t.TempDir(), "hostcrypttab")
-		t.Setenv("HOSTCRYPTTAB", tab)
-		if err := os.WriteFile(tab, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		want, bad := parseTab(text)
-		if bad != nil {
-			t.Fatalf("%q: %v", text, bad)
-		}
-		var names, devices []string
-		for _, e := range want {
-			names = append(names, e.unit.Name)
-			if e.unit.Device != "" { // a line that is refused has none
-				devices = append(devices, e.unit.Device)
-			}
-		}
-		lines := func(args ...string) string {
-			t.Helper()
-			var out, errs strings.Builder
-			if code := run(t.Context(), append([]string{"initrd-lines", option}, args...), nil, &out, &errs); code != 0 {
-				t.Errorf("initrd-lines %q of %q: exit code %d: %s", args, text, code, &errs)
-			}
-			return out.String()
-		}
-		got, bad := parseTab(lines())
-		for i := range min(len(got), len(want)) {
-			got[i].line = want[i].line
-		}
-		if bad != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("initrd-lines makes %q of %q: %d lines, %v; want %d", lines(), text, len(got), bad, len(want))
-		}
-		if got := lines("--devices"); got != join(devices) {
-			t.Errorf("the devices of %q are %q, want %q", text, got, devices)
-		}
-		// What the initramfs itself reads, also of a table without the last newline.
-		if err := os.WriteFile(tab+".initrd", []byte(strings.TrimSpace(lines())), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		for _, shell := range []string{"dash", "bash"} {
-			cmd := exec.CommandContext(t.Context(), shell, "-c", `hostcryptd_tab=$1; . ./initrd.sh; hostcryptd_names "$2"`, shell, tab+".initrd", option)
-			cmd.Dir = "../../systemd/initrd"
-			if out, err := cmd.CombinedOutput(); err != nil || string(out) != join(names) {
-				t.Errorf("%s: an initramfs with %q attaches %q, %v, want %q", shell, lines(), out, err, names)
-			}
-		}
-	}
-}
-
-// join has each of lines end in a newline.
-func join(lines []string) string {
-	if len(lines) == 0 {
-		return ""
-	}
-	return strings.Join(lines, "\n") + "\n"
 }
 
 func TestTabFile(t *testing.T) {

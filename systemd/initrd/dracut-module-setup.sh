@@ -4,7 +4,7 @@
 # crash (kdump-utils', or any with HOSTCRYPTD_KDUMP=1 in dracut's environment)
 # those are other lines.
 
-# shellcheck disable=SC2154 # of dracut: moddir, initdir, hostonly, add_dracutmodules
+# shellcheck disable=SC2154 # of dracut: moddir, initdir, hostonly, add_dracutmodules, DRACUT_TMPDIR
 
 _hostcryptd_option() {
 	if [[ -n ${HOSTCRYPTD_KDUMP-} || " ${add_dracutmodules-} " == *" kdumpbase "* ]]; then
@@ -14,24 +14,34 @@ _hostcryptd_option() {
 	fi
 }
 
-_hostcryptd_lines() {
-	/usr/sbin/hostcryptd initrd-lines "$@" "$(_hostcryptd_option)"
+# _hostcryptd lines|devices|network|files
+_hostcryptd() {
+	hostcryptd initramfs "$1" "$(_hostcryptd_option)"
+}
+
+# _hostcryptd_fail TEXT ends dracut: without this module the next boot has no root. The
+# initramfs that is there stays.
+_hostcryptd_fail() {
+	dfatal "hostcryptd: $*"
+	exit 1
 }
 
 check() {
+	local lines
 	require_binaries hostcryptd || return 1
-	[[ -n $(_hostcryptd_lines) ]] || return 255
+	lines=$(_hostcryptd lines 2>&1) || _hostcryptd_fail "${lines#hostcryptd: }"
+	[[ -n $lines ]] || return 255
 }
 
 depends() {
 	echo base
-	if [[ $(_hostcryptd_lines) == *_netdev* ]]; then
+	if [[ -n $(_hostcryptd network) ]]; then
 		echo network
 	fi
 }
 
 cmdline() {
-	if [[ $(_hostcryptd_lines) == *_netdev* ]]; then
+	if [[ -n $(_hostcryptd network) ]]; then
 		printf ' rd.neednet=1'
 	fi
 }
@@ -45,14 +55,14 @@ installkernel() {
 			# shellcheck disable=SC2046 # words
 			instmods $(get_dev_module "$device")
 		fi
-	done < <(_hostcryptd_lines --devices)
+	done < <(_hostcryptd devices)
 	if [[ $(_hostcryptd_option) == x-kdump.attach ]]; then
 		hostonly='' instmods -o ext4 xfs
 	fi
 }
 
 install() {
-	local file
+	local file files said failed=
 	inst_multiple hostcryptd modprobe
 	inst_simple /usr/lib/hostcryptd/initrd.sh
 	inst_rules 90-hostcryptd.rules
@@ -60,12 +70,21 @@ install() {
 	inst_hook initqueue/settled 60 "$moddir/hostcryptd.sh"
 	inst_hook initqueue/online 60 "$moddir/hostcryptd-online.sh"
 	inst_hook initqueue/finished 60 "$moddir/hostcryptd-finished.sh"
-	_hostcryptd_lines >"$initdir/etc/hostcrypttab"
+	_hostcryptd lines >"$initdir/etc/hostcrypttab" || _hostcryptd_fail "the table can't be written"
 	chmod 600 "$initdir/etc/hostcrypttab"
+	said=$DRACUT_TMPDIR/hostcryptd.said
+	files=$(_hostcryptd files 2>"$said") || failed=1
 	while read -r file; do
-		inst_simple "$file"
-	done < <(_hostcryptd_lines --files)
-	if [[ $(_hostcryptd_lines) == *_netdev* ]]; then
+		case $file in
+		"W: "*) dwarn "${file#W: }" ;;
+		*) derror "$file" ;;
+		esac
+	done <"$said"
+	[[ -z $failed ]] || _hostcryptd_fail "no initramfs is made without what it needs"
+	while read -r file; do
+		[[ -z $file ]] || inst_simple "$file" || _hostcryptd_fail "$file is not there"
+	done <<<"$files"
+	if [[ -n $(_hostcryptd network) ]]; then
 		cmdline >"$initdir/etc/cmdline.d/60hostcryptd.conf"
 	fi
 	if [[ $(_hostcryptd_option) == x-kdump.attach ]]; then

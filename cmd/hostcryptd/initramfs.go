@@ -1,0 +1,367 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"hostcryptd/keyunseal"
+	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/sector"
+)
+
+// What the makers of an initramfs have to know of the table: their scripts
+// (systemd/initrd) ask here, so that nothing but the daemon's own code reads a line.
+
+// initramfsTab names another table for the maker of an initramfs.
+const initramfsTab = "HOSTCRYPTTAB"
+
+func (a *app) initramfsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "initramfs lines|devices|network|files OPTION",
+		Short: "what an initramfs needs of the lines of " + tabFile + " that have an option",
+		Long: `initramfs is for the scripts that make an initramfs: with the option x-initrd.attach
+or x-kdump.attach it prints the table that is to be in it, the backing devices, the
+names of volumes that wait for the network, or the files of this host that are needed.
+What could keep a volume from being attached at boot is a warning, what is going to is
+an error.`,
+		Hidden: true,
+		Args:   twoArgs("lines, devices, network or files", "OPTION"),
+		RunE: func(c *cobra.Command, args []string) error {
+			table := cmp.Or(os.Getenv(initramfsTab), tabFile)
+			entries, bad, err := readTab(table)
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if args[0] == "files" { // once is enough
+				for _, err := range bad {
+					a.initramfsWarn("%v", err)
+				}
+			}
+			ours, err := initramfsEntries(entries, args[1])
+			if err != nil {
+				return err
+			}
+			var list []string
+			switch args[0] {
+			case "lines":
+				list = initramfsLines(ours, entries)
+			case "devices":
+				for _, e := range ours {
+					list = append(list, e.unit.Device)
+				}
+			case "network":
+				for _, e := range ours {
+					if e.unit.NetDev {
+						list = append(list, e.unit.Name)
+					}
+				}
+			case "files":
+				if list, err = a.initramfsFiles(c.Context(), ours); err != nil {
+					return err
+				}
+			default:
+				return usagef("%q is none of lines, devices, network and files", args[0])
+			}
+			for _, s := range list {
+				fmt.Fprintln(a.stdout, s)
+			}
+			return nil
+		},
+	}
+}
+
+// initramfsWarn says what initramfs-tools' hooks say, and dracut's module looks for.
+func (a *app) initramfsWarn(format string, args ...any) {
+	fmt.Fprintln(a.stderr, "W: hostcryptd:", printable(fmt.Sprintf(format, args...)))
+}
+
+// initramfsEntries are those with an option. That one of them is refused is an error
+// now: at boot it would be a host without its root.
+func initramfsEntries(entries []*tabEntry, option string) (ours []*tabEntry, err error) {
+	for _, e := range entries {
+		if !slices.Contains(e.words, option) {
+			continue
+		}
+		err = errors.Join(err, e.apply((&app{}).serveCommand().Flags()))
+		if e.err == nil && e.unit.Attach == "" {
+			err = errors.Join(err, usagef("volume %s has the option %s, and no kernel device: it needs attach=auto or attach=/dev/nbdN", e.unit.Name, option))
+		}
+		ours = append(ours, e)
+	}
+	return ours, err
+}
+
+// initramfsLines is the table for the initramfs, whose scripts read it with less than
+// the daemon: blanks are single, devices are paths, comments are left out. Where the
+// kernel device of one is any that is free, those of the other volumes are there too,
+// without the option, to be left to them.
+func initramfsLines(ours, all []*tabEntry) (lines []string) {
+	auto := false
+	for _, e := range ours {
+		auto = auto || e.unit.Attach == "auto"
+		lines = append(lines, strings.Join(append([]string{e.unit.Name, e.unit.Device}, e.rest...), " "))
+	}
+	for _, e := range all {
+		if _, err := nbdnl.ParsePath(e.unit.Attach); auto && err == nil && !slices.Contains(ours, e) {
+			lines = append(lines, fmt.Sprintf("%s %s - attach=%s", e.unit.Name, e.unit.Device, e.unit.Attach))
+		}
+	}
+	return lines
+}
+
+// initramfsFiles are the files of this host that serve reads for the volumes.
+func (a *app) initramfsFiles(ctx context.Context, entries []*tabEntry) ([]string, error) {
+	n := &initramfsNeeds{warn: a.initramfsWarn}
+	for _, e := range entries {
+		n.volume(ctx, e)
+	}
+	return n.files, errors.Join(n.errs...)
+}
+
+// initramfsNeeds collects files.
+type initramfsNeeds struct {
+	warn  func(format string, args ...any)
+	files []string
+	errs  []error
+}
+
+// add adds a file, once.
+func (n *initramfsNeeds) add(file string) {
+	// The scripts read a path in a line, without blanks around it.
+	if strings.ContainsFunc(file, func(r rune) bool { return r < ' ' || r == 0x7f }) || strings.TrimSpace(file) != file {
+		n.fail("the path %q can't be that of a file in an initramfs", file)
+	} else if !slices.Contains(n.files, file) {
+		n.files = append(n.files, file)
+	}
+}
+
+func (n *initramfsNeeds) fail(format string, args ...any) {
+	n.errs = append(n.errs, withCode(codeDevice, fmt.Errorf(format, args...)))
+}
+
+// secret adds a file that not everybody may have.
+func (n *initramfsNeeds) secret(file, format string, args ...any) {
+	n.add(file)
+	n.warn(format, args...)
+}
+
+// named adds a file that a line names. Without it the volume isn't opened.
+func (n *initramfsNeeds) named(volume, what, file string) bool {
+	if _, err := os.Stat(file); err != nil {
+		n.fail("%s of volume %s: %w", what, volume, err)
+		return false
+	}
+	n.add(file)
+	return true
+}
+
+// volume adds what a volume needs. That can be less than its line names: a key that
+// nobody needs isn't copied to where it is less protected.
+func (n *initramfsNeeds) volume(ctx context.Context, e *tabEntry) {
+	name := e.unit.Name
+	flags := (&app{}).serveCommand().Flags()
+	if err := e.apply(flags); err != nil {
+		n.errs = append(n.errs, err)
+		return
+	}
+	flag := func(name string) string { return flags.Lookup(name).Value.String() }
+	path := func(name string) string { // serve runs in /
+		if s := flag(name); s != "" {
+			return filepath.Join("/", s)
+		}
+		return ""
+	}
+	if dir := path("tls-certificates"); dir != "" {
+		if _, err := loadTLS(dir); err != nil {
+			n.fail("volume %s: tls-certificates: %w", name, err)
+		}
+		for _, f := range []string{"ca-cert.pem", "server-cert.pem"} {
+			n.add(filepath.Join(dir, f))
+		}
+		n.secret(filepath.Join(dir, "server-key.pem"), "the private key of the TLS server of %s is in the initramfs", name)
+	}
+	if e.randomKey() {
+		return
+	}
+	if file := path("signer"); file != "" {
+		if _, err := keyunseal.ReadPublicKeys(file); err != nil {
+			n.fail("volume %s: signer: %w", name, err)
+		}
+		n.add(file)
+	}
+	h, err := readTokens(ctx, e.unit.Device)
+	if err != nil {
+		n.warn("which keys volume %s has can't be read, so what opens it may be missing in the initramfs: %v", name, err)
+	}
+	n.hostKey(e, h)
+	n.vault(e, h, flag("identity"), path("cloud"))
+
+	keys := keyFlags{pins: cmp.Or(path("pins"), string(sector.DefaultPins)), tpm: flag("tpm")}
+	n.pins(name, h, &keys, flag("require-pin") == "true")
+}
+
+// tabTokens is what a header says of the keys.
+type tabTokens struct {
+	uuid   string
+	tokens []keyunseal.Description
+}
+
+// of are the tokens of a type.
+func (h *tabTokens) of(typ string) (list []keyunseal.Description) {
+	if h == nil {
+		return nil
+	}
+	for _, t := range h.tokens {
+		if t.Type == typ {
+			list = append(list, t)
+		}
+	}
+	return list
+}
+
+func readTokens(ctx context.Context, device string) (*tabTokens, error) {
+	d, err := sector.OpenDevice(device, sector.DeviceOptions{ReadOnly: true, Shared: true})
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	h, _, err := sector.ReadHeader(ctx, d)
+	if err == nil {
+		err = sector.CheckUUID(h)
+	}
+	if err != nil {
+		return nil, err
+	}
+	r := &tabTokens{uuid: h.UUID}
+	for _, k := range sector.KeyTokens(h) {
+		if d, err := keyunseal.Describe(k.Text); err == nil {
+			r.tokens = append(r.tokens, d)
+		}
+	}
+	return r, nil
+}
+
+func (n *initramfsNeeds) hostKey(e *tabEntry, h *tabTokens) {
+	name := e.unit.Name
+	const who = "the host key of %s is in the initramfs: who has that, and the disk, opens the volume"
+	switch _, err := os.Stat(keyunseal.DefaultHostKey); {
+	case e.unit.KeyFile != "":
+		if n.named(name, "the host key", e.unit.KeyFile) {
+			n.warn(who, name)
+		}
+	case h == nil:
+		n.warn("no host key of %s is in the initramfs; if that is what opens it, it will not open at boot, unless the third field of its line is the key's file", name)
+	case len(h.of(keyunseal.TypeHostKey)) == 0:
+	case err != nil:
+		n.warn("the host key of %s can't be read: %v", name, err)
+	default:
+		n.secret(keyunseal.DefaultHostKey, who, name)
+	}
+}
+
+// vault adds what the way to a vault needs, for a volume that has a key there, or may
+// have one.
+func (n *initramfsNeeds) vault(e *tabEntry, h *tabTokens, identity, cloud string) {
+	name, tokens := e.unit.Name, h.of(keyunseal.TypeKeyVault)
+	if h != nil && len(tokens) == 0 || h == nil && !e.unit.NetDev && identity == "" && cloud == "" {
+		return
+	}
+	if !e.unit.NetDev {
+		n.warn("volume %s has a key in a vault, and no _netdev in its line: the initramfs doesn't wait for the network, and does without that key", name)
+	}
+	if identity != "" {
+		n.identity(name, identity, true)
+	} else {
+		for _, t := range tokens {
+			n.identity(name, t.Identity, false)
+		}
+	}
+
+	private := h == nil
+	for _, t := range tokens {
+		private = private || !keyunseal.IsPublic(t.KeyID)
+	}
+	files, err := keyunseal.CloudFiles(cloud)
+	switch {
+	case err != nil && cloud != "":
+		n.fail("volume %s: cloud: %w", name, err)
+	case err != nil && private:
+		n.warn("volume %s: the description of the private cloud: %v", name, err)
+	}
+	for _, f := range append(files, "/etc/hosts") {
+		if _, err := os.Stat(f); err == nil {
+			n.add(f)
+		}
+	}
+	roots := keyunseal.SystemRoots()
+	if len(roots) == 0 && len(files) < 2 {
+		n.warn("this host has no certificates of authorities (the package ca-certificates), so the initramfs will trust no vault")
+	}
+	for _, f := range roots {
+		n.add(f)
+	}
+}
+
+// identity adds the file that an identity logs in with. It is named by the line, or by
+// a token, beside which there may be others.
+func (n *initramfsNeeds) identity(volume, identity string, line bool) {
+	file, err := keyunseal.IdentityFile(identity)
+	kind, _, _ := strings.Cut(identity, ":")
+	switch {
+	case err != nil:
+		n.fail("volume %s: %w", volume, err)
+	case kind == "arc":
+		n.warn("volume %s: the identity is that of the Azure Arc agent, which doesn't run in an initramfs", volume)
+	case kind == "workload":
+		n.warn("volume %s: the identity is a workload's, whose token nobody renews in an initramfs", volume)
+	}
+	if file == "" {
+		return
+	}
+	if _, err := os.Stat(file); err != nil && !line {
+		n.warn("the identity of volume %s: %v", volume, err)
+	} else if n.named(volume, "the identity", file) && kind != "workload" {
+		n.warn("the private key of the identity of %s is in the initramfs: who has that is this identity to the vault", volume)
+	}
+}
+
+// pins adds what this host remembers of the volume, so that an older header is refused
+// there too.
+func (n *initramfsNeeds) pins(name string, h *tabTokens, keys *keyFlags, required bool) {
+	dir := sector.PinDir(keys.pins)
+	if h == nil {
+		files, _ := filepath.Glob(filepath.Join(string(dir), "*.json"))
+		for _, f := range files {
+			n.add(f)
+		}
+		if len(files) == 0 && required {
+			n.warn("there are no pins in %s, and the line of volume %s has require-pin", dir, name)
+		}
+		return
+	}
+	if _, err := os.Stat(dir.Path(h.uuid)); err == nil {
+		n.add(dir.Path(h.uuid))
+		return
+	}
+	// The chip is there at boot too.
+	switch pin, err := keys.pinStore(nil).Load(h.uuid); {
+	case err != nil:
+		n.warn("what this host remembers of volume %s: %v", name, err)
+	case pin == nil && required:
+		n.fail("volume %s: require-pin, and this host doesn't remember the volume, neither in %s nor in a TPM: open it once without", name, dir)
+	case pin == nil:
+		n.warn("this host doesn't remember volume %s, neither in %s nor in a TPM: at boot it is trusted at first sight", name, dir)
+	}
+}

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// initramfsTable has the command read a table.
+func initramfsTable(t *testing.T, text string) (ask func(what, option string) (out, said string, code int)) {
+	t.Helper()
+	tab := filepath.Join(t.TempDir(), "hostcrypttab")
+	if err := os.WriteFile(tab, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(initramfsTab, tab)
+	return func(what, option string) (string, string, int) {
+		t.Helper()
+		var out, said bytes.Buffer
+		a := &app{stdout: &out, stderr: &said}
+		c := a.initramfsCommand()
+		c.SilenceErrors, c.SilenceUsage = true, true
+		c.SetArgs([]string{what, option})
+		err := c.ExecuteContext(t.Context())
+		if err != nil {
+			said.WriteString(err.Error())
+		}
+		return out.String(), said.String(), exitCode(err)
+	}
+}
+
+// TestInitramfsLines compares what is in the initramfs with the table: a line that is
+// lost is a host that doesn't boot.
+func TestInitramfsLines(t *testing.T) {
+	const option = "x-initrd.attach"
+	for _, text := range []string{
+		"", "# only a comment", "\n\n",
+		"root /dev/sda - x-initrd.attach", // no newline at the end
+		"# c\n  # x-initrd.attach\n\troot\t /dev/sda  none  discard,x-initrd.attach,nofail # a comment\n",
+		"root UUID=\"12-34\" - x-initrd.attach\nb PARTUUID='5-6' - x-initrd.attach\n",
+		`root LABEL="d/ü#+-.:=@_x" - x-initrd.attach` + "\n" + `b PARTLABEL=a\x20b\n!"$%&'()*,;<>?[]^{|}~` + "` - x-initrd.attach",
+		"root /dev/disk/by-partlabel/a\\x20b\\nc - x-initrd.attach\n",
+		"root UUID=1\t-\tx-initrd.attach\r\nb UUID=2 - x-initrd.attach\r\n",
+		"root\u00a0UUID=1 -\u00a0x-initrd.attach\v\nb\fUUID=2 - x-initrd.attach",
+		"root UUID=1 /etc/a#b signer=/etc/s#1,x-initrd.attach\nb UUID=2 - x-initrd.attach # x-kdump.attach\n",
+		"other /dev/sdc - x-initrd.attachment,listen=/run/s\nroot UUID=1 - x-initrd.attach,attach=/dev/nbd0\nvar /dev/sdb - attach=/dev/nbd1",
+		"var /dev/sdb /var.key attach=/dev/nbd0\nroot UUID=1 - x-initrd.attach\ndata /dev/sdc -\nb /dev/sdd - attach=/dev/nbd12,bogus",
+	} {
+		all, bad := parseTab(text)
+		if bad != nil {
+			t.Fatalf("%q: %v", text, bad)
+		}
+		var want []*tabEntry
+		var names, devices []string
+		for _, e := range all {
+			if slices.Contains(e.words, option) {
+				want, names, devices = append(want, e), append(names, e.unit.Name), append(devices, e.unit.Device)
+			}
+		}
+		ask := initramfsTable(t, text)
+		lines, said, code := ask("lines", option)
+		if code != 0 || said != "" {
+			t.Errorf("%q: exit code %d, %s", text, code, said)
+		}
+		got, bad := parseTab(lines)
+		for i, w := range want {
+			if i >= len(got) || got[i].err != nil || got[i].unit != w.unit || !slices.Equal(got[i].flags, w.flags) {
+				t.Errorf("%q became %q: %v", text, lines, bad)
+				break
+			}
+		}
+		// auto in the initramfs leaves to the others what they have.
+		if strings.HasPrefix(text, "var") {
+			if others := "\nvar /dev/sdb - attach=/dev/nbd0\nb /dev/sdd - attach=/dev/nbd12\n"; !strings.HasSuffix(lines, others) || len(got) != len(want)+2 {
+				t.Errorf("%q became %q, want %q at its end", text, lines, others)
+			}
+		} else if len(got) != len(want) {
+			t.Errorf("%q became %q", text, lines)
+		}
+		if got, _, _ := ask("devices", option); got != join(devices) {
+			t.Errorf("the devices of %q are %q, want %q", text, got, devices)
+		}
+		// What the initramfs itself reads.
+		file := filepath.Join(t.TempDir(), "hostcrypttab")
+		if err := os.WriteFile(file, []byte(lines), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, shell := range []string{"dash", "bash"} {
+			out, err := exec.CommandContext(t.Context(), shell, "-c", `hostcryptd_tab=$1; . ../../systemd/initrd/initrd.sh; hostcryptd_names "$2"`, shell, file, option).CombinedOutput()
+			if err != nil || string(out) != join(names) {
+				t.Errorf("%s: an initramfs with %q attaches %q, %v; want %q", shell, lines, out, err, names)
+			}
+		}
+	}
+}
+
+// TestInitramfsRefuses: what is refused at boot is refused before.
+func TestInitramfsRefuses(t *testing.T) {
+	for text, want := range map[string]string{
+		"root UUID=1 - x-initrd.attach,bogus":                         "bogus",
+		"root UUID=1 - x-initrd.attach more # than four":              "fields",
+		"root sda - x-initrd.attach":                                  "no absolute path",
+		"root LABEL=\" - x-initrd.attach\nroot UUID=2 -":              "line 2 has the name root too",
+		"root UUID=1 -\nroot UUID=2 - x-initrd.attach":                "line 2 has the name root too",
+		"root UUID=1 - x-initrd.attach,listen=/run/s":                 "no kernel device",
+		"root UUID=1 - x-initrd.attach,grace=many":                    "no time",
+		"root UUID=1 - x-initrd.attach,connections=many":              "connections",
+		"root UUID=1 /nowhere/a.key x-initrd.attach":                  "/nowhere/a.key",
+		"root UUID=1 - x-initrd.attach,signer=/nowhere/s.pem":         "/nowhere/s.pem",
+		"root UUID=1 - x-initrd.attach,tls-certificates=/nowhere":     "/nowhere/server-cert.pem",
+		"root UUID=1 - x-initrd.attach,_netdev,cloud=/nowhere/c.json": "/nowhere/c.json",
+		"root UUID=1 - x-initrd.attach,_netdev,identity=certificate:01234567-89ab-4def-8123-456789abcdef:01234567-89ab-4def-8123-456789abcdef:/nowhere/i.pem": "/nowhere/i.pem",
+		"root UUID=1 - x-initrd.attach,identity=somebody": "somebody",
+	} {
+		ask := initramfsTable(t, text)
+		if out, said, code := ask("files", "x-initrd.attach"); code == 0 || out != "" || !strings.Contains(said, want) {
+			t.Errorf("%q: exit code %d, printed %q, said %q, want %s in it", text, code, out, said, want)
+		}
+		if out, said, code := ask("files", "x-kdump.attach"); code != 0 || out != "" {
+			t.Errorf("%q is no matter to the kernel after a crash: exit code %d, %q, %s", text, code, out, said)
+		}
+	}
+	ask := initramfsTable(t, "a/b UUID=1 - x-initrd.attach\n")
+	if out, said, code := ask("files", "x-initrd.attach"); code != 0 || out != "" || !strings.Contains(said, `W: hostcryptd: `) || !strings.Contains(said, "no name for a volume") {
+		t.Errorf("a line without a name: exit code %d, %q, %s", code, out, said)
+	}
+}
+
+// join has each of lines end in a newline.
+func join(lines []string) string {
+	if len(lines) == 0 {
+		return ""
+	}
+	return strings.Join(lines, "\n") + "\n"
+}
