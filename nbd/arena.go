@@ -45,8 +45,12 @@ const (
 //     waits. So one that takes all it can get takes a fifth, the next a fifth of
 //     the rest: of 8 MiB, ten that take no reply at all leave the next room for
 //     requests of 170 KiB. In the order of coming alone, a client that took 32 MiB
-//     at 3 MB/s had a request of 4 KiB of another wait 10 s. The kernel takes its
-//     replies, so it gets all of the reserve, the part that is in memory with --swap.
+//     at 3 MB/s had a request of 4 KiB of another wait 10 s.
+//   - With [Config.Kernel], no client gets anything of the first half of the reserve:
+//     20 of them with replies of 4 KiB left 104 KiB of all of it, so that the kernel
+//     had no request of 128 KiB answered, which may be the host's swap. The kernel
+//     takes its replies, so it gets all of the reserve, which is what --swap keeps in
+//     memory.
 //   - The rest is granted in the order in which the requests came that the reserve
 //     has nothing for, whatever their size. One that doesn't fit holds up those
 //     behind it, so a large one is never starved: what is out comes back without
@@ -63,13 +67,14 @@ type arena struct {
 	mem     []byte
 	pages   int
 	reserve int // the first pages
+	kernel  int // of these, the first that no client gets
 
 	mu       sync.Mutex // guards what follows; nothing that waits is called with it held
 	taken    []uint64   // one bit for each page
 	resident []uint64   // the pages used since they were last given back
 	low      int        // no page below is free
 	used     int        // pages
-	lent     int        // pages of the reserve in use
+	lent     int        // pages in use of what clients may get of the reserve
 	peak     int        // most of used, ever
 	recent   int        // most of used since the last look of trim
 	resCount int        // bits in resident
@@ -86,7 +91,7 @@ type arena struct {
 // memory. There is one, since only the goroutine that reads from the socket takes
 // memory.
 type waiter struct {
-	lent    int  // pages of the reserve that the connection holds; guarded by arena.mu
+	lent    int  // what the connection has of arena.lent; guarded by arena.mu
 	kernel  bool // the peer is the kernel
 	size    int
 	buf     []byte        // set before granted is sent
@@ -120,7 +125,8 @@ func NewMemory(size, locked int64) (*Memory, error) {
 	return &Memory{mem}, nil
 }
 
-func newArena(m *Memory) *arena {
+// newArena makes an arena, with kernel of a server that serves the kernel.
+func newArena(m *Memory, kernel bool) *arena {
 	mem := m.mem
 	pages := len(mem) / pageSize
 	words := (pages + 63) / 64
@@ -130,6 +136,9 @@ func newArena(m *Memory) *arena {
 		reserve:  max(0, min(reservePages, pages-MaxPayload>>pageShift)),
 		taken:    make([]uint64, words),
 		resident: make([]uint64, words),
+	}
+	if kernel {
+		a.kernel = a.reserve / 2
 	}
 	if tail := pages % 64; tail != 0 {
 		a.taken[words-1] = ^uint64(0) << tail // pages that aren't there
@@ -219,10 +228,7 @@ func (a *arena) release(w *waiter, buf []byte) {
 	setRange(a.taken, first, n, false)
 	a.low = min(a.low, first)
 	a.used -= n
-	if first < a.reserve {
-		a.lent -= n
-		w.lent -= n
-	}
+	a.lend(w, first, n, -1)
 	if a.head != nil {
 		a.grant()
 	}
@@ -254,13 +260,15 @@ func (a *arena) grant() {
 // have them.
 func (a *arena) take(w *waiter, size int, all bool) []byte {
 	n := (size + pageSize - 1) >> pageShift
-	left := a.reserve - a.lent - n
-	lend := left >= 0 && (w.kernel || 4*(w.lent+n) <= left)
+	from, lend := max(a.low, a.kernel), 4*(w.lent+n) <= a.reserve-a.kernel-a.lent-n
+	if w.kernel {
+		from, lend = a.low, true
+	}
 	first := -1
 	switch {
 	case n < largeRun:
 		if lend {
-			first = a.lowest(n, a.low, a.reserve)
+			first = a.lowest(n, from, a.reserve)
 		}
 		if first < 0 && all {
 			first = a.lowest(n, max(a.low, a.reserve), a.pages)
@@ -270,16 +278,13 @@ func (a *arena) take(w *waiter, size int, all bool) []byte {
 			first = a.highest(n, max(a.low, a.reserve), a.pages)
 		}
 		if first < 0 && lend {
-			first = a.highest(n, a.low, a.reserve)
+			first = a.highest(n, from, a.reserve)
 		}
 	}
 	if first < 0 {
 		return nil
 	}
-	if first < a.reserve {
-		a.lent += n
-		w.lent += n
-	}
+	a.lend(w, first, n, 1)
 	setRange(a.taken, first, n, true)
 	a.resCount += setRange(a.resident, first, n, true)
 	if first == a.low {
@@ -290,6 +295,15 @@ func (a *arena) take(w *waiter, size int, all bool) []byte {
 	a.recent = max(a.recent, a.used)
 	off := first << pageShift
 	return a.mem[off : off+size : off+n<<pageShift]
+}
+
+// lend counts, with sign, what n pages from first have of the part of the reserve
+// that clients may get.
+func (a *arena) lend(w *waiter, first, n, sign int) {
+	if k := min(first+n, a.reserve) - max(first, a.kernel); k > 0 {
+		a.lent += sign * k
+		w.lent += sign * k
+	}
 }
 
 // lowest returns the first page of the lowest run of n free pages in [from, end),

@@ -1,7 +1,9 @@
 package nbd
 
 import (
+	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"unsafe"
 
@@ -10,11 +12,16 @@ import (
 
 func newTestArena(t testing.TB, pages int) *arena {
 	t.Helper()
+	return newTestArenaFor(t, pages, false)
+}
+
+func newTestArenaFor(t testing.TB, pages int, kernel bool) *arena {
+	t.Helper()
 	m, err := NewMemory(int64(pages)*pageSize, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := newArena(m)
+	a := newArena(m, kernel)
 	t.Cleanup(func() {
 		if err := a.close(); err != nil {
 			t.Error(err)
@@ -197,8 +204,14 @@ func TestArenaCancelOrder(t *testing.T) {
 // leave others room, and what passes by way of the reserve doesn't starve a large
 // request that waits.
 func TestArenaReserve(t *testing.T) {
+	for _, kernel := range []bool{false, true} {
+		t.Run(fmt.Sprintf("kernel=%v", kernel), func(t *testing.T) { arenaReserve(t, kernel) })
+	}
+}
+
+func arenaReserve(t *testing.T, forKernel bool) {
 	const largest = MaxPayload / pageSize
-	a := newTestArena(t, largest+reservePages)
+	a := newTestArenaFor(t, largest+reservePages, forKernel)
 	type conn struct {
 		waiter
 		out [][]byte
@@ -228,7 +241,7 @@ func TestArenaReserve(t *testing.T) {
 		slow = append(slow, c)
 	}
 	// Then as much as there is, with requests of each size, while a large one waits.
-	left := reservePages
+	left := reservePages - a.kernel
 	for i, pages := range []int{1, 32, 128, 7} {
 		c := newConn()
 		for get(c, pages) {
@@ -242,7 +255,7 @@ func TestArenaReserve(t *testing.T) {
 	// Who comes now finds some, and again and again.
 	quick := newConn()
 	for range 100 {
-		if !get(quick, 32) || !get(quick, 128) {
+		if !get(quick, left/32) || !get(quick, left/8) {
 			t.Fatal("nothing is left of the reserve")
 		}
 		put(quick)
@@ -250,6 +263,9 @@ func TestArenaReserve(t *testing.T) {
 	}
 	kernel := newConn()
 	kernel.kernel = true
+	if forKernel && !get(kernel, reservePages/2) {
+		t.Error("the kernel didn't get its part of the reserve")
+	}
 	if !get(kernel, left) {
 		t.Error("the kernel didn't get what was left of the reserve")
 	} else if get(kernel, 1) {
@@ -284,6 +300,58 @@ func TestArenaReserve(t *testing.T) {
 		if c.lent != 0 {
 			t.Errorf("%d pages of the reserve remain lent to one that has none", c.lent)
 		}
+	}
+	if a.lent != 0 || a.used != 0 {
+		t.Errorf("%d pages of the reserve, %d of all are in use at the end", a.lent, a.used)
+	}
+}
+
+// TestArenaKernel: however many clients keep all that they can get, in pieces of all
+// sizes, and whatever they have given back before, the kernel gets its requests in.
+func TestArenaKernel(t *testing.T) {
+	const request = 128 << 10
+	a := newTestArenaFor(t, MaxPayload/pageSize+reservePages, true)
+	rng := rand.New(rand.NewPCG(3, 4))
+	type run struct {
+		w   *waiter
+		buf []byte
+	}
+	var kernel waiter
+	kernel.kernel = true
+	clients := make([]waiter, 100)
+	var out []run
+	for round := range 3 {
+		for i := range clients {
+			for size := pageSize << rng.IntN(8); size >= pageSize; {
+				if buf := a.try(&clients[i], size); buf != nil {
+					out = append(out, run{&clients[i], buf})
+				} else {
+					size /= 2
+				}
+			}
+		}
+		var own [][]byte
+		for buf := a.try(&kernel, request); buf != nil; buf = a.try(&kernel, request) {
+			own = append(own, buf)
+		}
+		if len(own) < reservePages*pageSize/2/request {
+			t.Errorf("round %d: the kernel got %d requests in beside %d clients, want half of the reserve", round, len(own), len(clients))
+		}
+		for _, buf := range own {
+			a.release(&kernel, buf)
+		}
+		for i := range out {
+			if j := rng.IntN(len(out)); i%2 == 0 {
+				out[i], out[j] = out[j], out[i]
+			}
+		}
+		for i := range out {
+			if round == 2 || i%2 == 0 {
+				a.release(out[i].w, out[i].buf)
+				out[i].buf = nil
+			}
+		}
+		out = slices.DeleteFunc(out, func(r run) bool { return r.buf == nil })
 	}
 	if a.lent != 0 || a.used != 0 {
 		t.Errorf("%d pages of the reserve, %d of all are in use at the end", a.lent, a.used)

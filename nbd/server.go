@@ -32,6 +32,11 @@ type Config struct {
 	// Memory, if not nil, is the arena. The server takes it over.
 	Memory *Memory
 
+	// Kernel says that ServeTransmission is going to be called. A part of the arena
+	// is then kept for that, of which no other connection gets anything: a tenth,
+	// with the size by default.
+	Kernel bool
+
 	// MaxConnections is how many connections may be served at the same time.
 	// Zero is 128. Each costs 250 KiB when idle and up to 1 MiB when it has
 	// been busy, besides the arena.
@@ -196,7 +201,7 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 			return nil, err
 		}
 	}
-	a := newArena(cfg.Memory)
+	a := newArena(cfg.Memory, cfg.Kernel)
 	return &Server{
 		cfg:     cfg,
 		exports: append([]Export(nil), exports...),

@@ -109,7 +109,7 @@ func (d *daemon) listen(ctx context.Context) (_ []net.Listener, err error) {
 
 // serverConfig is the configuration of the NBD server.
 func (d *daemon) serverConfig() nbd.Config {
-	c := nbd.Config{Log: d.log, AllowPeer: d.allowPeer, TLS: d.opts.tls}
+	c := nbd.Config{Log: d.log, AllowPeer: d.allowPeer, TLS: d.opts.tls, Kernel: d.opts.attach != ""}
 	if d.opts.swap {
 		// Threads that are there, and no io_uring, which allocates for each request.
 		c.Memory, c.InFlight, c.Engine = d.memory, swapInFlight, nbd.EnginePortable
