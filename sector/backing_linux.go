@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -30,6 +31,9 @@ type Device struct {
 	physical int
 	block    bool
 	direct   bool
+
+	asking sync.Mutex // held while before is asked
+	before *os.File   // what Sync flushes first, until that has succeeded, see Reopen
 }
 
 // DeviceOptions say how a device is opened.
@@ -172,6 +176,14 @@ const fenceAt = 1 << 62
 // Reopen opens a device again that is open as f, whose name is name, for I/O of
 // this process alone: the lock of Fence is on what it opens. f keeps others
 // out.
+//
+// The first Sync flushes f too. Linux tells each open file description of a failed
+// write-back once, and of none that has been told to somebody before it was opened.
+// A server that is killed during an fdatasync is told and tells nobody; another
+// program that flushes the same file is told before the server is. f is as old as the
+// first server, and no other than such a first Sync flushes it, so it still has to be
+// told. (What is lost is an error that was told to such a Sync whose process was
+// killed meanwhile.)
 func Reopen(f *os.File, name string, o DeviceOptions) (*Device, error) {
 	fi, err := f.Stat()
 	if err != nil {
@@ -199,10 +211,14 @@ func Reopen(f *os.File, name string, o DeviceOptions) (*Device, error) {
 	if err == nil {
 		_, err = d.Measure()
 	}
+	if err == nil {
+		fd, err = unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	}
 	if err != nil {
 		d.Close()
 		return nil, fmt.Errorf("%s: %w", name, reason(err))
 	}
+	d.before = os.NewFile(uintptr(fd), name)
 	return d, nil
 }
 
@@ -248,7 +264,12 @@ func (d *Device) File() *os.File { return d.f }
 
 // Close closes the device; on a device that was open for writing, everything
 // that must last was synced before.
-func (d *Device) Close() error { return d.f.Close() }
+func (d *Device) Close() error {
+	if d.before != nil {
+		d.before.Close()
+	}
+	return d.f.Close()
+}
 
 // Name is the path that the device was opened with.
 func (d *Device) Name() string { return d.f.Name() }
@@ -314,13 +335,34 @@ func (d *Device) WriteAtSync(p []byte, off int64) (done int, err error) {
 }
 
 // Sync is fdatasync(2): the data, and of the metadata what is needed to find
-// it.
+// it. It fails for what could not be written before a Reopen, too.
 func (d *Device) Sync() error {
+	if err := d.syncBefore(); err != nil {
+		return err
+	}
+	return fdatasync(d.f)
+}
+
+func (d *Device) syncBefore() error {
+	d.asking.Lock()
+	defer d.asking.Unlock()
+	if d.before == nil {
+		return nil
+	}
+	if err := fdatasync(d.before); err != nil {
+		return err
+	}
+	d.before.Close()
+	d.before = nil
+	return nil
+}
+
+func fdatasync(f *os.File) error {
 	for {
-		err := unix.Fdatasync(int(d.f.Fd()))
+		err := unix.Fdatasync(int(f.Fd()))
 		if !errors.Is(err, unix.EINTR) {
 			if err != nil {
-				err = &os.PathError{Op: "fdatasync", Path: d.f.Name(), Err: err}
+				err = &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
 			}
 			return err
 		}

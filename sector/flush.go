@@ -9,7 +9,8 @@ import "sync"
 // One at a time is not for speed alone. Linux reports a failed write-back once
 // for each open file, and then takes the pages for clean (fsync(2), NOTES). Of
 // two fdatasyncs on one descriptor that run at once, one gets the error of the
-// data that the other was to make durable, and the other returns success.
+// data that the other was to make durable, and the other returns success. What a
+// server is told that dies of it, see [Reopen].
 type flusher struct {
 	mu      sync.Mutex
 	ended   sync.Cond

@@ -5,8 +5,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -172,6 +174,72 @@ func TestFence(t *testing.T) {
 	if n, err := io.Copy(io.Discard, io.NewSectionReader(second, 0, 1<<20)); n != 1<<20 || err != nil {
 		t.Errorf("read %d bytes: %v", n, err)
 	}
+}
+
+// TestFlushErrorOfServerBefore: a flush fails for what could not be written, also if
+// only a process was told that is dead. The device's page cache is written to memory
+// that is sealed meanwhile, which is an I/O error.
+func TestFlushErrorOfServerBefore(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test makes a loop device, which takes root")
+	}
+	losetup, err := exec.LookPath("losetup")
+	if err != nil {
+		t.Fatal("this test needs losetup, of the Debian package mount")
+	}
+	disk, err := unix.MemfdCreate("disk", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(disk)
+	if err := unix.Ftruncate(disk, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(losetup, "--show", "-f", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), disk)).CombinedOutput()
+	if err != nil {
+		t.Fatalf("losetup: %v: %s", err, out)
+	}
+	name := strings.TrimSpace(string(out))
+	defer exec.Command(losetup, "-d", name).Run()
+
+	open := func() *os.File { // with the page cache, as an image file is
+		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	held := open()
+	defer held.Close()
+	next := func() *Device {
+		d, err := Reopen(held, name, DeviceOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	dead := open()
+	d := next()
+	if err := errors.Join(d.Sync(), d.Sync(), d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dead.WriteAt(make([]byte, 4096), 4096); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unix.FcntlInt(uintptr(disk), unix.F_ADD_SEALS, unix.F_SEAL_WRITE); err != nil {
+		t.Fatal(err)
+	}
+	if err := fdatasync(dead); !errors.Is(err, unix.EIO) {
+		t.Fatalf("the flush of the server that dies: %v, want %v", err, unix.EIO)
+	}
+	dead.Close()
+	if d = next(); d.Size() != 1<<20 {
+		t.Errorf("%d bytes", d.Size())
+	}
+	if err := d.Sync(); !errors.Is(err, unix.EIO) {
+		t.Errorf("the first flush of the server that goes on: %v, want %v", err, unix.EIO)
+	}
+	d.Close()
 }
 
 // handoverVolume makes a volume whose key goes to h.
