@@ -22,33 +22,44 @@ type Peer struct {
 // ownOrRoot is what allows peers if nothing else is configured.
 func ownOrRoot(p Peer) bool { return p.UID == 0 || int(p.UID) == os.Geteuid() }
 
-// A peerKey stands for the peers that share a limit: a user, or a host.
+// A peerKey stands for the peers that share a limit.
 type peerKey struct {
-	uid  uint32
-	host netip.Prefix // not valid for a user
+	kind peerKind
+	uid  uint32       // of a peerUser
+	host netip.Prefix // of a peerHost
 }
 
-// checkPeer returns whose limit counts, if there is one, or ErrPeer.
-func (s *Server) checkPeer(conn net.Conn) (key peerKey, limited bool, err error) {
+type peerKind int
+
+const (
+	peerOther  peerKind = iota // of a connection that is neither
+	peerUser                   // on Unix sockets
+	peerHost                   // by TCP
+	peerKernel                 // of ServeTransmission
+	peerKinds
+)
+
+// checkPeer returns whose limit counts, or ErrPeer.
+func (s *Server) checkPeer(conn net.Conn) (peerKey, error) {
 	if uc, ok := conn.(*net.UnixConn); ok {
 		p, err := unixPeer(uc)
 		if err != nil {
-			return peerKey{}, false, err
+			return peerKey{}, err
 		}
 		if !s.cfg.AllowPeer(p) {
-			return peerKey{}, false, fmt.Errorf("nbd: process %d of user %d: %w", p.PID, p.UID, ErrPeer)
+			return peerKey{}, fmt.Errorf("nbd: process %d of user %d: %w", p.PID, p.UID, ErrPeer)
 		}
-		return peerKey{uid: p.UID}, true, nil
+		return peerKey{kind: peerUser, uid: p.UID}, nil
 	}
 	if addr, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
 		// Who has an IPv6 address mostly has all that differ in the last half.
 		ip := addr.AddrPort().Addr().Unmap()
 		host, err := ip.Prefix(min(ip.BitLen(), 64))
 		if err == nil {
-			return peerKey{host: host}, true, nil
+			return peerKey{kind: peerHost, host: host}, nil
 		}
 	}
-	return peerKey{}, false, nil
+	return peerKey{}, nil
 }
 
 // unixPeer asks the kernel who connected.

@@ -2,6 +2,7 @@ package nbd_test
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -130,4 +131,47 @@ func TestMaxPerPeer(t *testing.T) {
 	}
 	wait(t, "Serve", aEnds)
 	h.dial("") // there is room again
+}
+
+// TestPeersShutOut: clients by TCP that never end their handshakes shut out neither
+// other hosts, nor those of this machine, and the kernel has its connection whoever
+// has all others.
+func TestPeersShutOut(t *testing.T) {
+	h := newHarness(t, nbd.Config{MaxConnections: 8}, nbd.Export{Device: nbdtest.NewDevice(512, false)})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.serves.Go(func() { h.s.ServeListener(h.ctx, ln) })
+	silent := func(host byte) {
+		t.Helper()
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, host)}}
+		c, err := d.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+	for hosts, want := range []nbd.Stats{{}, {Connections: 2, Rejected: 2}, {Connections: 4, Rejected: 4}, {Connections: 6, Rejected: 6}, {Connections: 6, Rejected: 10}} {
+		for range min(hosts, 1) * 4 {
+			silent(byte(hosts))
+		}
+		eventually(t, fmt.Sprintf("%d hosts have %d connections", hosts, want.Connections), func() bool {
+			st := h.s.Stats()
+			return st.Connections == want.Connections && st.Rejected == want.Rejected
+		})
+	}
+	h.dial("")
+	h.dial("")
+	_, ends := h.raw()
+	if err := wait(t, "Serve", ends); !errors.Is(err, nbd.ErrTooManyConnections) {
+		t.Errorf("Serve() = %v, want %v", err, nbd.ErrTooManyConnections)
+	}
+	kernel, other := socketpair(t)
+	defer kernel.Close()
+	h.serves.Go(func() { h.s.ServeTransmission(h.ctx, other, ""); other.Close() })
+	c := &nbdtest.Client{Conn: kernel}
+	if errno, err := c.Read(make([]byte, 512), 0); errno != 0 || err != nil {
+		t.Errorf("the kernel: error %d, %v", errno, err)
+	}
 }

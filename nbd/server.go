@@ -37,9 +37,11 @@ type Config struct {
 	// with the size by default.
 	Kernel bool
 
-	// MaxConnections is how many connections may be served at the same time.
-	// Zero is 128. Each costs 250 KiB when idle and up to 1 MiB when it has
-	// been busy, besides the arena.
+	// MaxConnections is how many clients may be connected at the same time, those in
+	// the handshake too: three quarters of them by TCP, since anybody may begin one
+	// of those. Zero is 128. It doesn't concern ServeTransmission: the kernel has to get
+	// its connection back whoever has come first. Each connection costs 250 KiB when
+	// idle and up to 1 MiB when it has been busy, besides the arena.
 	MaxConnections int
 
 	// AllowPeer reports whether a process may connect to a Unix socket. Nil
@@ -48,7 +50,8 @@ type Config struct {
 	AllowPeer func(Peer) bool
 
 	// MaxPerPeer is how many connections one user may have on Unix sockets, and
-	// one host by TCP. An IPv6 host is its /64 network. Zero is MaxConnections.
+	// one host by TCP. An IPv6 host is its /64 network. Zero is MaxConnections for a
+	// user, and a quarter of that for a host.
 	MaxPerPeer int
 
 	// Engine chooses how requests are run. Empty is [EngineURing] where the
@@ -142,8 +145,8 @@ type Server struct {
 	faults faults
 	fault  func(result int) int // if set by a test, changes what io_uring says of the device
 
-	mu       sync.Mutex // guards what follows
-	open     int        // connections, including those in the handshake
+	mu       sync.Mutex     // guards what follows
+	open     [peerKinds]int // connections, including those in the handshake
 	peers    map[peerKey]int
 	conns    map[*conn]struct{}
 	counts   Counts // of connections that have ended
@@ -166,7 +169,6 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 	}
 	orDefault(&cfg.Arena, 40<<20)
 	orDefault(&cfg.MaxConnections, 128)
-	orDefault(&cfg.MaxPerPeer, cfg.MaxConnections)
 	orDefault(&cfg.InFlight, 64)
 	orDefault(&cfg.HandshakeTimeout, 10*time.Second)
 	orDefault(&cfg.StallTimeout, 30*time.Second)
@@ -226,11 +228,11 @@ func orDefault[T int | int64 | time.Duration](v *T, d T) {
 func (s *Server) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case s.closed:
+	if s.closed {
 		return nil
-	case s.open > 0:
-		return fmt.Errorf("nbd: closing the server: %d connections are open", s.open)
+	}
+	if n := s.connections(); n > 0 {
+		return fmt.Errorf("nbd: closing the server: %d connections are open", n)
 	}
 	s.closed = true
 	return s.arena.close()
@@ -287,17 +289,17 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
 
 // serve is Serve. With own, conn is the server's, which may close it.
 func (s *Server) serve(ctx context.Context, conn net.Conn, own bool) error {
-	key, limited, err := s.checkPeer(conn)
+	peer, err := s.checkPeer(conn)
 	if err != nil {
 		s.mu.Lock()
 		s.rejected++
 		s.mu.Unlock()
 		return err
 	}
-	if err := s.enter(key, limited); err != nil {
+	if err := s.enter(peer); err != nil {
 		return err
 	}
-	defer s.leave(key, limited)
+	defer s.leave(peer)
 
 	in := &input{nc: conn, buf: make([]byte, handshakeBuffer)}
 	defer func() { closeTLS(in.nc) }()
@@ -333,10 +335,11 @@ func (s *Server) ServeTransmission(ctx context.Context, conn net.Conn, exportNam
 	if e == nil {
 		return fmt.Errorf("nbd: export %.80q: %w", exportName, ErrUnknownExport)
 	}
-	if err := s.enter(peerKey{}, false); err != nil {
+	kernel := peerKey{kind: peerKernel}
+	if err := s.enter(kernel); err != nil {
 		return err
 	}
-	defer s.leave(peerKey{}, false)
+	defer s.leave(kernel)
 	return s.transmission(ctx, session{export: e, flags: e.transmissionFlags(), kernel: true}, &input{nc: conn})
 }
 
@@ -416,39 +419,64 @@ func temporary(err error) bool {
 	return false
 }
 
-// enter counts a connection that leave discounts, also for the peer if its
-// number is limited.
-func (s *Server) enter(key peerKey, limited bool) error {
+// enter counts a connection that leave discounts.
+func (s *Server) enter(peer peerKey) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case s.closed:
+	if s.closed {
 		return ErrClosed
-	case s.open >= s.cfg.MaxConnections:
-		s.rejected++
-		return fmt.Errorf("nbd: %d connections are open: %w", s.open, ErrTooManyConnections)
-	case limited && s.peers[key] >= s.cfg.MaxPerPeer:
-		s.rejected++
-		return fmt.Errorf("nbd: %d connections of this peer are open: %w", s.peers[key], ErrTooManyConnections)
 	}
-	if limited {
-		s.peers[key]++
+	if err := s.limit(peer); err != nil {
+		s.rejected++
+		return err
 	}
-	s.open++
+	s.peers[peer]++
+	s.open[peer.kind]++
 	s.accepted++
 	return nil
 }
 
-func (s *Server) leave(key peerKey, limited bool) {
+// limit refuses a connection that is one too many. Callers hold mu.
+func (s *Server) limit(peer peerKey) error {
+	most := s.cfg.MaxConnections
+	own := s.cfg.MaxPerPeer
+	switch peer.kind {
+	case peerKernel:
+		return nil
+	case peerHost:
+		if n := s.open[peerHost]; n >= most-most/4 {
+			return fmt.Errorf("nbd: %d connections by TCP are open: %w", n, ErrTooManyConnections)
+		}
+		orDefault(&own, (most+3)/4)
+	case peerUser:
+		orDefault(&own, most)
+	default:
+		own = most
+	}
+	if n := s.connections() - s.open[peerKernel]; n >= most {
+		return fmt.Errorf("nbd: %d connections are open: %w", n, ErrTooManyConnections)
+	}
+	if n := s.peers[peer]; n >= own {
+		return fmt.Errorf("nbd: %d connections of this peer are open: %w", n, ErrTooManyConnections)
+	}
+	return nil
+}
+
+func (s *Server) leave(peer peerKey) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.open--
-	if !limited {
-		return
+	s.open[peer.kind]--
+	if s.peers[peer]--; s.peers[peer] == 0 {
+		delete(s.peers, peer)
 	}
-	if s.peers[key]--; s.peers[key] == 0 {
-		delete(s.peers, key)
+}
+
+// connections returns how many are open. Callers hold mu.
+func (s *Server) connections() (n int) {
+	for _, k := range s.open {
+		n += k
 	}
+	return n
 }
 
 // handshake runs a handshake under its deadline.
@@ -594,7 +622,7 @@ func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := Stats{
-		Connections: s.open,
+		Connections: s.connections(),
 		Accepted:    s.accepted,
 		Rejected:    s.rejected,
 		Stalled:     s.stalled,
