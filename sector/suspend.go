@@ -110,6 +110,7 @@ func (v *Volume) Suspend(mode SuspendMode) error {
 	}
 	v.open.Lock()
 	defer v.open.Unlock()
+	v.gate.set(state) // a Resume that held open until now has opened it
 	if v.keys == nil {
 		return nil
 	}
@@ -179,7 +180,8 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 	v.open.Lock()
 	defer v.open.Unlock()
 	if v.keys != nil {
-		return nil // somebody else was faster
+		again.handover = nil // else Close wipes what the next server goes on with
+		return nil           // somebody else was faster
 	}
 	v.keys, v.cipher = again.keys, again.cipher
 	v.token.Store(again.token.Load())

@@ -2,6 +2,8 @@ package sector
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
 	"errors"
 	"math/rand/v2"
 	"sync"
@@ -216,6 +218,67 @@ func TestSuspendZeroes(t *testing.T) {
 	if err := <-zeroed; !errors.Is(err, ErrSuspended) {
 		t.Errorf("WriteZeroes() = %v after %d writes, want ErrSuspended", err, writes.Load())
 	}
+}
+
+// TestSuspendAndResume lets two calls wait for a request that is under way, in the
+// order in which they get their turns then.
+func TestSuspendAndResume(t *testing.T) {
+	start := func(t *testing.T) (v testVolume, h *Handover, blocks func(), end func()) {
+		h, err := NewHandover()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { h.Close() })
+		v = open1(t, format(t, 4096, testVolumeSize), OpenOptions{Handover: h})
+		if err := v.Suspend(SuspendRefuse); err != nil {
+			t.Fatal(err)
+		}
+		v.open.RLock() // a request
+		return v, h, func() {
+			for v.open.TryRLock() { // succeeds until somebody waits for all requests
+				v.open.RUnlock()
+				time.Sleep(time.Millisecond)
+			}
+		}, v.open.RUnlock
+	}
+	t.Run("suspended while it is resumed", func(t *testing.T) {
+		v, h, blocks, end := start(t)
+		resumed, suspended := make(chan error, 1), make(chan error, 1)
+		go func() { resumed <- v.Resume(t.Context(), testUnseal, OpenOptions{Handover: h}) }()
+		blocks()
+		go func() { suspended <- v.Suspend(SuspendWait) }()
+		for v.gate.state.Load() != gateWait {
+			time.Sleep(time.Millisecond)
+		}
+		end()
+		if err := errors.Join(<-resumed, <-suspended); err != nil {
+			t.Fatal(err)
+		}
+		if v.keys != nil || h.HasKey() || !v.Suspended() {
+			t.Errorf("keys %v, handed over %v, suspended %v; want a suspended volume", v.keys != nil, h.HasKey(), v.Suspended())
+		}
+	})
+	t.Run("resumed twice", func(t *testing.T) {
+		v, h, blocks, end := start(t)
+		first, second := make(chan error, 1), make(chan error, 1)
+		go func() { first <- v.Resume(t.Context(), testUnseal, OpenOptions{Handover: h}) }()
+		blocks()
+		unsealed := make(chan struct{})
+		go func() {
+			second <- v.Resume(t.Context(), func(ctx context.Context, volume string, token json.RawMessage, key *[VolumeKeySize]byte) error {
+				close(unsealed)
+				return testUnseal(ctx, volume, token, key)
+			}, OpenOptions{Handover: h})
+		}()
+		<-unsealed
+		end()
+		if err := errors.Join(<-first, <-second); err != nil {
+			t.Fatal(err)
+		}
+		if v.keys == nil || !h.HasKey() || v.Suspended() {
+			t.Errorf("keys %v, handed over %v, suspended %v; want a volume that goes on", v.keys != nil, h.HasKey(), v.Suspended())
+		}
+	})
 }
 
 func TestSuspendedForGood(t *testing.T) {
