@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -330,6 +331,36 @@ func TestOneCopy(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestRepairReadError: a good copy that can't be read for a moment is not written over.
+func TestRepairReadError(t *testing.T) {
+	for good, bad := range map[int]int{0: testCopy, testCopy: 0} {
+		m := formatted(t)
+		m.b[bad+binarySize+100] ^= 4
+		before := bytes.Clone(m.b[good : good+testCopy])
+		h, c := read(t, m)
+		err := Repair(unreadable{m, int64(good)}, h, c)
+		if !bytes.Equal(before, m.b[good:good+testCopy]) {
+			t.Fatalf("the good copy at %d was written over", good)
+		}
+		if _, c := read(t, m); err != nil || c.Damaged() {
+			t.Errorf("Repair() = %v; then %s", err, c.Describe())
+		}
+	}
+}
+
+// An unreadable memory can't be read at one offset.
+type unreadable struct {
+	*memory
+	at int64
+}
+
+func (m unreadable) ReadAt(p []byte, off int64) (int, error) {
+	if off == m.at {
+		return 0, syscall.EIO
+	}
+	return m.memory.ReadAt(p, off)
 }
 
 func TestBothCopies(t *testing.T) {

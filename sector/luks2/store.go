@@ -31,6 +31,7 @@ type Copies struct {
 	Conflict bool
 
 	foreign bool // the damaged copy holds something else than a damaged copy
+	second  bool // the header that was returned is the second copy's
 }
 
 // Damaged tells whether [Repair] has something to do.
@@ -104,6 +105,7 @@ func Read(f io.ReaderAt) (*Header, Copies, error) {
 			c.Conflict, c.foreign = true, true
 		}
 		if second.SeqID > first.SeqID {
+			c.second = true
 			return second, c, nil
 		}
 		return first, c, nil
@@ -113,6 +115,7 @@ func Read(f io.ReaderAt) (*Header, Copies, error) {
 		return first, c, nil
 	case second != nil:
 		second.newSalt(0)
+		c.second = true
 		c.foreign = !repairable(f, c.Primary, 0)
 		return second, c, nil
 	}
@@ -227,11 +230,9 @@ func Repair(f File, h *Header, c Copies) error {
 	if !c.Damaged() {
 		return nil
 	}
-	bad := uint64(0)
-	if c.Primary == nil {
-		if first, err := readCopy(f, 0); err == nil && first.SeqID == h.SeqID {
-			bad = h.Size
-		}
+	bad := h.Size
+	if c.second {
+		bad = 0
 	}
 	h.newSalt(bad)
 	return writeCopy(f, h, bad)
