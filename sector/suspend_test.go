@@ -6,6 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -189,34 +192,119 @@ func TestSuspendStalledDisk(t *testing.T) {
 	}
 }
 
-// TestSuspendZeroes: a request for zeros that goes on for long doesn't hold the
-// keys.
+// TestSuspendZeroes: of zeros that go on for long, who stops the volume waits for one
+// buffer. The rest is refused, or waits with the volume, and all are there then.
 func TestSuspendZeroes(t *testing.T) {
 	const size = 64 << 20
-	disk := format(t, 4096, size)
-	var writes atomic.Int64
-	disk.Fail(func(op sectortest.Op, _ int, _ int64, _ int) error {
-		if op == sectortest.Write {
-			writes.Add(1)
-			time.Sleep(10 * time.Millisecond)
-		}
-		return nil
-	})
-	v := open1(t, disk, OpenOptions{})
-	whole, err := v.Size()
+	suspend := func(mode SuspendMode) func(*Volume) error {
+		return func(v *Volume) error { return v.Suspend(mode) }
+	}
+	restrict := func(v *Volume) error { v.Restrict(true); return nil }
+	for _, tt := range []struct {
+		name string
+		stop func(*Volume) error
+		want error
+	}{{"refuse", suspend(SuspendRefuse), ErrSuspended}, {"wait", suspend(SuspendWait), nil}, {"restrict", restrict, syscall.EPERM}} {
+		t.Run(tt.name, func(t *testing.T) {
+			disk := format(t, 4096, size)
+			v := open1(t, disk, OpenOptions{})
+			whole, err := v.Size()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var writes atomic.Int64
+			third, release := make(chan struct{}), make(chan struct{})
+			disk.Fail(func(op sectortest.Op, _ int, _ int64, _ int) error {
+				if op == sectortest.Write && writes.Add(1) == 3 {
+					close(third)
+					<-release
+				}
+				return nil
+			})
+			zeroed, stopped := make(chan error, 1), make(chan error, 1)
+			go func() { zeroed <- v.WriteZeroes(0, whole, true) }()
+			<-third
+			go func() { stopped <- tt.stop(v.Volume) }()
+			for !v.Suspended() && !v.Restricted() {
+				time.Sleep(time.Millisecond)
+			}
+			close(release)
+			if err := <-stopped; err != nil {
+				t.Error(err)
+			}
+			if tt.want != nil {
+				if err := <-zeroed; !errors.Is(err, tt.want) {
+					t.Errorf("WriteZeroes() = %v, want %v", err, tt.want)
+				}
+			}
+			if n := writes.Load(); n != 3 {
+				t.Fatalf("%d buffers were written, want those of before and the one that was under way, 3", n)
+			}
+			if tt.want != nil {
+				return
+			}
+			if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if err := <-zeroed; err != nil {
+				t.Errorf("WriteZeroes() = %v after Resume", err)
+			}
+			v = open1(t, disk.Crash(rand.New(rand.NewPCG(1, 2)), 4096), OpenOptions{})
+			got := make([]byte, whole)
+			if _, err := v.ReadAt(got, 0); err != nil || !bytes.Equal(got, make([]byte, whole)) {
+				t.Errorf("what was zeroed reads as something else: %v", err)
+			}
+		})
+	}
+}
+
+// A discarder is told of what is discarded.
+type discarder struct {
+	*Device
+	discards func(off, length int64)
+}
+
+func (d discarder) Discard(off, length int64) error {
+	d.discards(off, length)
+	return d.Device.Discard(off, length)
+}
+
+// TestRestrictTrim: a large range is discarded in parts, between which the rest can be
+// refused.
+func TestRestrictTrim(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "disk")
+	if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, 4<<30)); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := OpenDevice(name, DeviceOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	zeroed := make(chan error, 1)
-	go func() { zeroed <- v.WriteZeroes(0, whole, false) }()
-	for writes.Load() < 3 {
-		time.Sleep(time.Millisecond)
-	}
-	if err := v.Suspend(SuspendRefuse); err != nil {
+	defer dev.Close()
+	if _, err := Format(t.Context(), dev, FormatOptions{SectorSize: 4096, Seal: []Sealer{testSeal}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-zeroed; !errors.Is(err, ErrSuspended) {
-		t.Errorf("WriteZeroes() = %v after %d writes, want ErrSuspended", err, writes.Load())
+	var parts []int64
+	restricted := false
+	var v testVolume
+	v = open1(t, discarder{dev, func(off, length int64) {
+		parts = append(parts, off, off+length)
+		v.Restrict(restricted)
+	}}, OpenOptions{Discard: true})
+	size, err := v.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Trim(4096, size-4096, false); err != nil {
+		t.Fatal(err)
+	}
+	const first = dataOffset + 4096
+	if want := []int64{first, 1 << 30, 1 << 30, 2 << 30, 2 << 30, 3 << 30, 3 << 30, 4 << 30}; !slices.Equal(parts, want) {
+		t.Errorf("discarded %d, want %d", parts, want)
+	}
+	parts, restricted = nil, true
+	if err := v.Trim(4096, size-4096, false); !errors.Is(err, syscall.EPERM) || len(parts) != 2 {
+		t.Errorf("Trim() = %v after %d parts, want EPERM after one", err, len(parts)/2)
 	}
 }
 

@@ -394,7 +394,7 @@ func (v *Volume) writeAt(p []byte, off int64, write writeFunc) (int, error) {
 		err = v.check(off, int64(len(p)))
 	}
 	if err == nil {
-		err = v.write(p, extentOf(off, int64(len(p)), v.sector), write)
+		_, err = v.write(p, extentOf(off, int64(len(p)), v.sector), write)
 	}
 	if err != nil {
 		return 0, v.count("write", off, err)
@@ -407,15 +407,17 @@ func (v *Volume) writeAt(p []byte, off int64, write writeFunc) (int, error) {
 type writeFunc func(p []byte, off int64) (int, error)
 
 // write encrypts p, or zeros if p is nil, to the sectors of e, a buffer at a
-// time. No other write comes between the buffers.
-func (v *Volume) write(p []byte, e extent, write writeFunc) error {
+// time. No other write comes between the buffers. Zeros can go on for hours, and who
+// stops the volume waits for this request: what is left of them is refused as others
+// are, or returned without an error, if it is to wait.
+func (v *Volume) write(p []byte, e extent, write writeFunc) (rest extent, err error) {
 	ticket := v.ranges.lock(e.from, e.to)
 	defer v.ranges.unlock(ticket)
 	for e.len() > 0 {
-		// Zeros can go on for hours, and what is to be refused must not: who
-		// suspends the volume waits for this request.
-		if err := v.gate.refuses(); err != nil && p == nil {
-			return err
+		if p == nil {
+			if stop, err := v.stopped(); stop {
+				return e, err
+			}
 		}
 		buf := v.bufs.get(e.to - e.from)
 		part, rest := e.head(int64(len(buf)))
@@ -426,11 +428,21 @@ func (v *Volume) write(p []byte, e extent, write writeFunc) error {
 		err := v.writePart(buf[:part.to-part.from], src, part, write)
 		v.bufs.put(buf)
 		if err != nil {
-			return err
+			return e, err
 		}
 		e = rest
 	}
-	return nil
+	return e, nil
+}
+
+// stopped tells whether a request that takes long has to stop here: with an error,
+// or with none if the volume waits for its keys.
+func (v *Volume) stopped() (bool, error) {
+	if !v.gate.isOpen() {
+		return true, v.gate.refuses()
+	}
+	err := v.writable()
+	return err != nil, err
 }
 
 // zeros is what WRITE_ZEROES encrypts. It is only read.
@@ -476,24 +488,39 @@ func (v *Volume) mergeEdges(buf []byte, e extent) error {
 
 // WriteZeroes makes a range read as zeros. Zeros are encrypted and written
 // like any data, as a hole would decrypt to noise; with fua they are durable
-// when it returns.
+// when it returns. What a suspension or restriction comes upon is treated as a
+// request of its own: the rest waits or fails.
 func (v *Volume) WriteZeroes(off, length int64, fua bool) error {
+	for {
+		left, err := v.writeZeroes(off, length, fua)
+		if left == 0 || err != nil {
+			return err
+		}
+		off, length = off+length-left, left
+	}
+}
+
+// writeZeroes returns what is left when the volume is being suspended.
+func (v *Volume) writeZeroes(off, length int64, fua bool) (left int64, err error) {
 	if err := v.enter(); err != nil {
-		return err
+		return 0, err
 	}
 	defer v.leave()
-	v.stats.zeroes.Add(1)
-	err := v.writable()
+	err = v.writable()
 	if err == nil {
 		err = v.check(off, length)
 	}
 	if err == nil {
-		err = v.write(nil, extentOf(off, length, v.sector), v.b.WriteAt)
+		var rest extent
+		if rest, err = v.write(nil, extentOf(off, length, v.sector), v.b.WriteAt); err == nil && rest.len() > 0 {
+			return rest.len(), nil
+		}
 	}
+	v.stats.zeroes.Add(1)
 	if err == nil && fua {
 		err = v.sync() // once, instead of with every buffer
 	}
-	return v.count("write zeroes", off, err)
+	return 0, v.count("write zeroes", off, err)
 }
 
 // Trim tells the backing device that the content of a range is not needed. It
@@ -518,6 +545,11 @@ func (v *Volume) Trim(off, length int64, fua bool) error {
 	return v.count("trim", off, err)
 }
 
+// discardPart is how much of the backing device is discarded at once, between
+// multiples of that, so that nothing is cut which a device discards only as a whole.
+// That is no more than 1 GiB, the largest block of a thin pool.
+const discardPart = 1 << 30
+
 func (v *Volume) trim(e extent) error {
 	from, to := e.within(v.sector)
 	if from == to {
@@ -525,11 +557,21 @@ func (v *Volume) trim(e extent) error {
 	}
 	ticket := v.ranges.lock(from, to)
 	defer v.ranges.unlock(ticket)
-	err := v.b.Discard(v.offset+from, to-from)
-	if errors.Is(err, errors.ErrUnsupported) {
-		return nil
+	for from < to {
+		if stop, err := v.stopped(); stop {
+			return err // without one the rest is a hint that isn't followed
+		}
+		end := min(to, (v.offset+from)/discardPart*discardPart+discardPart-v.offset)
+		err := v.b.Discard(v.offset+from, end-from)
+		if errors.Is(err, errors.ErrUnsupported) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		from = end
 	}
-	return err
+	return nil
 }
 
 // Sync makes durable whatever was written before it was called, by anybody.
