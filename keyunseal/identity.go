@@ -62,14 +62,15 @@ func parseIdentity(s string) (identity, error) {
 		return bad("one line of at most " + strconv.Itoa(maxIdentity) + " bytes")
 	}
 	switch kind {
-	case identityManaged, identityArc:
-		if more && (kind == identityArc || !isUUID(rest)) {
-			if kind == identityArc {
-				return bad("arc alone, which stands for the identity of this host's Arc agent")
-			}
+	case identityManaged:
+		if more && !isUUID(rest) {
 			return bad("managed:CLIENT-ID with a UUID")
 		}
 		i.id = strings.ToLower(rest)
+	case identityArc:
+		if more {
+			return bad("arc alone, which stands for the identity of this host's Arc agent")
+		}
 	case identityObject:
 		if !isUUID(rest) {
 			return bad("managed-object:OBJECT-ID with a UUID")

@@ -1,17 +1,14 @@
 package vaulttest
 
 import (
-	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -41,14 +38,7 @@ func (s *Server) Federate(clientID string, lifetime time.Duration) (string, erro
 	}
 	s.issuers[strings.ToLower(clientID)] = iss
 	now := s.opts.Now()
-	payload, err := json.Marshal(federatedClaims{iss.issuer, iss.subject, federatedAudience, now.Add(lifetime).Unix(), now.Add(-time.Minute).Unix()})
-	if err != nil {
-		return "", err
-	}
-	signed := b64([]byte(`{"typ":"JWT","alg":"RS256","kid":"cluster"}`)) + "." + b64(payload)
-	sum := sha256.Sum256([]byte(signed))
-	sig, err := rsa.SignPKCS1v15(rand.Reader, k, crypto.SHA256, sum[:])
-	return signed + "." + b64(sig), err
+	return signJWT(k, "cluster", federatedClaims{iss.issuer, iss.subject, federatedAudience, now.Add(lifetime).Unix(), now.Add(-time.Minute).Unix()})
 }
 
 type federatedClaims struct {
@@ -60,18 +50,11 @@ type federatedClaims struct {
 }
 
 // checkFederated returns the error body for an issuer's token that isn't good.
-func (s *Server) checkFederated(jwt string, iss *issuer) map[string]any {
-	signed, sig, ok := cutLast(jwt, ".")
-	_, payload, ok2 := strings.Cut(signed, ".")
-	sum := sha256.Sum256([]byte(signed))
-	sigBytes, err := unb64(sig)
-	if !ok || !ok2 || err != nil || rsa.VerifyPKCS1v15(&iss.key.PublicKey, crypto.SHA256, sum[:], sigBytes) != nil {
-		return entraError("invalid_client", 70021, "No matching federated identity record found for presented assertion.")
-	}
+func (s *Server) checkFederated(assertion string, iss *issuer) map[string]any {
 	var c federatedClaims
-	body, err := unb64(payload)
+	t, err := parseJWT(assertion)
 	if err == nil {
-		err = json.Unmarshal(body, &c)
+		err = errors.Join(t.verify("RS256", &iss.key.PublicKey), json.Unmarshal(t.claims, &c))
 	}
 	now := s.opts.Now().Unix()
 	switch {
@@ -86,54 +69,51 @@ func (s *Server) checkFederated(jwt string, iss *issuer) map[string]any {
 // arcDir is where the Azure Arc agent's clients look for its files.
 const arcDir = "/var/opt/azcmagent/tokens"
 
-// serveArc is the agent at 127.0.0.1:40342. Who wants a token has to show that it
-// may read a file that the agent has just written.
+// serveArc is the agent at 127.0.0.1:40342.
 func (s *Server) serveArc(w http.ResponseWriter, r *http.Request) {
 	s.run(w, r, Request{Route: "arc"}, func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json; charset=utf-8")
-		secret, challenged := strings.CutPrefix(r.Header.Get("Authorization"), "Basic ")
-		q := r.URL.Query()
-		var answer any
-		status := http.StatusBadRequest
-		switch {
-		case s.opts.ArcKeys == "":
+		if s.opts.ArcKeys == "" {
 			panic(http.ErrAbortHandler) // there is no agent
-		case r.URL.Path != "/metadata/identity/oauth2/token" || r.Method != http.MethodGet:
-			answer, status = map[string]string{"error": "Not found"}, http.StatusNotFound
-		case r.Header.Get("Metadata") != "true":
-			answer = map[string]string{"error": "invalid_request", "error_description": "Required metadata header not specified"}
-		case len(q.Get("api-version")) != 10 || q.Get("api-version") < "2019-08-15" || !strings.HasPrefix(q.Get("resource"), "https://"):
-			answer = map[string]string{"error": "invalid_request", "error_description": "api-version or resource is missing or not supported"}
-		case !challenged:
-			name, err := s.arcChallenge()
-			if err != nil {
-				answer, status = map[string]string{"error": err.Error()}, http.StatusInternalServerError
-				break
-			}
-			w.Header().Set("WWW-Authenticate", "Basic realm="+filepath.Join(arcDir, name))
-			answer, status = map[string]string{"error": "unauthorized_client"}, http.StatusUnauthorized
-		case !s.arcAnswer(secret):
-			answer, status = map[string]string{"error": "unauthorized_client", "error_description": "The authorization is wrong or was used before"}, http.StatusUnauthorized
-		default:
-			id := s.assigned(q.Get("client_id"), q.Get("object_id"), q.Get("msi_res_id"))
-			if id == nil {
-				answer = map[string]string{"error": "invalid_request", "error_description": "Identity not found"}
-				break
-			}
-			token, c, err := s.issue(id, q.Get("resource"))
-			if err != nil {
-				answer, status = map[string]string{"error": err.Error()}, http.StatusInternalServerError
-				break
-			}
-			answer, status = map[string]string{
-				"access_token": token, "client_id": id.ClientID, "expires_in": strconv.FormatInt(c.Expires-c.IssuedAt, 10),
-				"expires_on": strconv.FormatInt(c.Expires, 10), "not_before": strconv.FormatInt(c.NotBefore, 10),
-				"resource": c.Audience, "token_type": "Bearer",
-			}, http.StatusOK
 		}
+		w.Header().Set("Content-Type", "application/json; charset=utf-8")
+		answer, status := s.arc(w.Header(), r)
 		w.WriteHeader(status)
 		json.NewEncoder(w).Encode(answer)
 	})
+}
+
+// arc answers. Who wants a token has to show that it may read a file that the agent
+// has just written.
+func (s *Server) arc(header http.Header, r *http.Request) (answer map[string]string, status int) {
+	refuse := func(status int, code, description string) (map[string]string, int) {
+		return map[string]string{"error": code, "error_description": description}, status
+	}
+	q := r.URL.Query()
+	switch {
+	case r.URL.Path != "/metadata/identity/oauth2/token" || r.Method != http.MethodGet:
+		return map[string]string{"error": "Not found"}, http.StatusNotFound
+	case r.Header.Get("Metadata") != "true":
+		return refuse(http.StatusBadRequest, "invalid_request", "Required metadata header not specified")
+	case len(q.Get("api-version")) != 10 || q.Get("api-version") < "2019-08-15" || !strings.HasPrefix(q.Get("resource"), "https://"):
+		return refuse(http.StatusBadRequest, "invalid_request", "api-version or resource is missing or not supported")
+	}
+	secret, challenged := strings.CutPrefix(r.Header.Get("Authorization"), "Basic ")
+	if !challenged {
+		name, err := s.arcChallenge()
+		if err != nil {
+			return map[string]string{"error": err.Error()}, http.StatusInternalServerError
+		}
+		header.Set("WWW-Authenticate", "Basic realm="+filepath.Join(arcDir, name))
+		return map[string]string{"error": "unauthorized_client"}, http.StatusUnauthorized
+	}
+	if !s.arcAnswer(secret) {
+		return refuse(http.StatusUnauthorized, "unauthorized_client", "The authorization is wrong or was used before")
+	}
+	id := s.assigned(q.Get("client_id"), q.Get("object_id"), q.Get("msi_res_id"))
+	if id == nil {
+		return refuse(http.StatusBadRequest, "invalid_request", "Identity not found")
+	}
+	return s.managedToken(id, q.Get("resource"))
 }
 
 // arcChallenge writes a file for the client to read, and returns its name.

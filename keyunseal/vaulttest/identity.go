@@ -1,8 +1,6 @@
 package vaulttest
 
 import (
-	"crypto"
-	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1"
 	"crypto/sha256"
@@ -114,14 +112,8 @@ func (s *Server) issue(id *Identity, audience string) (token string, c claims, e
 		IssuedAt: now.Unix(), NotBefore: now.Add(-5 * time.Minute).Unix(), Expires: now.Add(tokenLifetime).Unix(),
 		AppID: id.ClientID, ObjectID: id.ObjectID, Subject: id.ObjectID, Tenant: s.opts.Tenant, Version: "1.0",
 	}
-	payload, err := json.Marshal(c)
-	if err != nil {
-		return "", c, err
-	}
-	signed := b64([]byte(`{"typ":"JWT","alg":"RS256","kid":"vaulttest"}`)) + "." + b64(payload)
-	sum := sha256.Sum256([]byte(signed))
-	sig, err := rsa.SignPKCS1v15(rand.Reader, s.entraKey, crypto.SHA256, sum[:])
-	return signed + "." + b64(sig), c, err
+	token, err = signJWT(s.entraKey, "vaulttest", c)
+	return token, c, err
 }
 
 func (s *Server) issuer() string { return "https://sts.windows.net/" + s.opts.Tenant + "/" }
@@ -132,25 +124,12 @@ func (s *Server) authenticate(header, audience string) (*Identity, error) {
 	if !ok {
 		return nil, errors.New("no bearer token")
 	}
-	signed, sig, ok := cutLast(raw, ".")
-	_, payload, ok2 := strings.Cut(signed, ".")
-	if !ok || !ok2 {
-		return nil, errors.New("not a JWT")
-	}
-	sigBytes, err := unb64(sig)
-	if err != nil {
-		return nil, err
-	}
-	sum := sha256.Sum256([]byte(signed))
-	if err := rsa.VerifyPKCS1v15(&s.entraKey.PublicKey, crypto.SHA256, sum[:], sigBytes); err != nil {
-		return nil, err
-	}
-	body, err := unb64(payload)
+	t, err := parseJWT(raw)
 	if err != nil {
 		return nil, err
 	}
 	var c claims
-	if err := json.Unmarshal(body, &c); err != nil {
+	if err := errors.Join(t.verify("RS256", &s.entraKey.PublicKey), json.Unmarshal(t.claims, &c)); err != nil {
 		return nil, err
 	}
 	now := s.opts.Now().Unix()
@@ -173,13 +152,6 @@ func (s *Server) authenticate(header, audience string) (*Identity, error) {
 }
 
 var errExpired = errors.New("token expired")
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
-}
 
 // serveIMDS is http://169.254.169.254, and the agent of Azure Arc if the client
 // has asked for that.
@@ -223,12 +195,19 @@ func (s *Server) imds(r *http.Request) (answer map[string]string, status int) {
 	if id == nil {
 		return bad("invalid_request", "Identity not found")
 	}
+	answer, status = s.managedToken(id, resource)
+	answer["refresh_token"] = ""
+	return answer, status
+}
+
+// managedToken is what IMDS and the agent of Azure Arc answer to who may have a token.
+func (s *Server) managedToken(id *Identity, resource string) (answer map[string]string, status int) {
 	token, c, err := s.issue(id, resource)
 	if err != nil {
 		return map[string]string{"error": err.Error()}, http.StatusInternalServerError
 	}
 	return map[string]string{
-		"access_token": token, "client_id": id.ClientID, "refresh_token": "",
+		"access_token": token, "client_id": id.ClientID,
 		"expires_in": strconv.FormatInt(c.Expires-c.IssuedAt, 10),
 		"expires_on": strconv.FormatInt(c.Expires, 10), "not_before": strconv.FormatInt(c.NotBefore, 10),
 		"resource": resource, "token_type": "Bearer",
@@ -377,11 +356,10 @@ func (s *Server) token(r *http.Request, endpoint string) (map[string]any, int) {
 // clockSkew is how many seconds a client's clock may be wrong.
 const clockSkew = 300
 
-func (s *Server) checkAssertion(jwt string, id *Identity, endpoint string) error {
-	signed, sig, ok := cutLast(jwt, ".")
-	head, payload, ok2 := strings.Cut(signed, ".")
-	if !ok || !ok2 {
-		return errors.New("not a JWT")
+func (s *Server) checkAssertion(assertion string, id *Identity, endpoint string) error {
+	t, err := parseJWT(assertion)
+	if err != nil {
+		return err
 	}
 	var header struct {
 		Alg     string `json:"alg"`
@@ -396,17 +374,8 @@ func (s *Server) checkAssertion(jwt string, id *Identity, endpoint string) error
 		NotBefore int64  `json:"nbf"`
 		ID        string `json:"jti"`
 	}
-	for _, part := range []struct {
-		in  string
-		out any
-	}{{head, &header}, {payload, &c}} {
-		b, err := unb64(part.in)
-		if err != nil {
-			return err
-		}
-		if err := json.Unmarshal(b, part.out); err != nil {
-			return err
-		}
+	if err := errors.Join(json.Unmarshal(t.header, &header), json.Unmarshal(t.claims, &c)); err != nil {
+		return err
 	}
 	sum1, sum256 := sha1.Sum(id.Certificate.Raw), sha256.Sum256(id.Certificate.Raw)
 	by1, err1 := thumbprint(header.X5t)
@@ -419,20 +388,7 @@ func (s *Server) checkAssertion(jwt string, id *Identity, endpoint string) error
 	if !ok {
 		return errors.New("not an RSA certificate")
 	}
-	sigBytes, err := unb64(sig)
-	if err != nil {
-		return err
-	}
-	digest := sha256.Sum256([]byte(signed))
-	switch header.Alg {
-	case "RS256":
-		err = rsa.VerifyPKCS1v15(pub, crypto.SHA256, digest[:], sigBytes)
-	case "PS256":
-		err = rsa.VerifyPSS(pub, crypto.SHA256, digest[:], sigBytes, nil)
-	default:
-		err = fmt.Errorf("algorithm %q", header.Alg)
-	}
-	if err != nil {
+	if err := t.verify(header.Alg, pub); err != nil {
 		return err
 	}
 	var audiences []string
