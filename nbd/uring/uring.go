@@ -316,6 +316,11 @@ func (r *Ring) Enter(wait bool) error {
 		// It doesn't block, so the scheduler needn't be told.
 		done, _, errno = unix.RawSyscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(n), least, flags, 0, 0)
 	}
+	if flags != 0 && (errno == unix.EAGAIN || errno == unix.EBUSY || errno == 0 && uint32(done) < n) {
+		// A kernel that has not taken all has not looked for completions. What they
+		// free may be what it lacked.
+		_, _, _ = unix.RawSyscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), 0, 0, enterGetEvents, 0, 0)
+	}
 	return r.entered(uint32(done), errno, wait)
 }
 

@@ -2,6 +2,7 @@ package uring
 
 import (
 	"bytes"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -122,6 +123,45 @@ func TestRing(t *testing.T) {
 				if r.Room() != n {
 					t.Errorf("Room() = %d, want %d", r.Room(), n)
 				}
+			}
+		})
+	}
+}
+
+// TestPartlyTaken: completions come also when the kernel doesn't take all that was
+// added, here as something has an operation that doesn't exist.
+func TestPartlyTaken(t *testing.T) {
+	for name, flags := range map[string]uint32{
+		"6.1": setupSingleIssuer | setupDeferTaskrun, "5.19": setupCoopTaskrun | setupTaskrunFlag, "5.6": 0,
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newTestRing(t, flags)
+			fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			r.Poll(fd, unix.POLLIN, 1)
+			if err := r.Enter(false); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := unix.Write(fd, []byte{7: 1}); err != nil {
+				t.Fatal(err)
+			}
+			*r.next() = sqe{op: 255, userData: 2}
+			r.Poll(fd, unix.POLLIN, 3)
+			if err := r.Enter(false); err != nil {
+				t.Fatal(err)
+			}
+			got := map[uint64]int32{}
+			for c, ok := r.Completed(); ok; c, ok = r.Completed() {
+				got[c.Data] = c.Result
+			}
+			if want := map[uint64]int32{1: unix.POLLIN, 2: -int32(unix.EINVAL)}; !maps.Equal(got, want) {
+				t.Errorf("completions %v, want %v", got, want)
+			}
+			if c := one(t, r); c.Data != 3 || r.Pending() != 0 {
+				t.Errorf("then completion %+v, and %d pending", c, r.Pending())
 			}
 		})
 	}
