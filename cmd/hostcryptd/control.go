@@ -58,9 +58,10 @@ const runDir = "/run/hostcryptd"
 // interface.
 type status struct {
 	Version  string `json:"version"`
-	PID      int    `json:"pid"`              // of the server
-	Keeper   int    `json:"keeper,omitempty"` // process that replaces the server if it dies
-	State    string `json:"state"`            // unsealing, serving, stopping
+	PID      int    `json:"pid"`                // of the server
+	Keeper   int    `json:"keeper,omitempty"`   // process that replaces the server if it dies
+	Rollback string `json:"rollback,omitempty"` // why this server took over again from one that had come by reload
+	State    string `json:"state"`              // unsealing, serving, stopping
 	Reason   string `json:"reason,omitempty"`
 	Name     string `json:"name,omitempty"` // in hostcrypttab
 	UUID     string `json:"uuid"`
@@ -163,17 +164,21 @@ func (d *daemon) serveControl() (stop func(), err error) {
 			http.Error(w, "without --attach there is nothing to reload: its clients have to connect again in any case, so stop the server and start it", http.StatusConflict)
 			return
 		}
-		select {
-		case <-d.link.refused: // of another time
-		default:
+		d.mu.Lock()
+		early := d.state == stateUnsealing && d.index < 0
+		d.mu.Unlock()
+		if early {
+			http.Error(w, d.opts.device+" is not unsealed yet, so there is nothing to take over: stop the server and start it", http.StatusConflict)
+			return
 		}
+		refusal := d.link.nextRefusal()
 		if err := d.link.send(keeperMessage{Reload: true}, nil); err != nil {
 			http.Error(w, "the keeper is not there any more: "+err.Error(), http.StatusConflict)
 			return
 		}
 		select {
-		case why := <-d.link.refused:
-			http.Error(w, why, http.StatusConflict)
+		case <-refusal.came:
+			http.Error(w, refusal.why, http.StatusConflict)
 		case <-d.link.leaving():
 			w.WriteHeader(http.StatusAccepted)
 		case <-r.Context().Done():
@@ -383,6 +388,9 @@ func (d *daemon) status() *status {
 		Memory: memoryNow(),
 	}
 	s.Keeper = d.link.keeper()
+	if d.link != nil {
+		s.Rollback = d.link.rollback
+	}
 	s.Key.Tokens = d.tokens
 	if d.opts.swap {
 		s.Swap = d.swapNow()
@@ -548,14 +556,15 @@ func running(ctx context.Context, which string) ([]*status, error) {
 	for i, s := range all {
 		switch {
 		case errs[i] == nil:
-			if which == "" || s.is(which) {
-				list = append(list, s)
-			}
+			list = append(list, s)
 		case errors.Is(errs[i], unix.ECONNREFUSED) && !named:
 			// left behind by a daemon that was killed
 		default:
 			failed = append(failed, errs[i])
 		}
+	}
+	if which != "" {
+		list = called(list, which)
 	}
 	if len(failed) > 0 && (which == "" || len(list) == 0) {
 		return list, errors.Join(failed...)
@@ -573,9 +582,25 @@ func theOne(ctx context.Context, which string) (*status, error) {
 		return nil, err
 	}
 	if len(list) > 1 {
-		return nil, usagef("%d volumes are called %q; name one by its UUID", len(list), which)
+		return nil, usagef("%d volumes are called %q; name one by its UUID, or by its control socket, which 'hostcryptd status --json' shows", len(list), which)
 	}
 	return list[0], nil
+}
+
+// called returns those of a list that which may mean. What is nobody else's business
+// comes first: a label is on a disk, which somebody may have made to be taken for
+// another.
+func called(list []*status, which string) []*status {
+	for _, is := range []func(*status) bool{
+		func(s *status) bool { return which == s.UUID },
+		func(s *status) bool { return s.Name != "" && which == s.Name },
+		func(s *status) bool { return s.is(which) },
+	} {
+		if found := slices.DeleteFunc(slices.Clone(list), func(s *status) bool { return !is(s) }); len(found) > 0 {
+			return found
+		}
+	}
+	return nil
 }
 
 func (s *status) is(which string) bool {
@@ -595,7 +620,7 @@ func (a *app) statusCommand() *cobra.Command {
 		Use:   "status [VOLUME]",
 		Short: "show what the daemons are doing",
 		Long:  "status shows the daemon of one volume, or of all.\n\n" + whichHelp,
-		Args:  cobra.MaximumNArgs(1),
+		Args:  cobra.MatchAll(cobra.MaximumNArgs(1), notEmpty),
 		RunE: func(c *cobra.Command, args []string) error {
 			which := ""
 			if len(args) > 0 {
@@ -781,7 +806,13 @@ state, everything stays as it was. SIGHUP to the keeper does the same.
 			}
 			for {
 				var now status
-				if err := client.do(c.Context(), "GET", "/v1/status", &now); err == nil && now.PID != before.PID && now.State == stateServing {
+				err := client.do(c.Context(), "GET", "/v1/status", &now)
+				switch {
+				case err != nil && before.Keeper != 0 && !processExists(before.Keeper):
+					return fmt.Errorf("%s: its server and its keeper have ended: were they told to stop?", before.Device)
+				case err == nil && now.PID != before.PID && now.Rollback != "":
+					return withCode(codeBusy, fmt.Errorf("%s is served by version %s as before: %s", now.Device, now.Version, now.Rollback))
+				case err == nil && now.PID != before.PID && now.State == stateServing:
 					return a.answer(nil, map[string]any{"uuid": now.UUID, "device": now.Device, "version": now.Version, "pid": now.PID}, "%s is served by version %s now", now.Device, now.Version)
 				}
 				select {

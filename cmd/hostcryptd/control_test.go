@@ -3,9 +3,14 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -60,6 +65,122 @@ func TestFailedCommands(t *testing.T) {
 			}
 			if r.Event != tt.command || r.Outcome != audit.Failed || r.Volume != d.uuid || !strings.HasPrefix(r.Detail, tt.detail) {
 				t.Errorf("recorded %s", b)
+			}
+		})
+	}
+}
+
+// TestCalled: a disk with a label that is another volume's name or UUID doesn't get
+// between that and its operator.
+func TestCalled(t *testing.T) {
+	a, b := &status{UUID: "a", Name: "data", Device: "/dev/null"}, &status{UUID: "b", Label: "a"}
+	c := &status{UUID: "c", Label: "data"}
+	for which, want := range map[string][]*status{
+		"a": {a}, "data": {a}, "b": {b}, "/dev/null": {a}, "c": {c}, "d": nil,
+	} {
+		if got := called([]*status{c, b, a}, which); fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("%q is %v, want %v", which, got, want)
+		}
+	}
+	if got := called([]*status{{UUID: "x", Label: "l"}, {UUID: "y", Label: "l"}}, "l"); len(got) != 2 {
+		t.Errorf("a label of two volumes is that of %d", len(got))
+	}
+}
+
+// TestRefusedReloads: who asks for a reload while another one is under way is told of
+// its end too.
+func TestRefusedReloads(t *testing.T) {
+	d, keeper := leavingServer(t)
+	stop, err := d.serveControl()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	d.link.leave = make(chan struct{})
+	go d.link.listen(zap.NewNop())
+	answers := make(chan error, 2)
+	for range 2 {
+		go func() { answers <- newControlClient(d.opts.control).do(t.Context(), "POST", "/v1/reload", nil) }()
+	}
+	for asked := 0; asked < 2; {
+		var m keeperMessage
+		f, err := receivePacket(keeper, &m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f != nil {
+			f.Close()
+		}
+		if m.Reload {
+			asked++
+		}
+	}
+	if err := sendPacket(keeper, keeperOrder{Refused: "it can't run"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		select {
+		case err := <-answers:
+			if exitCode(err) != codeBusy || !strings.Contains(err.Error(), "it can't run") {
+				t.Errorf("reload = %v", err)
+			}
+		case <-time.After(time.Minute):
+			t.Fatal("one of two is not told")
+		}
+	}
+	keeper.Close()
+	d.stopLife()
+	_ = d.volume.Close()
+}
+
+// TestReloadAnswers: reload is no success when the server of before goes on, and ends
+// when nobody does.
+func TestReloadAnswers(t *testing.T) {
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name   string
+		after  *status // nil: it hangs up
+		code   int
+		answer string
+	}{
+		{"new", &status{PID: 2, Keeper: os.Getpid(), State: stateServing, Version: "2"}, 0, ""},
+		{"rollback", &status{PID: 2, Keeper: os.Getpid(), State: stateServing, Version: "1", Rollback: "the server died: exit code 3"}, codeBusy, "by version 1 as before: the server died: exit code 3"},
+		{"gone", nil, codeUsage, "have ended"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			name := filepath.Join(t.TempDir(), "c.sock")
+			l, err := net.Listen("unix", name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			var s atomic.Pointer[status]
+			s.Store(&status{PID: 1, Keeper: gone.Process.Pid, State: stateServing, Version: "1", Control: name})
+			mux := http.NewServeMux()
+			mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+				if s.Load() == nil {
+					panic(http.ErrAbortHandler)
+				}
+				json.NewEncoder(w).Encode(s.Load())
+			})
+			mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
+				s.Store(tt.after)
+				w.WriteHeader(http.StatusAccepted)
+			})
+			go http.Serve(l, mux)
+			var out strings.Builder
+			a := &app{stdout: &out, stderr: &out}
+			c := a.reloadCommand()
+			c.SetArgs([]string{name})
+			c.SilenceErrors, c.SilenceUsage = true, true
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			err = c.ExecuteContext(ctx)
+			if tt.code == 0 && err != nil || tt.code != 0 && (err == nil || exitCode(err) != tt.code || !strings.Contains(err.Error(), tt.answer)) {
+				t.Errorf("reload = %v, want exit code %d and %q", err, tt.code, tt.answer)
 			}
 		})
 	}

@@ -132,8 +132,17 @@ func oneArg(name string) cobra.PositionalArgs {
 		if len(args) != 1 {
 			return usagef("%s takes one argument, %s, not %d", c.CommandPath(), name, len(args))
 		}
-		return nil
+		return notEmpty(c, args)
 	}
+}
+
+// notEmpty refuses what a script makes of a variable that isn't set. It would mean
+// every volume, and so the only one.
+func notEmpty(c *cobra.Command, args []string) error {
+	if slices.Contains(args, "") {
+		return usagef("an argument of %s is empty", c.CommandPath())
+	}
+	return nil
 }
 
 // confirm asks a person, who has to type the device's name.

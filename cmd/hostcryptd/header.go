@@ -32,7 +32,7 @@ func twoArgs(first, second string) cobra.PositionalArgs {
 		if len(args) != 2 {
 			return usagef("%s takes two arguments, %s and %s, not %d", c.CommandPath(), first, second, len(args))
 		}
-		return nil
+		return notEmpty(c, args)
 	}
 }
 

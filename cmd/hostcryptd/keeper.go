@@ -143,6 +143,7 @@ type keeper struct {
 	alarm  *time.Timer // then wake is due
 	wake   func()
 	deaths []time.Time
+	failed string // why a reload came to nothing that had begun, until the next server serves
 
 	stop   os.Signal    // that it was told to stop by, or nil; each server is told
 	wanted wish         // as soon as one serves, and no other is to
@@ -555,6 +556,7 @@ func (k *keeper) ended(c *child, p *os.ProcessState) {
 
 // serves is called when a server has begun to.
 func (k *keeper) serves(c *child) {
+	k.failed = ""
 	if k.next != nil && c.program == k.next {
 		k.log.Info("another server has taken over", zap.String("version", c.version), zap.Duration("took", time.Since(k.since)))
 		k.cancelWake()
@@ -688,6 +690,7 @@ func (k *keeper) refuse(why string) {
 	stop := k.storing
 	k.storing = false
 	if k.active == nil {
+		k.failed = why // who asked for it asks the next server
 		return
 	}
 	k.order(k.active, keeperOrder{Refused: why}, nil)
@@ -746,6 +749,9 @@ func (k *keeper) release(c *child) {
 		f.Close()
 	}
 	k.kernel = nil
+	if k.failed != "" {
+		ok = k.order(c, keeperOrder{Refused: k.failed}, nil) && ok
+	}
 	c.state = k.state
 	if !ok {
 		c.process.Kill() // it must not go on without what it didn't get
@@ -1151,8 +1157,11 @@ type keeperLink struct {
 	dead atomic.Bool // it is
 	left atomic.Bool // this server has left, and the keeper has no more use for it
 
-	leave   chan struct{} // closed when the server is to leave
-	refused chan string   // capacity 1: why a reload came to nothing
+	leave    chan struct{} // closed when the server is to leave
+	rollback string        // why the server that came by a reload is not this one
+
+	asking  sync.Mutex // guards what follows
+	refusal *refusal   // that is waited for, or nil
 
 	mu sync.Mutex // one message at a time
 }
@@ -1169,7 +1178,32 @@ func openKeeperLink() (*keeperLink, error) {
 		return nil, fmt.Errorf("$%s is set, but there is no keeper: %w", serverEnv, err)
 	}
 	_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(unsafe.StringData("hostcryptd\x00"))), 0, 0, 0) // not the number of a descriptor
-	return &keeperLink{conn: conn, pid: os.Getppid(), held: map[string]*os.File{}, leave: make(chan struct{}), refused: make(chan string, 1)}, nil
+	return &keeperLink{conn: conn, pid: os.Getppid(), held: map[string]*os.File{}, leave: make(chan struct{})}, nil
+}
+
+// A refusal is why a reload came to nothing.
+type refusal struct {
+	came chan struct{} // closed when it has come
+	why  string
+}
+
+// nextRefusal returns the one that comes next, to all who ask.
+func (k *keeperLink) nextRefusal() *refusal {
+	k.asking.Lock()
+	defer k.asking.Unlock()
+	if k.refusal == nil {
+		k.refusal = &refusal{came: make(chan struct{})}
+	}
+	return k.refusal
+}
+
+func (k *keeperLink) refuse(why string) {
+	k.asking.Lock()
+	defer k.asking.Unlock()
+	if r := k.refusal; r != nil {
+		r.why, k.refusal = why, nil
+		close(r.came)
+	}
 }
 
 // errNoTurn means that the keeper has ended, or has no use for this server.
@@ -1199,6 +1233,8 @@ func (k *keeperLink) standBy(ctx context.Context, prepare func() error) (*server
 			if err := k.send(keeperMessage{Standby: true, Version: version()}, nil); err != nil {
 				return nil, err
 			}
+		case o.Refused != "":
+			k.rollback = o.Refused
 		case o.Go:
 			return parseState(o.State)
 		}
@@ -1231,11 +1267,7 @@ func (k *keeperLink) listen(log *zap.Logger) {
 			close(k.leave)
 		}
 		if o.Refused != "" {
-			select {
-			case <-k.refused:
-			default:
-			}
-			k.refused <- o.Refused
+			k.refuse(o.Refused)
 		}
 	}
 }

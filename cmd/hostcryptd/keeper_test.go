@@ -163,6 +163,9 @@ func fakeServer() error {
 	if err := errors.Join(link.send(keeperMessage{State: b}, nil), link.send(keeperMessage{Ready: true}, nil), link.send(keeperMessage{Notify: []string{systemd.Ready}}, nil)); err != nil {
 		return err
 	}
+	if link.rollback != "" {
+		fmt.Println("rollback:", link.rollback)
+	}
 	fmt.Println("serves", os.Getpid(), os.Getppid(), count, fresh, string(text))
 	go link.listen(zap.NewNop())
 	if behave == "lingers" && count == 1 {
@@ -689,6 +692,7 @@ func TestKeeperRollback(t *testing.T) {
 				t.Fatal(err)
 			}
 			if what.serves {
+				k.line("rollback: " + what.says)
 				k.serves(2, true)
 			}
 			k.end()

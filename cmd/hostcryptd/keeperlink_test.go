@@ -24,7 +24,7 @@ func TestKeeperGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	link := &keeperLink{conn: conn, pid: os.Getppid(), leave: make(chan struct{}), refused: make(chan string, 1)}
+	link := &keeperLink{conn: conn, pid: os.Getppid(), leave: make(chan struct{})}
 	d := &daemon{log: zap.NewNop(), link: link, attached: "/dev/nbd0", opts: serveOptions{swap: true}}
 	const none = "the keeper has died"
 	show := func() (keeper int, text string, problem bool) {
@@ -57,7 +57,7 @@ func TestKeeperGone(t *testing.T) {
 func TestKeeperLeftBehind(t *testing.T) {
 	for _, left := range []bool{false, true} {
 		conn, keeper := unixPair(t, unix.SOCK_SEQPACKET)
-		link := &keeperLink{conn: conn, pid: os.Getppid(), leave: make(chan struct{}), refused: make(chan string, 1)}
+		link := &keeperLink{conn: conn, pid: os.Getppid(), leave: make(chan struct{})}
 		if err := sendPacket(keeper, keeperOrder{Leave: true}, nil); err != nil {
 			t.Fatal(err)
 		}
