@@ -7,6 +7,7 @@ LDFLAGS     := -X main.linkedVersion=$(VERSION)
 DESTDIR     ?=
 PREFIX      ?= /usr
 FUZZTIME    ?= 20s
+PKG         ?= ./...
 RUN         ?=
 BIN         ?= bin/hostcryptd
 
@@ -63,8 +64,8 @@ soak: build ## the long runs: a disk that stalls for a minute, 50 power cuts, ra
 	HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_CYCLES=50 HOSTCRYPTD_VM_STRESS=5m HOSTCRYPTD_VM_OUTAGE=5m $(GO) test -tags vm -count 1 -timeout 3h -v -run 'TestVM/(PowerCut|HeaderPowerCut|LogWrites|Stress|Outage)$$' ./test/vm
 	for k in 6.12 6.1; do HOSTCRYPTD_BIN=$(CURDIR)/bin/hostcryptd HOSTCRYPTD_VM_KERNEL=$$k HOSTCRYPTD_VM_SWAP_PERCENT=200 HOSTCRYPTD_VM_SWAP_SECONDS=600 $(GO) test -tags vm -count 1 -timeout 60m -v -run 'TestVM/Swap$$' ./test/vm || exit 1; done
 
-fuzz: ## run each fuzz target for FUZZTIME
-	@for p in $$($(GO) list ./...); do \
+fuzz: ## run each fuzz target of PKG (./...) for FUZZTIME (20s); an input that fails one stays in its testdata/fuzz, to be committed
+	@for p in $$($(GO) list $(PKG)); do \
 		for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
 			echo "== $$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; \
 		done; \
