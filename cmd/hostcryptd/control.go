@@ -239,7 +239,10 @@ func (d *daemon) serveControl() (stop func(), err error) {
 				fail(http.StatusConflict, "the volume was erased; nothing brings it back", "")
 				return
 			}
-			if err := command.run(life, r.Context()); err != nil {
+			if err := command.run(life, r.Context()); errors.Is(err, lifecycle.ErrEnded) {
+				fail(http.StatusConflict, "the server leaves the volume, to another or for good; ask again", "")
+				return
+			} else if err != nil {
 				fail(http.StatusInternalServerError, err.Error(), "not waited for: ")
 				return
 			}

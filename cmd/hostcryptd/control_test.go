@@ -26,6 +26,12 @@ func TestFailedCommands(t *testing.T) {
 	if err := c.Check(); err != nil {
 		t.Fatal(err)
 	}
+	over := lifecycle.NewRunner(c, nil)
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if err := over.Run(ended); err != nil {
+		t.Fatal(err)
+	}
 	stuck := lifecycle.NewRunner(c, nil) // it doesn't run, as behind a disk that hangs
 	for _, tt := range []struct {
 		name, command string
@@ -36,6 +42,7 @@ func TestFailedCommands(t *testing.T) {
 		{"early lock", "lock", nil, false, "the daemon is starting"},
 		{"early unlock", "unlock", nil, false, "the daemon is starting"},
 		{"random key", "unlock", stuck, true, "the volume's key was random"},
+		{"late lock", "lock", over, false, "the server leaves the volume"},
 		{"stuck lock", "lock", stuck, false, "not waited for: context canceled"},
 		{"stuck unlock", "unlock", stuck, false, "not waited for: context canceled"},
 	} {

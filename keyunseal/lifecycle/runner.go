@@ -45,6 +45,10 @@ func now() time.Time { return time.Now().Round(0) }
 // ErrGivenUp is in the chain of what Run returns when only a person can help.
 var ErrGivenUp = errors.New("it can't work as it is configured")
 
+// ErrEnded is the error of a command that comes when Run has returned, or was about
+// to. Nothing was done.
+var ErrEnded = errors.New("the life of the key is over in this process")
+
 // A Runner drives a Machine: one goroutine owns all timing. Its methods other
 // than Run may be called from any goroutine.
 type Runner struct {
@@ -56,6 +60,7 @@ type Runner struct {
 
 	commands chan command
 	wake     chan struct{} // capacity 1: the machine has other plans
+	ended    chan struct{} // closed when Run returns
 
 	mu      sync.Mutex // guards machine
 	machine *Machine
@@ -76,7 +81,7 @@ func RestoreRunner(c Config, s Snapshot, wiped bool, host Host) *Runner {
 }
 
 func newRunner(m *Machine, host Host) *Runner {
-	return &Runner{host: host, machine: m, commands: make(chan command), wake: make(chan struct{}, 1)}
+	return &Runner{host: host, machine: m, commands: make(chan command), wake: make(chan struct{}, 1), ended: make(chan struct{})}
 }
 
 // Snapshot returns what is known now.
@@ -87,7 +92,7 @@ func (r *Runner) Snapshot() Snapshot {
 }
 
 // Lock stops the volume now and wipes its keys; it stays so until Unlock. It
-// returns when that is done, or the error of ctx.
+// returns when that is done, or the error of ctx, or [ErrEnded].
 func (r *Runner) Lock(ctx context.Context) error { return r.command(ctx, r.machine.Lock) }
 
 // Unlock takes a Lock back, and tries to unseal now.
@@ -111,6 +116,8 @@ func (r *Runner) command(ctx context.Context, change func(now time.Time)) error 
 	c := command{change, make(chan struct{})}
 	select {
 	case r.commands <- c:
+	case <-r.ended:
+		return ErrEnded
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -123,8 +130,9 @@ func (r *Runner) command(ctx context.Context, change func(now time.Time)) error 
 }
 
 // Run does what the machine says until ctx ends, and returns nil then, or an
-// error with [ErrGivenUp] when there is nothing left to do.
+// error with [ErrGivenUp] when there is nothing left to do. It is called once.
 func (r *Runner) Run(ctx context.Context) error {
+	defer close(r.ended)
 	for {
 		r.mu.Lock()
 		action, at := r.machine.Next()
