@@ -76,6 +76,8 @@ func (d *daemon) pushState() {
 	if d.link == nil {
 		return
 	}
+	d.pushing.Lock()
+	defer d.pushing.Unlock()
 	d.mu.Lock()
 	s, known := d.left, d.index >= 0 && d.volume != nil
 	if known {

@@ -239,3 +239,50 @@ func TestLeaveStuckAudit(t *testing.T) {
 	}
 	_ = d.volume.Close()
 }
+
+// TestPushState: what the keeper is told last is what is true, whoever tells it. If that
+// were an older size, the next server would refuse to go on.
+func TestPushState(t *testing.T) {
+	d, keeper := leavingServer(t)
+	d.stopLife()
+	const pushes, each = 4, 200
+	var pushing sync.WaitGroup
+	for range pushes {
+		pushing.Go(func() {
+			for range each {
+				d.mu.Lock()
+				d.left.Bits++
+				d.mu.Unlock()
+				d.pushState()
+			}
+		})
+	}
+	last := 0
+	for n := 0; n < pushes*each; {
+		var m keeperMessage
+		f, err := receivePacket(keeper, &m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f != nil {
+			f.Close()
+		}
+		s, err := parseState(m.State)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s == nil || s.Bits == 0 {
+			continue // from before
+		}
+		n++
+		if s.Bits < last {
+			t.Fatalf("state %d came after state %d", s.Bits, last)
+		}
+		last = s.Bits
+	}
+	pushing.Wait()
+	if last != pushes*each {
+		t.Errorf("the last of %d states is %d", pushes*each, last)
+	}
+	_ = d.volume.Close()
+}

@@ -349,6 +349,7 @@ type daemon struct {
 	readingTokens atomic.Bool
 	headerChanged chan struct{} // capacity 1: to watchHeader
 	resizing      sync.Mutex    // held while the volume grows, and from when it is left
+	pushing       sync.Mutex    // held while the keeper is told a state: the last must be the newest
 }
 
 // States of a daemon, as status shows them.
