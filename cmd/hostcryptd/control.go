@@ -629,13 +629,17 @@ func (a *app) statusCommand() *cobra.Command {
 			if len(args) > 0 {
 				which = args[0]
 			}
+			if a.json && which != "" {
+				s, err := theOne(c.Context(), which)
+				if err != nil {
+					return err
+				}
+				return a.printJSON(s)
+			}
 			// With an error there may be answers of others, to be shown first.
 			list, failed := running(c.Context(), which)
 			if failed != nil && len(list) == 0 {
 				return failed
-			}
-			if a.json && which != "" {
-				return a.printJSON(list[0])
 			}
 			if a.json {
 				return errors.Join(a.printJSON(list), failed)

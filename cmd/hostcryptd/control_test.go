@@ -192,3 +192,15 @@ func TestReloadAnswers(t *testing.T) {
 		})
 	}
 }
+
+// TestLateErase: an erase that comes when the volume is left has done nothing, and says
+// so.
+func TestLateErase(t *testing.T) {
+	d, _ := leavingServer(t)
+	d.stopLife()
+	d.opts.randomKey = false
+	if _, err := d.erase(t.Context(), d.uuid); exitCode(err) != codeBusy || !strings.Contains(err.Error(), "ask again; nothing was changed") {
+		t.Errorf("erase = %v", err)
+	}
+	_ = d.volume.Close()
+}

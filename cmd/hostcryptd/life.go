@@ -846,7 +846,9 @@ func (d *daemon) erase(ctx context.Context, uuid string) (*eraseAnswer, error) {
 	case life == nil || v == nil:
 		return refuse("the volume is not unsealed yet: stop its server, and erase it then")
 	}
-	if err := life.Erase(ctx); err != nil {
+	if err := life.Erase(ctx); errors.Is(err, lifecycle.ErrEnded) {
+		return refuse("the server leaves the volume, to another or for good; ask again")
+	} else if err != nil {
 		return nil, err
 	}
 	// With force: an erase of before may have been interrupted, and nobody else has
