@@ -135,6 +135,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		}
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
+	d.keeps("--control", &name, l)
 	d.opts.control = name
 
 	mux := http.NewServeMux()

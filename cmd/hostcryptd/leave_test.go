@@ -286,3 +286,39 @@ func TestPushState(t *testing.T) {
 	}
 	_ = d.volume.Close()
 }
+
+// TestKeptSockets: a server that goes on with other flags serves the sockets that there
+// are, and says where those are: who asks it to lock the volume goes there.
+func TestKeptSockets(t *testing.T) {
+	d, _ := leavingServer(t)
+	for name, path := range map[string]string{heldControl: "control.then", heldListener: "listen.then"} {
+		l, err := listenUnix(filepath.Join(t.TempDir(), path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		if d.link.held[name], err = l.File(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.opts.control, d.opts.listen = filepath.Join(t.TempDir(), "control.now"), filepath.Join(t.TempDir(), "listen.now")
+	stop, err := d.serveControl()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	list, err := d.listen(t.Context())
+	if err != nil || len(list) != 1 {
+		t.Fatalf("%d listeners, %v", len(list), err)
+	}
+	defer list[0].Close()
+	var s status
+	if err := newControlClient(d.opts.control).do(t.Context(), "GET", "/v1/status", &s); err != nil {
+		t.Fatal(err)
+	}
+	if filepath.Base(s.Control) != "control.then" || filepath.Base(s.Listen) != "listen.then" || list[0].Addr().String() != s.Listen {
+		t.Errorf("control is at %s, clients at %s", s.Control, s.Listen)
+	}
+	d.stopLife()
+	_ = d.volume.Close()
+}

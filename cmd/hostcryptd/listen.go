@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"go.uber.org/zap"
+
 	"hostcryptd/nbd"
 )
 
@@ -74,16 +76,18 @@ func (d *daemon) listen(ctx context.Context) (_ []net.Listener, err error) {
 			}
 		}
 	}()
-	if d.opts.listen != "" {
-		l, err := d.link.heldListener(heldListener)
-		if l == nil && err == nil {
-			if l, err = listenUnix(d.opts.listen); err == nil {
-				err = d.link.holdListener(heldListener, l)
-			}
+	l, err := d.link.heldListener(heldListener)
+	if l != nil {
+		d.keeps("--listen", &d.opts.listen, l)
+	} else if err == nil && d.opts.listen != "" {
+		if l, err = listenUnix(d.opts.listen); err == nil {
+			err = d.link.holdListener(heldListener, l)
 		}
-		if err != nil {
-			return nil, fmt.Errorf("--listen: %w", err)
-		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("--listen: %w", err)
+	}
+	if l != nil {
 		list = append(list, l)
 	}
 	if d.opts.tcp != "" {
@@ -105,6 +109,20 @@ func (d *daemon) listen(ctx context.Context) (_ []net.Listener, err error) {
 		list = append(list, l)
 	}
 	return append(list, d.inherited...), nil
+}
+
+// keeps has a flag say where a socket is that the server before has opened, and that
+// those who hold it wait at, whatever it says now. The next server might come back to
+// the flags of before, and would have to find the socket as it was.
+func (d *daemon) keeps(flag string, value *string, l net.Listener) {
+	is := l.Addr().String()
+	d.mu.Lock()
+	before := *value
+	*value = is
+	d.mu.Unlock()
+	if before != is && before != "" {
+		d.log.Warn("the volume keeps its socket until it is stopped and served anew", zap.String("flag", flag), zap.String("is", is), zap.String("wanted", before))
+	}
 }
 
 // serverConfig is the configuration of the NBD server.
