@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -102,6 +103,49 @@ func (d *daemon) pushState() {
 	}
 }
 
+// adopt makes options what they are for the volume in use, whatever they are by now: a
+// server that took --read-only for what it goes on with would open the device so, and
+// fail the writes of a file system that is mounted.
+func (d *daemon) adopt(before *serverState) {
+	for _, o := range []struct {
+		flag  string
+		value *bool
+		is    bool
+	}{
+		{"--read-only", &d.opts.readOnly, before.Volume.ReadOnly},
+		{"--discard", &d.opts.discard, before.Volume.Discard},
+		{"--random-key", &d.opts.randomKey, before.Volume.Token == sector.RandomToken},
+	} {
+		if *o.value != o.is {
+			d.log.Warn("the volume is served as before until it is stopped and served anew", zap.String("flag", o.flag), zap.Bool("is", o.is), zap.Bool("wanted", *o.value))
+			*o.value = o.is
+		}
+	}
+}
+
+// nameOf returns a name of the device that is held: name, if that isn't another's by
+// now. A link of udev goes to a copy of the disk when there is one, and a line of
+// hostcrypttab can be changed, and what goes by the name would change another header.
+// The name of a device in use may also have gone.
+func nameOf(held *os.File, name string) string {
+	is, err := held.Stat()
+	if err != nil {
+		return name
+	}
+	same := func(name string) bool {
+		fi, err := os.Stat(name)
+		if err != nil || os.SameFile(is, fi) {
+			return err == nil
+		}
+		a, b := is.Sys().(*syscall.Stat_t), fi.Sys().(*syscall.Stat_t)
+		return is.Mode()&os.ModeDevice != 0 && is.Mode().Type() == fi.Mode().Type() && a.Rdev == b.Rdev
+	}
+	if opened, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", held.Fd())); err == nil && !same(name) && same(opened) {
+		return opened
+	}
+	return name
+}
+
 // openDevice opens the backing device. With a keeper, that holds it exclusively,
 // and this process opens it once more, behind the fence.
 func (d *daemon) openDevice(ctx context.Context) (*sector.Device, error) {
@@ -121,6 +165,12 @@ func (d *daemon) openDevice(ctx context.Context) (*sector.Device, error) {
 		held = dev.File()
 	}
 	defer held.Close()
+	if name := nameOf(held, d.opts.device); name != d.opts.device {
+		d.log.Warn("the volume stays on the device that it is on, whose name is another now", zap.String("device", name), zap.String("wanted", d.opts.device))
+		d.mu.Lock()
+		d.opts.device = name
+		d.mu.Unlock()
+	}
 	dev, err := sector.Reopen(held, d.opts.device, o)
 	if err != nil {
 		return nil, err

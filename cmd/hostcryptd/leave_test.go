@@ -322,3 +322,57 @@ func TestKeptSockets(t *testing.T) {
 	d.stopLife()
 	_ = d.volume.Close()
 }
+
+// TestChangedOptions: a server that goes on serves the volume as it was, whatever its
+// options and the name of its device are by now.
+func TestChangedOptions(t *testing.T) {
+	d, _ := leavingServer(t)
+	d.stopLife()
+	state := &serverState{Volume: d.volume.State()}
+	if err := d.volume.Leave(); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.device.Close(); err != nil {
+		t.Fatal(err)
+	}
+	hold := func(name string) {
+		t.Helper()
+		f, err := os.OpenFile(name, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.link.held[heldDevice] = f
+	}
+	image := d.opts.device
+	hold(image)
+	d.opts.readOnly, d.opts.discard, d.opts.randomKey = true, true, false
+	d.adopt(state)
+	var err error
+	if d.device, err = d.openDevice(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.goOn(state); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.volume.WriteAt(make([]byte, 4096), 0); err != nil || d.opts.readOnly || d.opts.discard || !d.opts.randomKey {
+		t.Errorf("a write gave %v; the options are %+v", err, d.opts)
+	}
+	_ = d.volume.Close()
+	_ = d.device.Close()
+
+	other := filepath.Join(t.TempDir(), "other")
+	if err := errors.Join(os.WriteFile(other, nil, 0o600), os.Truncate(other, 2<<20)); err != nil {
+		t.Fatal(err)
+	}
+	// Its name has become another's, or nobody's.
+	for _, d.opts.device = range []string{other, filepath.Join(t.TempDir(), "gone"), image} {
+		hold(image)
+		if d.device, err = d.openDevice(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if d.opts.device != image || d.device.Size() != 1<<20 {
+			t.Errorf("the device is %s, of %d bytes", d.opts.device, d.device.Size())
+		}
+		_ = d.device.Close()
+	}
+}

@@ -367,6 +367,9 @@ const (
 //
 // With before, it goes on where a server ended that was killed.
 func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
+	if before != nil {
+		d.adopt(before)
+	}
 	d.device, err = d.openDevice(ctx)
 	if err != nil {
 		return err
