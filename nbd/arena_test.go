@@ -8,6 +8,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"hostcryptd/nbd/nbdtest"
 )
 
 func newTestArena(t testing.TB, pages int) *arena {
@@ -310,7 +312,12 @@ func arenaReserve(t *testing.T, forKernel bool) {
 // sizes, and whatever they have given back before, the kernel gets its requests in.
 func TestArenaKernel(t *testing.T) {
 	const request = 128 << 10
-	a := newTestArenaFor(t, MaxPayload/pageSize+reservePages, true)
+	s, err := New(Config{Kernel: true}, Export{Device: nbdtest.NewDevice(512, false)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	a := s.arena
 	rng := rand.New(rand.NewPCG(3, 4))
 	type run struct {
 		w   *waiter

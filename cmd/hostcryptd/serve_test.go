@@ -31,7 +31,12 @@ func (l *writeLog) WriteAt(b []byte, off int64) (int, error) {
 func TestMaxRequest(t *testing.T) {
 	d, _ := leavingServer(t)
 	log := &writeLog{Device: d.volume}
-	server, err := nbd.New(d.serverConfig(), nbd.Export{Device: log, BlockSize: 4096})
+	d.opts.attach = "auto"
+	config := d.serverConfig()
+	if !config.Kernel {
+		t.Error("nothing is kept for the kernel's requests")
+	}
+	server, err := nbd.New(config, nbd.Export{Device: log, BlockSize: 4096})
 	if err != nil {
 		t.Fatal(err)
 	}
