@@ -52,7 +52,9 @@ type Volume struct {
 	keys   *keys // nil while the volume is suspended
 	cipher *xts.Cipher
 
-	stats stats
+	stats      stats
+	parts      atomic.Uint64 // see Long
+	discarding atomic.Int64
 }
 
 // newVolume makes a volume of what Open has found; made is the size of the
@@ -205,6 +207,14 @@ func (v *Volume) Stats() Stats {
 		Reads: s.reads.Load(), Writes: s.writes.Load(), Flushes: s.flushes.Load(), Trims: s.trims.Load(), Zeroes: s.zeroes.Load(),
 		BytesRead: s.bytesRead.Load(), BytesWritten: s.bytesWritten.Load(), Merges: s.merges.Load(), Errors: s.errors.Load(),
 	}
+}
+
+// Long shows how the requests get on that may take hours, up to 4 GiB of zeros and
+// discards, to who sees nothing of them but their ends: parts counts the buffers that
+// were written and the parts that were discarded, and only ever grows. Of such a part, of
+// up to 1 GiB, nothing is seen; discarding tells whether the backing device has one to do.
+func (v *Volume) Long() (parts uint64, discarding bool) {
+	return v.parts.Load(), v.discarding.Load() > 0
 }
 
 // enter begins a request. Each ends with leave. It waits while the volume is
@@ -430,6 +440,7 @@ func (v *Volume) write(p []byte, e extent, write writeFunc) (rest extent, err er
 		if err != nil {
 			return e, err
 		}
+		v.parts.Add(1)
 		e = rest
 	}
 	return e, nil
@@ -562,13 +573,16 @@ func (v *Volume) trim(e extent) error {
 			return err // without one the rest is a hint that isn't followed
 		}
 		end := min(to, (v.offset+from)/discardPart*discardPart+discardPart-v.offset)
+		v.discarding.Add(1)
 		err := v.b.Discard(v.offset+from, end-from)
+		v.discarding.Add(-1)
 		if errors.Is(err, errors.ErrUnsupported) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
+		v.parts.Add(1)
 		from = end
 	}
 	return nil
