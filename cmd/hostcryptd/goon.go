@@ -46,6 +46,36 @@ type serverState struct {
 	// TabLine is the line of hostcrypttab by which a server has served last, "" if
 	// there is none. It may have changed since.
 	TabLine string `json:"tab_line,omitempty"`
+
+	// What comes from files that may be on this very volume: there a server can't read
+	// them before the volume has its kernel device back.
+	Phase   float64             `json:"phase,omitempty"`   // see phaseOf
+	Signer  string              `json:"signer,omitempty"`  // the file of --signer
+	Trusted []sector.TrustedKey `json:"trusted,omitempty"` // what it held
+}
+
+// maxTrusted bounds the keys in a state, which has to fit in a packet: one of RSA-4096
+// takes 1.3 kB.
+const maxTrusted = 16
+
+// trust makes the keys of a file part of the state.
+func (s *serverState) trust(file string, keys []sector.TrustedKey) {
+	s.Signer, s.Trusted = "", nil
+	if file != "" && len(keys) <= maxTrusted {
+		s.Signer, s.Trusted = file, keys
+	}
+}
+
+// trusted returns the keys of a file, as far as the state has them. No key is not nil,
+// which would be to ask for no signature.
+func (s *serverState) trusted(file string) []sector.TrustedKey {
+	switch {
+	case file == "":
+		return nil
+	case file == s.Signer && len(s.Trusted) > 0:
+		return s.Trusted
+	}
+	return []sector.TrustedKey{}
 }
 
 const serverStateVersion = 1
@@ -144,6 +174,28 @@ func nameOf(held *os.File, name string) string {
 		return opened
 	}
 	return name
+}
+
+// readFilesAgain reads what a server that goes on couldn't, or may have changed.
+func (d *daemon) readFilesAgain() {
+	if d.opts.tls != nil {
+		if err := d.opts.tls.wait(); err != nil {
+			d.log.Error("clients of --tcp are refused before this is mended and the server reloaded", zap.Error(err))
+		}
+	}
+	keys := d.opts.keys // a copy
+	if keys.signer == "" {
+		return
+	}
+	if err := keys.readSigner(); err != nil {
+		d.log.Error("the volume goes on, and will not be unsealed again before this is mended", zap.Error(err))
+		keys.trusted = []sector.TrustedKey{}
+	}
+	d.mu.Lock()
+	d.opts.keys.trusted = keys.trusted
+	d.left.trust(keys.signer, keys.trusted)
+	d.mu.Unlock()
+	d.pushState()
 }
 
 // openDevice opens the backing device. With a keeper, that holds it exclusively,

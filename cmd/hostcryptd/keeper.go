@@ -99,6 +99,7 @@ type keeperMessage struct {
 // A keeperOrder goes from the keeper to a server.
 type keeperOrder struct {
 	Prepare bool            `json:"prepare,omitempty"` // with the State of now, if there is one
+	Reload  bool            `json:"reload,omitempty"`  // with Prepare: another one serves as long as that isn't done
 	Hold    string          `json:"hold,omitempty"`    // here is what is held under this name
 	Go      bool            `json:"go,omitempty"`      // serve, with State if there is one
 	State   json.RawMessage `json:"state,omitempty"`
@@ -825,7 +826,7 @@ func (k *keeper) start(p *program) (*child, error) {
 		return nil, fmt.Errorf("starting the server: %w", err)
 	}
 	c := &child{process: process, link: link, program: p, done: make(chan struct{})}
-	k.order(c, keeperOrder{Prepare: true, State: k.state}, nil)
+	k.order(c, keeperOrder{Prepare: true, Reload: p == k.next, State: k.state}, nil)
 	go k.listen(c)
 	return c, nil
 }
@@ -1209,9 +1210,10 @@ func (k *keeperLink) refuse(why string) {
 // errNoTurn means that the keeper has ended, or has no use for this server.
 var errNoTurn = errors.New("it never was this server's turn")
 
-// standBy has prepare do what can be done early, and returns when it is this
+// standBy has prepare do what can be done early, which at a reload may be to find that
+// this server is of no use, and returns when it is this
 // server's turn, with the state to go on with or nil.
-func (k *keeperLink) standBy(ctx context.Context, prepare func() error) (*serverState, error) {
+func (k *keeperLink) standBy(ctx context.Context, prepare func(reload bool) error) (*serverState, error) {
 	defer context.AfterFunc(ctx, func() { k.conn.SetReadDeadline(time.Unix(1, 0)) })()
 	for {
 		var o keeperOrder
@@ -1227,7 +1229,7 @@ func (k *keeperLink) standBy(ctx context.Context, prepare func() error) (*server
 			if _, err := parseState(o.State); err != nil {
 				return nil, err
 			}
-			if err := prepare(); err != nil {
+			if err := prepare(o.Reload); err != nil {
 				return nil, err
 			}
 			if err := k.send(keeperMessage{Standby: true, Version: version()}, nil); err != nil {

@@ -3,6 +3,8 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -100,7 +102,7 @@ func fakeServer() error {
 	if behave == "unprepared" {
 		return errors.New("it can't")
 	}
-	state, err := link.standBy(ctx, func() error {
+	state, err := link.standBy(ctx, func(bool) error {
 		fmt.Println("stands by:", os.Getpid())
 		return nil
 	})
@@ -710,6 +712,39 @@ func TestKeeperRollback(t *testing.T) {
 		k.line("the volume stays with the server that it has")
 		k.end()
 	})
+}
+
+// TestStateTrusted: the keys of --signer go on with the state, and where they are
+// missing none is believed, instead of any.
+func TestStateTrusted(t *testing.T) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var left serverState
+	left.Version = serverStateVersion
+	left.trust("a.pem", []sector.TrustedKey{&key.PublicKey})
+	b, err := json.Marshal(left)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := parseState(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if keys := got.trusted("a.pem"); len(keys) != 1 || !keys[0].Equal(&key.PublicKey) {
+		t.Errorf("trusted(a.pem) = %v", keys)
+	}
+	if keys := got.trusted("b.pem"); keys == nil || len(keys) != 0 {
+		t.Errorf("trusted(b.pem) = %v, want none, and not nil", keys)
+	}
+	if keys := got.trusted(""); keys != nil {
+		t.Errorf("trusted() = %v, want nil", keys)
+	}
+	got.trust("a.pem", make([]sector.TrustedKey, maxTrusted+1))
+	if keys := got.trusted("a.pem"); keys == nil || len(keys) != 0 {
+		t.Errorf("trusted(a.pem) = %v of too many, want none, and not nil", keys)
+	}
 }
 
 func TestStateVersion(t *testing.T) {

@@ -43,7 +43,7 @@ func leavingServer(t *testing.T) (d *daemon, keeper *net.UnixConn) {
 	if err := errors.Join(d.openHandover(), d.openRandom()); err != nil {
 		t.Fatal(err)
 	}
-	life, err := d.opts.life.config("", 0, false)
+	life, err := d.opts.life.config(0, 0, false)
 	if err != nil {
 		t.Fatal(err)
 	}

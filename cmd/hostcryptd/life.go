@@ -53,11 +53,12 @@ func (l *lifeFlags) add(c *cobra.Command) {
 	c.Flags().Lookup("heartbeat").DefValue = "0s" // so that --help says nothing
 }
 
-// config makes a machine's configuration of the flags and of what keySize says.
-func (l *lifeFlags) config(volume string, bits int, remote bool) (lifecycle.Config, error) {
+// config makes a machine's configuration of the flags, of the volume's phase (see
+// phaseOf) and of what keySize says.
+func (l *lifeFlags) config(phase float64, bits int, remote bool) (lifecycle.Config, error) {
 	c := lifecycle.Config{
 		Heartbeat: l.heartbeat, Grace: l.grace, MaxOffline: l.maxOffline,
-		ConfirmSpan: l.confirm, Phase: phaseOf(volume),
+		ConfirmSpan: l.confirm, Phase: phase,
 	}
 	var err error
 	if c.Policy, err = lifecycle.ParsePolicy(l.policy); err != nil {
@@ -102,12 +103,15 @@ func keySize(tokens []sector.KeyToken) (bits int, remote bool) {
 	return bits, remote
 }
 
-// phaseOf spreads hosts, and the volumes of one host, over an interval.
+// phaseOf spreads hosts, and the volumes of one host, over an interval. It reads a file
+// that may be on the volume.
 func phaseOf(volume string) float64 {
-	machine, _ := os.ReadFile("/etc/machine-id")
+	machine, _ := os.ReadFile(machineIDFile)
 	sum := sha256.Sum256(append(machine, volume...))
 	return float64(binary.BigEndian.Uint32(sum[:])) / (1 << 32)
 }
+
+var machineIDFile = "/etc/machine-id"
 
 // A keyHost carries out what a lifecycle.Runner wants, on the daemon's volume.
 type keyHost struct {
@@ -178,8 +182,11 @@ func (h *keyHost) unsealer(obtained func()) sector.Unsealer {
 
 // openOptions are those for any look at the header.
 func (h *keyHost) openOptions() sector.OpenOptions {
-	k := &h.d.opts.keys
-	return sector.OpenOptions{Derive: deriveElsewhere, Pins: k.pinStore(h.d.log), Trusted: k.trusted, RequirePin: h.d.opts.requirePin}
+	d := h.d
+	d.mu.Lock()
+	trusted := d.opts.keys.trusted
+	d.mu.Unlock()
+	return sector.OpenOptions{Derive: deriveElsewhere, Pins: d.opts.keys.pinStore(d.log), Trusted: trusted, RequirePin: d.opts.requirePin}
 }
 
 func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome {
@@ -814,7 +821,7 @@ func (d *daemon) lookForVault(ctx context.Context, runner *lifecycle.Runner) err
 	if !remote || same || ctx.Err() != nil {
 		return nil
 	}
-	c, err := d.opts.life.config(d.uuid, bits, true)
+	c, err := d.opts.life.config(d.left.Phase, bits, true)
 	if err != nil {
 		return err
 	}

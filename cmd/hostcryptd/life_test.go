@@ -103,7 +103,7 @@ func TestLifeConfig(t *testing.T) {
 			tt.change(&l)
 		}
 		bits, remote := keySize(tt.tokens)
-		c, err := l.config("0f8fad5b-d9cb-469f-a165-70867728950e", bits, remote)
+		c, err := l.config(0, bits, remote)
 		if tt.bad {
 			if exitCode(err) != codeUsage || err == nil {
 				t.Errorf("%s: %v, want a usage error", tt.name, err)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -46,6 +47,61 @@ func loadTLS(dir string) (*tls.Config, error) {
 		ClientAuth:   tls.RequireAndVerifyClientCert,
 		ClientCAs:    roots,
 	}, nil
+}
+
+// certificateFiles are the files of --tls-certificates, which are read by a goroutine: a
+// server that takes over can't wait for them, as they may be on the volume that it is to
+// serve.
+type certificateFiles struct {
+	read   chan struct{} // closed when config or err is there
+	config *tls.Config
+	err    error
+}
+
+// certificatesLimit is how long is waited for them where it can't be for good.
+const certificatesLimit = 2 * time.Second
+
+func readCertificates(dir string) *certificateFiles {
+	c := &certificateFiles{read: make(chan struct{})}
+	go func() {
+		defer close(c.read)
+		if c.config, c.err = loadTLS(dir); c.err != nil {
+			c.err = fmt.Errorf("--tls-certificates: %w", c.err)
+		}
+	}()
+	return c
+}
+
+// wait returns what is wrong with them.
+func (c *certificateFiles) wait() error {
+	<-c.read
+	return c.err
+}
+
+// check is wait, and nil after a time.
+func (c *certificateFiles) check(limit time.Duration) error {
+	select {
+	case <-c.read:
+		return c.err
+	case <-time.After(limit):
+		return nil
+	}
+}
+
+// server is the configuration for clients that may come before they are read.
+func (c *certificateFiles) server() *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		ClientAuth: tls.RequireAndVerifyClientCert,
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			select {
+			case <-c.read:
+				return c.config, c.err
+			case <-time.After(certificatesLimit):
+				return nil, errors.New("the server's certificates have not been read yet")
+			}
+		},
+	}
 }
 
 // checkTCP finds early what ServeListener would find late: an address that is
@@ -127,7 +183,10 @@ func (d *daemon) keeps(flag string, value *string, l net.Listener) {
 
 // serverConfig is the configuration of the NBD server.
 func (d *daemon) serverConfig() nbd.Config {
-	c := nbd.Config{Log: d.log, AllowPeer: d.allowPeer, TLS: d.opts.tls, Kernel: d.opts.attach != ""}
+	c := nbd.Config{Log: d.log, AllowPeer: d.allowPeer, Kernel: d.opts.attach != ""}
+	if d.opts.tls != nil {
+		c.TLS = d.opts.tls.server()
+	}
 	if d.opts.swap {
 		// Threads that are there, and no io_uring, which allocates for each request.
 		c.Memory, c.InFlight, c.Engine = d.memory, swapInFlight, nbd.EnginePortable

@@ -36,7 +36,8 @@ func startServe(t *testing.T, table string, state *serverState) *keeperRun {
 	if os.Geteuid() != 0 {
 		args = append(args, "--user", "--map-root-user")
 	}
-	const script = `mount -t tmpfs none /etc && cp table /etc/hostcrypttab && LISTEN_PID=$$ exec "$0" serve vol`
+	// Whoever reads a pipe waits.
+	const script = `mount -t tmpfs none /etc && mkfifo /etc/machine-id /etc/signer.pem /etc/server-cert.pem && cp table /etc/hostcrypttab && LISTEN_PID=$$ exec "$0" serve vol`
 	k.cmd = exec.Command(tool("unshare"), append(args, "sh", "-c", script, bin)...)
 	k.cmd.Dir = k.dir
 	k.cmd.Env = append(os.Environ(), "HOSTCRYPTD_AUDIT_LOG=none", "HOSTCRYPTD_TPM=none", "HOSTCRYPTD_PINS="+k.dir)
@@ -94,6 +95,22 @@ func TestStoredLine(t *testing.T) {
 			t.Errorf("it ended with %v", k.cmd.ProcessState)
 		}
 	})
+}
+
+// TestGoesOnWithoutFiles: a server that takes over waits for no file but the backing
+// device, as any other may be on the volume.
+func TestGoesOnWithoutFiles(t *testing.T) {
+	dir := t.TempDir()
+	image := filepath.Join(dir, "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	// It can't go on, as the image is too short, but comes as far as to say so.
+	line := "vol " + image + " - attach=auto,signer=/etc/signer.pem,tls-certificates=/etc,tcp=127.0.0.1:0,control=" + filepath.Join(dir, "control")
+	k := startServe(t, line, &serverState{Version: serverStateVersion, TabLine: line, Index: 1 << 19, Connections: 1, Volume: sector.State{UUID: "0f8fad5b-d9cb-469f-a165-70867728950e", Size: 1 << 40, Sector: 4096}})
+	k.line("hostcryptd: " + image + ": ")
+	k.line("the server has died; another one goes on")
+	k.line("hostcryptd: " + image + ": ")
 }
 
 // panicEnv has the test binary panic at SIGUSR2.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -56,7 +55,7 @@ type serveOptions struct {
 	requirePin    bool
 	initrd        bool
 
-	tls *tls.Config // of certificates
+	tls *certificateFiles // of certificates
 }
 
 func (a *app) serveCommand() *cobra.Command {
@@ -160,7 +159,15 @@ name, of processes that systemd doesn't kill.`,
 			signal.Notify(d.hangup(), syscall.SIGHUP)
 			var goOn *serverState
 			if link != nil {
-				goOn, err = link.standBy(ctx, d.prepare)
+				goOn, err = link.standBy(ctx, func(reload bool) error {
+					if reload && d.opts.tls != nil {
+						// Another server serves as long as this one prepares.
+						if err := d.opts.tls.check(certificatesLimit); err != nil {
+							return err
+						}
+					}
+					return d.prepare()
+				})
 				if errors.Is(err, errNoTurn) {
 					return nil
 				}
@@ -173,11 +180,14 @@ name, of processes that systemd doesn't kill.`,
 				}
 			}
 			d.inherited = inherited
-			if err := d.opts.keys.readSigner(); err != nil && goOn == nil {
+			if goOn != nil {
+				d.opts.keys.trusted = goOn.trusted(d.opts.keys.signer)
+			} else if err := d.opts.keys.readSigner(); err != nil {
 				return err
-			} else if err != nil {
-				d.log.Error("the volume goes on, and will not be unsealed again before this is mended", zap.Error(err))
-				d.opts.keys.trusted = []sector.TrustedKey{}
+			} else if d.opts.tls != nil {
+				if err := d.opts.tls.wait(); err != nil {
+					return err
+				}
 			}
 			if o.name != "" && goOn == nil {
 				d.waitDevice(ctx, tabDeviceWait)
@@ -248,11 +258,16 @@ func (o *serveOptions) settle(c *cobra.Command, arg string, goesOn bool) error {
 		return err
 	}
 	if o.certificates != "" {
-		t, err := loadTLS(o.certificates)
-		if err != nil {
-			return fmt.Errorf("--tls-certificates: %w", err)
+		o.tls = readCertificates(o.certificates)
+		var err error
+		if _, server := os.LookupEnv(serverEnv); goesOn {
+			err = o.tls.check(certificatesLimit)
+		} else if !server { // which may be there to take over, and can't wait
+			err = o.tls.wait()
 		}
-		o.tls = t
+		if err != nil {
+			return err
+		}
 	}
 	if o.tcp != "" {
 		if err := checkTCP(o.tcp, o.tls != nil); err != nil {
@@ -385,6 +400,8 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	}
 	switch {
 	case before != nil:
+		// No file may be read from here until the kernel's requests are served: it
+		// may be on this very volume.
 		d.left, d.index = *before, before.Index
 	case d.opts.randomKey:
 		err = d.openRandom()
@@ -398,10 +415,14 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 		d.left.TabLine = os.Getenv(tabEnv)
 	}
 	d.uuid, d.label = d.left.Volume.UUID, d.left.Volume.Label
+	if before == nil {
+		d.left.Phase = phaseOf(d.uuid)
+		d.left.trust(d.opts.keys.signer, d.opts.keys.trusted)
+	}
 	d.log = d.log.With(zap.String("volume", d.uuid))
 
 	// From here on people can ask how far we are, also while a vault is down.
-	life, err := d.opts.life.config(d.uuid, d.left.Bits, d.left.Remote)
+	life, err := d.opts.life.config(d.left.Phase, d.left.Bits, d.left.Remote)
 	if err != nil {
 		return err
 	}
@@ -648,6 +669,9 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	d.left.TabLine = os.Getenv(tabEnv)
 	d.mu.Unlock()
 	d.pushState()
+	if d.goesOn {
+		go d.readFilesAgain()
+	}
 	if d.link != nil {
 		// The keeper replaces this server whatever it ends by. All goroutines are more
 		// than a socket takes in at once whose reader waits for this very volume.

@@ -118,6 +118,12 @@ func rootFirst(m *machine) error {
 		return err
 	}
 	m.reconnects = true
+	// What the next server would read of the root now has to come from its disk, which
+	// is the one that it is to serve.
+	unix.Sync()
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+		return err
+	}
 	begun := time.Now()
 	if err := unix.Kill(before.PID, syscall.SIGKILL); err != nil {
 		return err
