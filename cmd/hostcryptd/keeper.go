@@ -140,11 +140,13 @@ type keeper struct {
 	storing bool      // it is a restart: what is held goes to the service manager
 	since   time.Time // of the reload
 
-	events chan keeperEvent
-	alarm  *time.Timer // then wake is due
-	wake   func()
-	deaths []time.Time
-	failed string // why a reload came to nothing that had begun, until the next server serves
+	events  chan keeperEvent
+	copying bool        // the program that is installed now is read
+	asking  int         // questions whether a signal to stop begins a restart
+	alarm   *time.Timer // then wake is due
+	wake    func()
+	deaths  []time.Time
+	failed  string // why a reload came to nothing that had begun, until the next server serves
 
 	stop   os.Signal    // that it was told to stop by, or nil; each server is told
 	wanted wish         // as soon as one serves, and no other is to
@@ -175,12 +177,21 @@ type child struct {
 	state    json.RawMessage // as it said last
 }
 
-// A keeperEvent is a message from a child, or the end of one.
+// A keeperEvent is a message from a child, or the end of one. Without a child it is what
+// then is called for: the end of something that has to wait for a file.
 type keeperEvent struct {
 	from *child
 	m    keeperMessage
 	f    *os.File // or nil
 	end  bool
+	then func()
+}
+
+// beside has f run by a goroutine of its own, and then what it returns by the keeper's.
+// All that reads a file is run so: when no server runs, and that may be at any time, the
+// file may wait for the server that the keeper is to start.
+func (k *keeper) beside(f func() (then func())) {
+	go func() { k.events <- keeperEvent{then: f()} }()
 }
 
 // A program is a copy of an executable file in memory that nobody can change,
@@ -313,17 +324,33 @@ func (k *keeper) signal(s os.Signal) {
 	switch {
 	case s == unix.SIGHUP:
 		k.reload(false)
-	case k.stop == nil && k.state != nil && restartJob(k.log, k.storeSize()):
-		k.restart()
+	case k.stop == nil && k.state != nil:
+		k.asking++
+		size := k.storeSize()
+		k.beside(func() func() {
+			restart := restartJob(k.log, size)
+			return func() {
+				k.asking--
+				if restart && k.stop == nil {
+					k.restart()
+				} else {
+					k.stops(s)
+				}
+			}
+		})
 	default:
-		// A server that dies before it has stopped leaves that to the next one, which
-		// has to take the device back before it can let it go.
-		k.stop = s
-		if k.next != nil && k.active != nil && !k.active.told {
-			k.refuse("it is stopping")
-		}
-		k.tellStop()
+		k.stops(s)
 	}
+}
+
+// stops begins the end. A server that dies before it has stopped leaves that to the next
+// one, which has to take the device back before it can let it go.
+func (k *keeper) stops(s os.Signal) {
+	k.stop = s
+	if k.next != nil && k.active != nil && !k.active.told {
+		k.refuse("it is stopping")
+	}
+	k.tellStop()
 }
 
 // tellStop tells the server that it is to stop, if that is so. One that has to take
@@ -338,6 +365,10 @@ func (k *keeper) tellStop() {
 }
 
 func (k *keeper) handle(e keeperEvent) {
+	if e.then != nil {
+		e.then()
+		return
+	}
 	c := e.from
 	if e.end {
 		c.link.Close()
@@ -576,7 +607,7 @@ func (k *keeper) serves(c *child) {
 
 // settled is called when a server serves and no other is to.
 func (k *keeper) settled() {
-	if k.active == nil || !k.active.ready || k.active.pinned != "" || k.next != nil {
+	if k.active == nil || !k.active.ready || k.active.pinned != "" || k.next != nil || k.copying {
 		return
 	}
 	w := k.wanted
@@ -605,30 +636,14 @@ func (k *keeper) keepStandby() {
 // reload has the program that is on disk now take over, from this process too.
 // With store, it is the service manager that will start it.
 func (k *keeper) reload(store bool) {
-	if k.next != nil {
+	if k.next != nil || k.copying {
 		return // it is under way
 	}
 	if k.stop != nil {
 		k.refuse("it is stopping")
 		return
 	}
-	if k.active == nil {
-		// What is installed now may be able to serve where this program isn't.
-		if p, err := copyProgram(k.path); err == nil {
-			k.program.close()
-			k.program = p
-			k.dropStandby()
-			k.after(0, k.proceed)
-		}
-		return
-	}
-	if !k.active.ready {
-		k.wanted = max(k.wanted, wantReload) // as soon as it is
-		return
-	}
-	if why := k.active.pinned; why != "" {
-		k.log.Warn("the reload waits", zap.String("why", why))
-		k.wanted = max(k.wanted, wantReload)
+	if k.active != nil && k.putOff(store) {
 		return
 	}
 	usec := int64(0)
@@ -636,15 +651,66 @@ func (k *keeper) reload(store bool) {
 	if unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) == nil {
 		usec = now.Nano() / 1000
 	}
-	if !store {
+	if k.active != nil && !store {
 		if err := systemd.Notify(systemd.Reloading, fmt.Sprintf("MONOTONIC_USEC=%d", usec)); err != nil {
 			k.log.Warn("service manager was not notified", zap.Error(err))
 		}
 	}
-	next, err := copyProgram(k.path)
+	k.copying = true
+	k.beside(func() func() {
+		next, err := copyProgram(k.path)
+		return func() {
+			k.copying = false
+			k.reloadWith(next, err, store)
+		}
+	})
+}
+
+// putOff tells whether a reload has to wait, which it then does.
+func (k *keeper) putOff(store bool) bool {
+	if k.active.ready && k.active.pinned == "" {
+		return false
+	}
+	if k.active.ready {
+		k.log.Warn("the reload waits", zap.String("why", k.active.pinned))
+	}
+	w := wantReload
+	if store {
+		w = wantRestart
+	}
+	k.wanted = max(k.wanted, w) // as soon as it can be
+	return true
+}
+
+// reloadWith goes on with a reload when the program that is on disk now was copied, or
+// could not be. The server may have ended meanwhile.
+func (k *keeper) reloadWith(next *program, err error, store bool) {
 	if err != nil {
-		k.storing = store
+		k.storing = store && k.active != nil
 		k.refuse(err.Error())
+		if store && k.active == nil {
+			k.handOver()
+		}
+		return
+	}
+	switch {
+	case k.stop != nil:
+		next.close()
+		k.refuse("it is stopping")
+		return
+	case k.active == nil && store:
+		next.close()
+		k.handOver()
+		return
+	case k.active == nil:
+		// What is installed now may be able to serve where this program isn't.
+		k.program.close()
+		k.program = next
+		k.dropStandby()
+		k.after(0, k.proceed)
+		return
+	case k.putOff(store):
+		next.close()
 		return
 	}
 	k.dropStandby()
@@ -670,7 +736,7 @@ func (k *keeper) restart() {
 	case k.active == nil:
 		// This version can't go on with the state; the next one may.
 		k.handOver()
-	case k.next != nil || !k.active.ready || k.active.pinned != "":
+	case k.next != nil || k.copying || !k.active.ready || k.active.pinned != "":
 		k.wanted = wantRestart
 	default:
 		k.reload(true)
@@ -680,8 +746,8 @@ func (k *keeper) restart() {
 // refuse ends a reload: everything stays as it was.
 func (k *keeper) refuse(why string) {
 	k.log.Error("the volume stays with the server that it has", zap.String("why", why))
-	k.cancelWake()
 	if k.next != nil {
+		k.cancelWake()
 		if k.standby != nil && k.standby.program == k.next {
 			k.dropStandby()
 		}
@@ -926,10 +992,15 @@ func (k *keeper) become() error {
 		}
 	}
 	k.log.Sync()
-	for len(keeperSignals) > 0 {
-		k.signal(<-keeperSignals)
+	for len(keeperSignals) > 0 || k.asking > 0 {
+		select {
+		case s := <-keeperSignals:
+			k.signal(s)
+		case e := <-k.events:
+			k.handle(e)
+		}
 	}
-	if k.active != c || c.over || k.next != nil {
+	if k.active != c || c.over || k.next != nil || k.copying || k.exit != nil {
 		return errors.New("a signal came first")
 	}
 	s.State, s.Wanted, s.Pinned = k.state, k.wanted, c.pinned
@@ -1211,8 +1282,8 @@ func (k *keeperLink) refuse(why string) {
 var errNoTurn = errors.New("it never was this server's turn")
 
 // standBy has prepare do what can be done early, which at a reload may be to find that
-// this server is of no use, and returns when it is this
-// server's turn, with the state to go on with or nil.
+// this server is of no use. It returns when it is this server's turn, with the state to
+// go on with or nil.
 func (k *keeperLink) standBy(ctx context.Context, prepare func(reload bool) error) (*serverState, error) {
 	defer context.AfterFunc(ctx, func() { k.conn.SetReadDeadline(time.Unix(1, 0)) })()
 	for {

@@ -439,6 +439,28 @@ func TestKeeperPinned(t *testing.T) {
 	}
 }
 
+// TestKeeperReloadWhileDead asks a keeper whose server has died for the program that is
+// installed, which can't be read before there is a server again.
+func TestKeeperReloadWhileDead(t *testing.T) {
+	t.Parallel()
+	k := startKeeper(t, "plain")
+	pid := k.serves(1, true)
+	behave, program := filepath.Join(k.dir, "behave"), filepath.Join(k.dir, "program")
+	if err := errors.Join(os.WriteFile(behave, []byte("unprepared"), 0o600), os.Remove(program), unix.Mkfifo(program, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	k.kill(pid, unix.SIGKILL)
+	k.line("a server died before it served")
+	k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+	if err := os.Remove(behave); err != nil {
+		t.Fatal(err)
+	}
+	pid = k.serves(2, true)
+	k.kill(pid, unix.SIGKILL)
+	k.serves(3, true)
+	k.end()
+}
+
 // TestKeeperPanic: a server that panics is replaced as one that is killed.
 func TestKeeperPanic(t *testing.T) {
 	t.Parallel()

@@ -56,8 +56,21 @@ var cgroupFile = "/proc/self/cgroup"
 func systemctl(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), systemctlTimeout)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "systemctl", args...).Output()
-	return string(bytes.TrimSpace(out)), err
+	type answer struct {
+		out []byte
+		err error
+	}
+	c := make(chan answer, 1)
+	go func() {
+		out, err := exec.CommandContext(ctx, "systemctl", args...).Output()
+		c <- answer{out, err}
+	}()
+	select {
+	case a := <-c:
+		return string(bytes.TrimSpace(a.out)), a.err
+	case <-time.After(systemctlTimeout + time.Second):
+		return "", ctx.Err() // it can't be killed: its file may be on a disk that hangs
+	}
 }
 
 // restartJob tells whether the service manager stops this process in order to
