@@ -178,7 +178,7 @@ func TestFence(t *testing.T) {
 
 // TestFlushErrorOfServerBefore: a flush fails for what could not be written, also if
 // only a process was told that is dead. The device's page cache is written to memory
-// that is sealed meanwhile, which is an I/O error.
+// that is sealed, which is an I/O error.
 func TestFlushErrorOfServerBefore(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Fatal("this test makes a loop device, which takes root")
@@ -223,10 +223,10 @@ func TestFlushErrorOfServerBefore(t *testing.T) {
 	if err := errors.Join(d.Sync(), d.Sync(), d.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := dead.WriteAt(make([]byte, 4096), 4096); err != nil {
+	if _, err := unix.FcntlInt(uintptr(disk), unix.F_ADD_SEALS, unix.F_SEAL_WRITE); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := unix.FcntlInt(uintptr(disk), unix.F_ADD_SEALS, unix.F_SEAL_WRITE); err != nil {
+	if _, err := dead.WriteAt(make([]byte, 4096), 4096); err != nil {
 		t.Fatal(err)
 	}
 	if err := fdatasync(dead); !errors.Is(err, unix.EIO) {
