@@ -103,48 +103,46 @@ ExecStart=`+vmtest.SystemDir+`/guest late-vault
 // and Shutdown uses.
 type volumeSystem struct {
 	*systemLab
-	disks []vmtest.Disk
+	begun  bool
+	made   bool
+	disks  []vmtest.Disk
+	params map[string]string
 }
 
 // boot boots it with its tables.
-func (s *volumeSystem) boot(t *testing.T, scenario string, params map[string]string) *vmtest.Result {
+func (s *volumeSystem) boot(t *testing.T, scenario string) *vmtest.Result {
 	t.Helper()
-	return s.bootSystem(t, vmtest.SystemBoot{Scenario: scenario, Params: params, Files: volumeFiles(), Disks: s.disks, TPM: s.tpm()})
+	return s.bootSystem(t, vmtest.SystemBoot{Scenario: scenario, Params: s.params, Files: volumeFiles(), Disks: s.disks, TPM: s.tpm()})
 }
 
 func (s *volumeSystem) tpm() string { return filepath.Join(s.Dir, "tpm") }
 
-// make boots a machine that makes its volumes, once.
-func (s *volumeSystem) make(t *testing.T) *vmtest.Result {
+// make runs SystemdBoot, once: a boot that makes the volumes, and one with them in its
+// tables, at whose end they are in use.
+func (s *volumeSystem) make(t *testing.T) {
 	t.Helper()
-	if s.disks != nil {
-		return nil
+	if s.made {
+		return
 	}
-	disks := append(s.volumeDisks(t), s.root(t, "volumes"))
-	r := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-prepare", Disks: disks, TPM: s.tpm()})
-	s.disks = disks
-	return r
-}
-
-// testSystemBoot boots it with its volumes in its tables.
-func testSystemBoot(t *testing.T, s *volumeSystem) {
+	if s.begun {
+		t.Fatal("there is no machine: the scenario SystemdBoot failed")
+	}
+	s.begun = true
 	begun := time.Now()
-	first := s.make(t)
-	if first == nil {
-		t.Fatal("it is not the first")
-	}
-	second := s.boot(t, "system-volumes", nil)
+	s.params = map[string]string{"canary": newCanary()}
+	s.disks = append(s.volumeDisks(t), s.root(t, "volumes"))
+	first := s.bootSystem(t, vmtest.SystemBoot{Scenario: "system-prepare", Disks: s.disks, TPM: s.tpm()})
+	second := s.boot(t, "system-volumes")
+	s.made = true
 	s.row("SystemdBoot", time.Since(begun), first, second)
 }
 
-// testShutdown powers it off while /var can't be unmounted, and looks at the file
-// systems at the next boot.
+// testShutdown looks at how it was powered off while /var couldn't be unmounted, and at
+// the file systems at the next boot.
 func testShutdown(t *testing.T, s *volumeSystem) {
-	begun := time.Now()
 	s.make(t)
-	params := map[string]string{"canary": newCanary()}
-	first := s.boot(t, "system-busy", params)
-	console, err := os.ReadFile(filepath.Join(s.Dir, "system-busy.serial.log"))
+	begun := time.Now()
+	console, err := os.ReadFile(filepath.Join(s.Dir, "system-volumes.serial.log"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,8 +153,8 @@ func testShutdown(t *testing.T, s *volumeSystem) {
 	if n := bytes.Count(console, []byte("is detached")); n != 4 {
 		t.Errorf("%d volumes were detached after the last unmount, want 4", n)
 	}
-	second := s.boot(t, "system-after", params)
-	s.row("Shutdown", time.Since(begun), first, second)
+	after := s.boot(t, "system-after")
+	s.row("Shutdown", time.Since(begun), after)
 }
 
 // formatHere formats the disk of a volume on this host, with a host key that it

@@ -171,68 +171,77 @@ func TestDemoOnHost(t *testing.T) {
 	t.Logf("\n%s", l.table())
 }
 
+// A scenario is a subtest of TestVM.
+type scenario struct {
+	name string
+	run  func(t *testing.T)
+}
+
 // TestVM runs the scenarios. Each of them can be asked for alone: Reboot,
-// StolenDisk and Leave make the disk of Boot first if Boot didn't. Those that share
-// a disk run one after the other, then the others, as many at a time as there are
-// processors (an emulated machine takes one), the longest first.
+// StolenDisk and Leave make the disk of Boot first if Boot didn't. As many run at a
+// time as -parallel says, which is the number of processors (an emulated machine takes
+// one): those of a list that share a disk one after the other, and the list that takes
+// longest first, so that none is left to run alone at the end. Subtests with t.Parallel
+// come in any order: the longest was the last.
 func TestVM(t *testing.T) {
 	l := newLab(t)
 	t.Cleanup(func() { t.Logf("\n%s", l.table()) })
 	d := &disk{lab: l}
-
-	t.Run("Boot", func(t *testing.T) { d.make(t) })
-	t.Run("Reboot", func(t *testing.T) {
-		d.make(t)
-		begun := time.Now()
-		r := l.boot(t, "reboot", nil, d.disks()...)
-		l.row("Reboot", time.Since(begun), r)
-	})
-	t.Run("StolenDisk", func(t *testing.T) { testStolenDisk(t, d) })
-	t.Run("Leave", func(t *testing.T) {
-		d.make(t)
-		begun := time.Now()
-		r := l.boot(t, "leave", nil, d.disks()...)
-		l.row("Leave", time.Since(begun), r)
-	})
-	// Last of those that use the disk: it adds a file, which the others would
-	// find to be one too many.
-	t.Run("InUse", func(t *testing.T) {
-		d.make(t)
-		begun := time.Now()
-		r := l.boot(t, "inuse", nil, d.disks()...)
-		l.row("InUse", time.Since(begun), r)
-	})
 	volumes := &volumeSystem{}
-	t.Run("SystemdBoot", func(t *testing.T) { volumes.systemLab = l.systems(t); testSystemBoot(t, volumes) })
-	t.Run("Shutdown", func(t *testing.T) { volumes.systemLab = l.systems(t); testShutdown(t, volumes) })
-
-	for _, s := range []struct {
-		name string
-		run  func(t *testing.T)
-	}{
-		{"OldKernel", testOldKernel},
-		{"RootOnVolume", func(t *testing.T) { testRootOnVolume(t, l.systems(t)) }},
-		{"SwapControl", func(t *testing.T) { testSwap(t, l, true) }},
-		{"Kdump", func(t *testing.T) { testKdump(t, l.systems(t)) }},
-		{"HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) }},
-		{"PowerCut", func(t *testing.T) { testPowerCut(t, l) }},
-		{"Swap", func(t *testing.T) { testSwap(t, l, false) }},
-		{"Outage", func(t *testing.T) { testOutage(t, l) }},
-		{"LogWrites", func(t *testing.T) { testLogWrites(t, l) }},
-		{"Stress", func(t *testing.T) { testStress(t, l) }},
-		{"Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") }},
-		{"Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") }},
-		{"Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) }},
-		{"Logs", func(t *testing.T) { testLogs(t, l.systems(t)) }},
-		{"Revoke", func(t *testing.T) { testRevoke(t, l) }},
-		{"QEMUExport", func(t *testing.T) { testQEMUExport(t, l) }},
-		{"DiskErrors", func(t *testing.T) { testDiskErrors(t, l) }},
-	} {
-		t.Run(s.name, func(t *testing.T) {
-			t.Parallel()
-			s.run(t)
+	queue := make(chan []scenario)
+	var workers sync.WaitGroup
+	for range flag.Lookup("test.parallel").Value.(flag.Getter).Get().(int) {
+		workers.Go(func() {
+			for list := range queue {
+				for _, s := range list {
+					t.Run(s.name, s.run)
+				}
+			}
 		})
 	}
+	for _, list := range [][]scenario{
+		{{"OldKernel", testOldKernel}},
+		{
+			{"SystemdBoot", func(t *testing.T) { volumes.systemLab = l.systems(t); volumes.make(t) }},
+			{"Shutdown", func(t *testing.T) { volumes.systemLab = l.systems(t); testShutdown(t, volumes) }},
+		},
+		{{"RootOnVolume", func(t *testing.T) { testRootOnVolume(t, l.systems(t)) }}},
+		{{"Kdump", func(t *testing.T) { testKdump(t, l.systems(t)) }}},
+		{{"HeaderPowerCut", func(t *testing.T) { testHeaderPowerCut(t, l) }}},
+		{{"PowerCut", func(t *testing.T) { testPowerCut(t, l) }}},
+		{{"Swap", func(t *testing.T) { testSwap(t, l, false) }}},
+		{{"Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) }}},
+		{{"Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") }}},
+		{{"LogWrites", func(t *testing.T) { testLogWrites(t, l) }}},
+		{{"Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") }}},
+		{
+			{"Boot", func(t *testing.T) { d.make(t) }},
+			{"Reboot", func(t *testing.T) { testOnBootDisk(t, d, "Reboot", "reboot") }},
+			{"StolenDisk", func(t *testing.T) { testStolenDisk(t, d) }},
+			{"Leave", func(t *testing.T) { testOnBootDisk(t, d, "Leave", "leave") }},
+			// Last: it adds a file, which the others would find to be one too many.
+			{"InUse", func(t *testing.T) { testOnBootDisk(t, d, "InUse", "inuse") }},
+		},
+		{{"SwapControl", func(t *testing.T) { testSwap(t, l, true) }}},
+		{{"Logs", func(t *testing.T) { testLogs(t, l.systems(t)) }}},
+		{{"Outage", func(t *testing.T) { testOutage(t, l) }}},
+		{{"Stress", func(t *testing.T) { testStress(t, l) }}},
+		{{"Revoke", func(t *testing.T) { testRevoke(t, l) }}},
+		{{"QEMUExport", func(t *testing.T) { testQEMUExport(t, l) }}},
+		{{"DiskErrors", func(t *testing.T) { testDiskErrors(t, l) }}},
+	} {
+		queue <- list
+	}
+	close(queue)
+	workers.Wait()
+}
+
+// testOnBootDisk runs a scenario on the disk of Boot.
+func testOnBootDisk(t *testing.T, d *disk, name, scenario string) {
+	d.make(t)
+	begun := time.Now()
+	r := d.boot(t, scenario, nil, d.disks()...)
+	d.row(name, time.Since(begun), r)
 }
 
 // tools returns the disk with fio, which is made once.

@@ -73,7 +73,7 @@ func diskErrors(m *machine) error {
 	}
 	m.step(1, "A header that can't be read")
 	const key = "/run/host.key"
-	if _, err := m.run("hostcryptd", "format", m.disk, "--host-key", key, "--recovery-key", "/run/recovery.key", "--yes"); err != nil {
+	if _, err := m.run("hostcryptd", "format", m.disk, "--key", "host-key", "--host-key", key, "--yes"); err != nil {
 		return err
 	}
 	if err := b.become(b.unreadable(2 * headerCopy)); err != nil {

@@ -57,7 +57,7 @@ func kill(m *machine) error {
 	}
 	m.disk = filepath.Join("/dev/mapper", slowName)
 	const key = "/run/host.key"
-	if _, err := m.run("hostcryptd", "format", m.disk, "--host-key", key, "--recovery-key", "/run/recovery.key", "--yes"); err != nil {
+	if _, err := m.run("hostcryptd", "format", m.disk, "--key", "host-key", "--host-key", key, "--yes"); err != nil {
 		return err
 	}
 	s, err := m.serve("--host-key", key)

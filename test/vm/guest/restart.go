@@ -52,7 +52,7 @@ func (m *machine) waitServed(before int) (s served, err error) {
 // service manager that keeps descriptors.
 func restart(m *machine) error {
 	const key = "/run/host.key"
-	if _, err := m.run("hostcryptd", "format", m.disk, "--host-key", key, "--recovery-key", "/run/recovery.key", "--yes"); err != nil {
+	if _, err := m.run("hostcryptd", "format", m.disk, "--key", "host-key", "--host-key", key, "--yes"); err != nil {
 		return err
 	}
 	s, err := m.serve("--host-key", key)

@@ -52,7 +52,6 @@ var scenarios = map[string]func(*machine) error{
 
 	"system-prepare": systemPrepare,
 	"system-volumes": systemVolumes,
-	"system-busy":    systemBusy,
 	"system-after":   systemAfter,
 	"system-logs":    systemLogs,
 

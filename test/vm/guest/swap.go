@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -121,6 +122,7 @@ func (m *machine) swapScenario(protected bool) error {
 		kill   = begun.Add(span / 3)
 		reload = begun.Add(span * 2 / 3)
 		tick   = time.NewTicker(time.Second)
+		used   int64
 	)
 	defer tick.Stop()
 	if !protected {
@@ -136,6 +138,10 @@ func (m *machine) swapScenario(protected bool) error {
 			m.output(line)
 		case <-tick.C:
 			now := time.Now()
+			if done := h.steps.Load(); !protected && done != used {
+				used = done
+				m.say("%d MiB used or checked", used) // who waits for the hang sees that it isn't one
+			}
 			if stalled := now.Sub(h.progress()); stalled > swapStall {
 				return fmt.Errorf("no progress in %v", stalled)
 			}
@@ -275,6 +281,7 @@ type hog struct {
 	wait    func() error
 	slowest time.Duration
 	last    chan time.Time // capacity 1: of the last progress
+	steps   atomic.Int64   // megabytes so far
 }
 
 func (h *hog) progress() time.Time {
@@ -302,6 +309,7 @@ func startHog(size int64, d time.Duration) (*hog, error) {
 			now := time.Now()
 			h.slowest = max(h.slowest, now.Sub(t))
 			h.last <- now
+			h.steps.Add(1)
 			if line := scan.Text(); line != "." {
 				h.lines <- line
 			}

@@ -218,7 +218,7 @@ func systemPrepare(m *machine) error {
 		if v.serial == "tpm" {
 			key = append(key, "--key", "tpm")
 		}
-		args := append([]string{"format", m.disk, "--uuid", v.uuid, "--recovery-key", "/run/" + v.serial + ".recovery", "--yes"}, key...)
+		args := append([]string{"format", m.disk, "--uuid", v.uuid, "--yes"}, key...)
 		if _, err := m.run("hostcryptd", args...); err != nil {
 			return err
 		}
@@ -394,7 +394,10 @@ func systemVolumes(m *machine) error {
 	if err := m.exposure("hostcryptd-dial.service", 0); err != nil {
 		return err
 	}
-	return m.restartVolumes()
+	if err := m.restartVolumes(); err != nil {
+		return err
+	}
+	return m.leaveBusy()
 }
 
 // exposure fails if a service is open to more than a score of systemd-analyze, which is
@@ -474,7 +477,7 @@ func (m *machine) restartVolumes() error {
 	return os.Remove(file)
 }
 
-// Of system-busy: the file that is open until the last moment, and how far it
+// Of leaveBusy: the file that is open until the last moment, and how far it
 // was when the power-off was asked for.
 const (
 	busyFile = "/var/busy"
@@ -513,13 +516,11 @@ func lastLine(name string) (int, error) {
 	return len(lines), nil
 }
 
-// systemBusy leaves a process behind that has a file of /var open, that no unit
+// leaveBusy leaves a process behind that has a file of /var open, that no unit
 // stops, and that ends only when systemd-shutdown kills what is left. So /var is
 // unmounted after that.
-func systemBusy(m *machine) error {
-	if err := m.checkSystem(); err != nil {
-		return err
-	}
+func (m *machine) leaveBusy() error {
+	m.step(5, "A power-off with /var in use")
 	if _, err := m.run("systemd-run", "--quiet", "--unit=busy", "--property=DefaultDependencies=no", "--property=KillMode=none", vmtest.SystemDir+"/guest", "busy"); err != nil {
 		return err
 	}
@@ -534,7 +535,7 @@ func systemBusy(m *machine) error {
 	return os.WriteFile(busyMark, []byte(strconv.Itoa(n)), 0o600)
 }
 
-// systemAfter finds what systemBusy's machine has left: file systems that need no
+// systemAfter finds what leaveBusy has left: file systems that need no
 // repair, with all that was written.
 func systemAfter(m *machine) error {
 	if err := m.checkSystem(); err != nil {
