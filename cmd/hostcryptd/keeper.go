@@ -526,7 +526,10 @@ func (k *keeper) standbyEnded(p *os.ProcessState) {
 	case k.active == nil && k.state == nil:
 		k.ended(&child{over: true}, p) // the first one: its own message says why
 	case k.active == nil:
-		k.next = nil
+		if k.next != nil {
+			k.failed = "the new program died before it served: " + how
+			k.next = nil
+		}
 		k.log.Error("a server died before it served", zap.String("how", how))
 		if p.Exited() {
 			k.backToTabLine()

@@ -910,3 +910,17 @@ func TestStoreSize(t *testing.T) {
 		t.Errorf("%d descriptors, want the state, device, key, and 4 sockets", n)
 	}
 }
+
+// TestReloadFailed: who asked for a reload whose server died before its turn is told so
+// by the next one.
+func TestReloadFailed(t *testing.T) {
+	dead := exec.Command("false")
+	if err := dead.Run(); err == nil {
+		t.Fatal("no error")
+	}
+	k := &keeper{log: zap.NewNop(), state: json.RawMessage("{}"), next: &program{}, alarm: time.NewTimer(time.Hour)}
+	k.standbyEnded(dead.ProcessState)
+	if k.next != nil || !strings.HasSuffix(k.failed, "exit code 1") || k.wake == nil {
+		t.Errorf("the reload has failed with %q, and goes on: %v; another server is started: %v", k.failed, k.next != nil, k.wake != nil)
+	}
+}
