@@ -904,11 +904,17 @@ func (k *keeper) start(p *program) (*child, error) {
 // has its end.
 func (k *keeper) listen(c *child) {
 	defer close(c.done)
-	for {
+	for died := false; ; {
 		var m keeperMessage
 		f, err := receivePacket(c.link, &m)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return // stopped
+		}
+		if errors.Is(err, unix.ECONNRESET) && !died {
+			// It died and has not read all. The kernel says so before it gives out what
+			// the child had said, which may be that there is a kernel device.
+			died = true
+			continue
 		}
 		k.events <- keeperEvent{from: c, m: m, f: f, end: err != nil}
 		if err != nil {

@@ -924,3 +924,26 @@ func TestReloadFailed(t *testing.T) {
 		t.Errorf("the reload has failed with %q, and goes on: %v; another server is started: %v", k.failed, k.next != nil, k.wake != nil)
 	}
 }
+
+// TestKeeperHearsTheDead: what a server has said counts also if it died before the keeper
+// heard it, and before it read what the keeper had said to it.
+func TestKeeperHearsTheDead(t *testing.T) {
+	server, link := unixPair(t, unix.SOCK_SEQPACKET)
+	k := &keeper{log: zap.NewNop(), events: make(chan keeperEvent)}
+	c := &child{link: link, done: make(chan struct{})}
+	if !k.order(c, keeperOrder{Refused: "unread"}, nil) {
+		t.Fatal("the server was not told")
+	}
+	if err := errors.Join(sendPacket(server, keeperMessage{State: json.RawMessage("{}")}, nil), sendPacket(server, keeperMessage{Ready: true}, nil)); err != nil {
+		t.Fatal(err)
+	}
+	server.Close()
+	go k.listen(c)
+	if e := <-k.events; e.end || e.m.State == nil {
+		t.Errorf("first comes %+v, want the state", e)
+	} else if e := <-k.events; e.end || !e.m.Ready {
+		t.Errorf("second comes %+v, want that it serves", e)
+	} else if e := <-k.events; !e.end {
+		t.Errorf("third comes %+v, want the end", e)
+	}
+}
