@@ -28,6 +28,11 @@ import (
 // initrdEnv tells a process that --initrd started it.
 const initrdEnv = "HOSTCRYPTD_INITRD"
 
+// lockEnv tells a process of launch, and those that it starts, to lock its memory. That
+// of a unit's has MemorySwapMax=0; these belong to none, and a swap file on the root file
+// system would take what they need in order to bring it back.
+const lockEnv = "HOSTCRYPTD_LOCK_MEMORY"
+
 // initrdDir has a file for each volume that an initramfs serves, with its
 // device, so that the service of that name isn't started (hostcryptd@.service).
 const initrdDir = runDir + "/initrd"
@@ -50,7 +55,7 @@ func (a *app) launch(name string, inTab bool) error {
 	cmd.Args[0] = "@" + filepath.Base(os.Args[0])
 	// TZ: else a server that takes over reads /etc/localtime, which may be on the
 	// very volume, for its first line in the log.
-	cmd.Env = append(os.Environ(), initrdEnv+"=1", "NOTIFY_SOCKET="+notify.LocalAddr().String(), "TZ=")
+	cmd.Env = append(os.Environ(), initrdEnv+"=1", lockEnv+"=1", "NOTIFY_SOCKET="+notify.LocalAddr().String(), "TZ=")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	where := "it has printed why"
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
@@ -180,6 +185,11 @@ func notifyManager(states ...string) error {
 // liveOn makes a process that --initrd started outlive the initramfs. As long as
 // it is there, $HOSTCRYPTD_INITRD is set. Other processes are left as they are.
 func liveOn(log *zap.Logger) error {
+	if os.Getenv(lockEnv) != "" {
+		if err := lockMemory(); err != nil {
+			log.Warn("this process can be swapped out; a swap file on the volume that it serves is not safe", zap.Error(err))
+		}
+	}
 	if os.Getenv(initrdEnv) == "" {
 		return nil
 	}

@@ -72,6 +72,11 @@ var tabWords = map[string]tabWord{
 		e.flags = append(e.flags, tabFlag{"swap", "true"})
 		return e.makeFS("swap")
 	}},
+	"swapfile": {set: func(e *tabEntry, _ string) error {
+		e.unit.Swap = true
+		e.flags = append(e.flags, tabFlag{"swap", "true"})
+		return nil
+	}},
 	"tmp": {value: maybeText, set: func(e *tabEntry, value string) error {
 		if value == "" {
 			value = "ext4"

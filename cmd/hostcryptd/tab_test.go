@@ -53,6 +53,9 @@ func TestTab(t *testing.T) {
 			flags: map[string]string{"attach": "auto", "unseal-timeout": "1m0s", "grace": "1m30s", "connections": "2", "on-revocation": "warn"}},
 		{line: "a /img - attach=auto,listen=/s,timeout=infinity", given: []string{"--listen=/other", "--unseal-timeout=5s"},
 			unit: systemd.Volume{Device: "/img", Attach: "auto"}, flags: map[string]string{"listen": "/other", "unseal-timeout": "5s"}},
+		{line: "a /dev/x - swapfile,attach=/dev/nbd0,x-initrd.attach",
+			unit:  systemd.Volume{Device: "/dev/x", Attach: "/dev/nbd0", Swap: true},
+			flags: map[string]string{"attach": "/dev/nbd0", "swap": "true"}},
 		{line: "a /img - tmp=xfs,tcp=127.0.0.1:1", err: "swap and tmp need a kernel device"},
 
 		{line: "a", err: "no device"},
