@@ -255,7 +255,7 @@ func TestParseFio(t *testing.T) {
 // another.
 func sampleResult() *result {
 	r := &result{
-		Started: "2026-01-02 03:04 UTC", Machine: "host <&>", CPU: "2 x Some Processor", Kernel: "6.1", Slice: 1, Rounds: 2,
+		Started: "2026-01-02 03:04 UTC", Machine: "host <&>", CPU: "2 x Some Processor", Kernel: "6.1", Load: "0.25", Slice: 1, Rounds: 2,
 		Versions: map[string]string{qemuRaw: "qemu-nbd 7.2"},
 		PeakMiB:  map[string]float64{hostcryptd: 40}, IdleMiB: map[string]float64{hostcryptd: 33},
 	}

@@ -343,6 +343,8 @@ func describe(b *bench, c config, root string) *result {
 	if unix.Uname(&u) == nil {
 		r.Kernel = unix.ByteSliceToString(u.Release[:])
 	}
+	load, _ := os.ReadFile("/proc/loadavg")
+	r.Load, _, _ = strings.Cut(string(load), " ")
 	info, _ := os.ReadFile("/proc/cpuinfo")
 	for line := range strings.Lines(string(info)) {
 		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {

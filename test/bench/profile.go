@@ -79,7 +79,7 @@ func (b *bench) profile(c config, r *result) error {
 		rates = append(rates, v.IOPS)
 	}
 	var out strings.Builder
-	fmt.Fprintf(&out, "%s, %s, Linux %s, %s\n%s\n", r.Machine, r.CPU, r.Kernel, r.Started, r.Versions[hostcryptd])
+	fmt.Fprintf(&out, "%s, %s, Linux %s, %s, load before %s\n%s\n", r.Machine, r.CPU, r.Kernel, r.Started, r.Load, r.Versions[hostcryptd])
 	fmt.Fprintf(&out, "Where the server's processor time goes, tmpfs, percent of samples (perf, cpu-clock). By 'make bench-profile'.\n\n%-44s", "")
 	for _, l := range profiled {
 		fmt.Fprintf(&out, "%20s", strings.TrimSuffix(strings.Replace(l.Name, "rand ", "", 1), " c1"))

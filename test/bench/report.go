@@ -45,6 +45,7 @@ type result struct {
 	Machine  string             `json:"machine"`
 	CPU      string             `json:"cpu"`
 	Kernel   string             `json:"kernel"`
+	Load     string             `json:"load_before"` // processes that ran in the minute before, on average
 	Versions map[string]string  `json:"versions"`
 	Slice    float64            `json:"slice_seconds"`
 	Rounds   int                `json:"rounds"`
@@ -146,7 +147,7 @@ func (r *result) judge() {
 // text is the table for people.
 func (r *result) text() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, %s, Linux %s, %s\n", r.Machine, r.CPU, r.Kernel, r.Started)
+	fmt.Fprintf(&b, "%s, %s, Linux %s, %s, load before %s\n", r.Machine, r.CPU, r.Kernel, r.Started, r.Load)
 	for _, p := range peers {
 		if v := r.Versions[p.name]; v != "" {
 			fmt.Fprintf(&b, "%s: %s\n", p.name, v)
