@@ -694,7 +694,11 @@ func (s *status) print(w io.Writer) {
 			mode = "read-only"
 		}
 		if v.Failed {
-			mode = "FAILED: a flush was not completed, writes are refused; restart the daemon after looking at the disk"
+			mode = "FAILED: a flush was not completed, writes are refused; look at the disk, and start the server anew"
+			if s.Attached != "" {
+				// What has failed goes on with the handover: a restart or reload changes nothing.
+				mode = fmt.Sprintf("FAILED: a flush was not completed, writes are refused; look at the disk, unmount the volume, 'hostcryptd detach %s', and start it again; a restart or reload doesn't help. If it is the root file system, reboot", cmp.Or(s.Name, s.UUID))
+			}
 		}
 		p("size", "%s, sectors of %d bytes, %s", bytesText(uint64(v.Size)), v.SectorSize, mode)
 		p("cipher", "%s, %s, keys in %s", v.Cipher, v.Runs, v.KeyMemory)

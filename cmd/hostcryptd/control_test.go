@@ -18,6 +18,7 @@ import (
 
 	"hostcryptd/keyunseal/audit"
 	"hostcryptd/keyunseal/lifecycle"
+	"hostcryptd/sector"
 )
 
 // TestFailedCommands: a lock or unlock that comes to nothing is recorded as that.
@@ -190,6 +191,22 @@ func TestReloadAnswers(t *testing.T) {
 				t.Errorf("reload = %v, want exit code %d and %q", err, tt.code, tt.answer)
 			}
 		})
+	}
+}
+
+// TestFailedAdvice: what status says of a volume that has failed is what helps.
+func TestFailedAdvice(t *testing.T) {
+	for attached, want := range map[string]string{
+		"":          "start the server anew\n",
+		"/dev/nbd3": "'hostcryptd detach data', and start it again",
+	} {
+		var out strings.Builder
+		s := &status{Name: "data", Attached: attached, Keeper: 1, Volume: &volumeStatus{Failed: true, Requests: &sector.Stats{}}, Server: &serverStatus{}}
+		s.Key.Random = true
+		s.print(&out)
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("attached %q:\n%s\nwant %q", attached, out.String(), want)
+		}
 	}
 }
 
