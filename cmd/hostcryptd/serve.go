@@ -766,6 +766,10 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		// A server and its keeper have died, and the kernel still waits.
 		d.log.Warn("going on with a kernel device whose server has died", zap.String("attached", nbdnl.Path(found)))
 		d.index = found
+	} else if cfg.Index == nbdnl.FirstFree && !d.goesOn { // else the table may be on this very volume
+		if cfg.Except, err = tabIndexes(tabFile, d.opts.name); err != nil {
+			d.log.Warn("the volume may get a kernel device that another is to have", zap.Error(err))
+		}
 	}
 	if d.goesOn && nbdnl.Detached(d.index, cfg.Backend) {
 		// By another program, or by the server before just before it died.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/systemd"
 )
 
@@ -319,6 +320,21 @@ func (e *tabEntry) apply(flags *pflag.FlagSet) error {
 // randomKey tells whether the volume has a key of this boot.
 func (e *tabEntry) randomKey() bool {
 	return slices.ContainsFunc(e.flags, func(f tabFlag) bool { return f.name == "random-key" })
+}
+
+// tabIndexes are the kernel devices that a table gives to volumes of other names, also
+// to those that aren't attached yet.
+func tabIndexes(file, name string) (list []int, err error) {
+	entries, _, err := readTab(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	for _, e := range entries {
+		if index, err := nbdnl.ParsePath(e.unit.Attach); err == nil && e.unit.Name != name {
+			list = append(list, index)
+		}
+	}
+	return list, err
 }
 
 // named returns the entry of an argument that may be a name in the table, or nil

@@ -140,6 +140,21 @@ func TestTabFile(t *testing.T) {
 		t.Errorf("without a table: %v, exit code %d", err, exitCode(err))
 	}
 
+	if list, err := tabIndexes(file, "once"); err != nil || list != nil {
+		t.Errorf("devices of others: %d, %v", list, err)
+	}
+	if err := os.WriteFile(file+".indexes", []byte("data /dev/sda\nvar /dev/sdb - attach=/dev/nbd0\nswap /dev/sdc random swap,attach=/dev/nbd12\nwrong /dev/sdd - attach=/dev/nbd3,bogus\nother /dev/sde - attach=/dev/sdf"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string][]int{"data": {0, 12, 3}, "": {0, 12, 3}, "swap": {0, 3}} {
+		if list, err := tabIndexes(file+".indexes", name); err != nil || !slices.Equal(list, want) {
+			t.Errorf("devices of others than %q: %d, %v; want %d", name, list, err, want)
+		}
+	}
+	if list, err := tabIndexes(file+"x", ""); err != nil || list != nil {
+		t.Errorf("without a table: devices %d, %v", list, err)
+	}
+
 	// The generator says all of it, and makes units of the lines it can.
 	dir := t.TempDir()
 	errs := generate(file, dir)

@@ -34,6 +34,7 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/mdlayher/genetlink"
@@ -58,6 +59,9 @@ const FirstFree = -1
 type Config struct {
 	// Index is N of /dev/nbdN, or [FirstFree].
 	Index int
+
+	// Except are devices that FirstFree leaves to others.
+	Except []int
 
 	// Size is the size of the device in bytes, a multiple of BlockSize and not
 	// zero.
@@ -166,6 +170,9 @@ func (c *Conn) Connect(cfg Config, socks ...*os.File) (int, error) {
 	if err := cfg.validate(len(socks)); err != nil {
 		return 0, fmt.Errorf("nbdnl: %s: %w", doing, err)
 	}
+	if cfg.Index == FirstFree && len(cfg.Except) > 0 {
+		return c.connectExcept(cfg, socks)
+	}
 	fds, err := descriptors(socks)
 	if err != nil {
 		return 0, fmt.Errorf("nbdnl: %s: %w", doing, err)
@@ -186,6 +193,19 @@ func (c *Conn) Connect(cfg Config, socks ...*os.File) (int, error) {
 		return 0, fmt.Errorf("nbdnl: %s: %w", doing, err)
 	}
 	return index, nil
+}
+
+// connectExcept is Connect where the kernel, which knows no exceptions, can't choose.
+func (c *Conn) connectExcept(cfg Config, socks []*os.File) (int, error) {
+	for cfg.Index = 0; ; cfg.Index++ {
+		// The kernel logs an error for each device that is in use.
+		if _, err := os.Stat(attribute(cfg.Index, "pid")); err == nil || slices.Contains(cfg.Except, cfg.Index) {
+			continue
+		}
+		if index, err := c.Connect(cfg, socks...); !errors.Is(err, ErrBusy) {
+			return index, err
+		}
+	}
 }
 
 // Reconfigure gives new sockets to an attached device in place of dead ones.

@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"math"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -153,6 +155,38 @@ func TestConnect(t *testing.T) {
 				t.Errorf("flags %v, want %v", k.flags[0], netlink.Request)
 			}
 		})
+	}
+}
+
+// TestConnectExcept: the lowest device that is free and not another's, also when it is
+// taken just now.
+func TestConnectExcept(t *testing.T) {
+	defer func(old string) { sysBlock = old }(sysBlock)
+	sysBlock = t.TempDir()
+	if err := errors.Join(os.Mkdir(filepath.Join(sysBlock, "nbd1"), 0o755), os.WriteFile(filepath.Join(sysBlock, "nbd1", "pid"), nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	socks, _ := files(t, 1)
+	var asked []uint32
+	k := &kernel{t: t, answer: func(m genetlink.Message) ([]genetlink.Message, error) {
+		d, err := netlink.NewAttributeDecoder(m.Data)
+		if err != nil || !d.Next() || d.Type() != 1 {
+			t.Fatalf("no index in %v: %v", m, err)
+		}
+		index := d.Uint32()
+		asked = append(asked, index)
+		if index < 4 {
+			return errno(unix.EBUSY)(m)
+		}
+		return reply(1, u32(1, index))(m)
+	}}
+	index, err := k.dial().Connect(Config{Index: FirstFree, Except: []int{0, 3, 9}, Size: 8192, BlockSize: 4096}, socks...)
+	if err != nil || index != 4 || !slices.Equal(asked, []uint32{2, 4}) {
+		t.Errorf("Connect() = %d, %v, asked for %d; want 4, after 2", index, err, asked)
+	}
+	k = &kernel{t: t, answer: errno(unix.EPERM)}
+	if _, err := k.dial().Connect(Config{Index: FirstFree, Except: []int{0}, Size: 8192, BlockSize: 4096}, socks...); !errors.Is(err, fs.ErrPermission) || len(k.got) != 1 {
+		t.Errorf("an error that is not about the device: %v, after %d requests", err, len(k.got))
 	}
 }
 

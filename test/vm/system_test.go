@@ -83,12 +83,12 @@ func volumeFiles() *vmtest.Image {
 var   UUID=11111111-1111-4111-8111-111111111111  /etc/hostcryptd/host.key  discard
 data  /dev/disk/by-id/virtio-data  -  x-systemd.device-timeout=30,timeout=infinity
 swap  /dev/disk/by-id/virtio-swap  /dev/urandom  swap
-tpm   /dev/disk/by-id/virtio-tpm   -  nofail,attach=/dev/nbd9
+tpm   /dev/disk/by-id/virtio-tpm   -  nofail,attach=/dev/nbd0
 `), 0o600)
 	f.AddBytes("/etc/fstab", []byte(`/dev/hostcryptd/var  /var  ext4 defaults 0 2
 /dev/hostcryptd/data /data ext4 defaults 0 2
 /dev/hostcryptd/swap none  swap sw       0 0
-/dev/nbd9            /tpm  ext4 nofail   0 2
+/dev/nbd0            /tpm  ext4 nofail   0 2
 `), 0o644)
 	f.AddBytes("/etc/systemd/system/late-vault.service", []byte(`[Unit]
 DefaultDependencies=no

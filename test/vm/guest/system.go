@@ -541,7 +541,7 @@ func systemAfter(m *machine) error {
 	if err := m.checkSystem(); err != nil {
 		return err
 	}
-	for name, device := range map[string]string{"var": `dev-hostcryptd-var`, "data": `dev-hostcryptd-data`, "tpm": "dev-nbd9"} {
+	for name, device := range map[string]string{"var": `dev-hostcryptd-var`, "data": `dev-hostcryptd-data`, "tpm": "dev-nbd0"} {
 		out, err := m.run("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "systemd-fsck@"+device+".service")
 		if err != nil {
 			return err
