@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -283,6 +284,70 @@ install
 			if (err != nil) != tt.fails || strings.Contains(string(copied), file+"\n") != tt.copies || !strings.Contains(string(out), tt.says) || tt.says == "" && !tt.fails && len(out) > 0 {
 				t.Errorf("%s, %s: %v, copied %q, said %q", maker, tt.name, err, copied, out)
 			}
+		}
+	}
+}
+
+// TestInitramfsNetwork: where the network comes after initramfs-tools has given up, the
+// volume is attached as soon as it is there.
+func TestInitramfsNetwork(t *testing.T) {
+	for _, tt := range []struct {
+		name, line, ip string
+		fails          int // times that the network can't be configured
+		asked          string
+	}{
+		{name: "at once", line: "root /dev/sda - x-initrd.attach,_netdev", asked: "once"},
+		{name: "late", line: "root /dev/sda - x-initrd.attach,_netdev", fails: 2, asked: "once once once"},
+		{name: "none", line: "root /dev/sda - x-initrd.attach"},
+		{name: "somebody else's", line: "root /dev/sda - x-initrd.attach,_netdev", ip: "off"},
+	} {
+		dir := crashTree(t, tt.line)
+		files := map[string]string{
+			// The last line ends dash, as initramfs-tools' does.
+			"functions": `configure_networking() {
+	echo once >>` + dir + `/asked
+	[ $(wc -l <` + dir + `/asked) -le ` + strconv.Itoa(tt.fails) + ` ] || printf 'IPV4DNS0=192.0.2.1\nIPV6DNS0=2001:db8::1\n' >` + dir + `/run/net-eth0.conf
+	. ` + dir + `/run/net-eth0.conf
+}
+log_begin_msg() { :; }
+log_end_msg() { :; }
+panic() { echo "panic: $*"; exit 1; }
+sleep() { :; }
+`,
+			// A vault that can be reached when there is a name server.
+			"bin/serve": `#!/bin/sh
+n=0
+while [ -s ` + dir + `/asked ] && [ ! -s ` + dir + `/etc/resolv.conf ]; do
+	[ $n -lt 300 ] || exit 10
+	n=$((n + 1))
+	sleep 0.1
+done
+echo /dev/nbd0
+`,
+		}
+		script, err := os.ReadFile("initrd/initramfs-local-top")
+		if err != nil {
+			t.Fatal(err)
+		}
+		files["local-top"] = strings.NewReplacer("/scripts/functions", dir+"/functions", "/usr/lib", dir+"/usr/lib", "/run/net", dir+"/run/net", "/run/hostcryptd", dir+"/run/hostcryptd").Replace(string(script))
+		for name, text := range files {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := errors.Join(os.Remove(filepath.Join(dir, "bin/hostcryptd")), os.Remove(filepath.Join(dir, "bin/sleep")), os.Symlink("serve", filepath.Join(dir, "bin/hostcryptd"))); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.CommandContext(t.Context(), "dash", filepath.Join(dir, "local-top"))
+		cmd.Env = append(os.Environ(), "PATH="+dir+"/bin:"+os.Getenv("PATH"), "hostcryptd_tab="+dir+"/etc/hostcrypttab", "IP="+tt.ip)
+		out, err := cmd.CombinedOutput()
+		asked, _ := os.ReadFile(dir + "/asked")
+		resolver, _ := os.ReadFile(dir + "/etc/resolv.conf")
+		if got := strings.Join(strings.Fields(string(asked)), " "); err != nil || got != tt.asked {
+			t.Errorf("%s: %v, asked for the network %q, want %q\n%s", tt.name, err, got, tt.asked, out)
+		}
+		if want := "nameserver 192.0.2.1\nnameserver 2001:db8::1\n"; tt.asked != "" && string(resolver) != want {
+			t.Errorf("%s: resolv.conf %q, want %q", tt.name, resolver, want)
 		}
 	}
 }

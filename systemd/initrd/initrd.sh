@@ -127,15 +127,15 @@ hostcryptd_copy() {
 # configuration has found, for whoever asks a vault.
 hostcryptd_resolver() {
 	[ ! -s /etc/resolv.conf ] || return 0
-	for conf in /run/net-*.conf; do
+	for conf in /run/net-*.conf /run/net6-*.conf; do
 		[ -r "$conf" ] || continue
 		(
-			IPV4DNS0='' IPV4DNS1='' DNSDOMAIN=''
+			IPV4DNS0='' IPV4DNS1='' IPV6DNS0='' IPV6DNS1='' DNSDOMAIN=''
 			# shellcheck disable=SC1090
 			. "$conf"
 			[ -z "$DNSDOMAIN" ] || echo "search $DNSDOMAIN"
-			for dns in "$IPV4DNS0" "$IPV4DNS1"; do
-				case $dns in '' | 0.0.0.0) ;; *) echo "nameserver $dns" ;; esac
+			for dns in "$IPV4DNS0" "$IPV4DNS1" "$IPV6DNS0" "$IPV6DNS1"; do
+				case $dns in '' | 0.0.0.0 | ::) ;; *) echo "nameserver $dns" ;; esac
 			done
 		)
 	done >/etc/resolv.conf
