@@ -176,16 +176,22 @@ func TestInitrdDumpEnds(t *testing.T) {
 	}
 
 	for _, tt := range []struct {
-		options, uptime string
-		online, dumps   bool
+		options, uptime       string
+		online, dumps, nodisk bool
 	}{
+		{options: "x-kdump.attach", uptime: "3.01", nodisk: true},
+		{options: "x-kdump.attach", uptime: "150.00", nodisk: true, dumps: true},
 		{options: "x-kdump.attach", uptime: "3.01", dumps: true},
 		{options: "x-kdump.attach,_netdev", uptime: "3.01"},
 		{options: "x-kdump.attach,_netdev", uptime: "149.99"},
 		{options: "x-kdump.attach,_netdev", uptime: "150.00", dumps: true},
 		{options: "x-kdump.attach,_netdev", uptime: "9.01", online: true, dumps: true},
 	} {
-		dir := crashTree(t, "dump /dev/sdb - "+tt.options)
+		device := "/dev/null"
+		if tt.nodisk {
+			device = "/dev/nowhere"
+		}
+		dir := crashTree(t, "other /dev/null - timeout=9\ndump "+device+" - "+tt.options)
 		lib := dir + "/usr/lib/hostcryptd/initrd.sh"
 		b, err := os.ReadFile(lib)
 		if err == nil {
@@ -348,6 +354,48 @@ echo /dev/nbd0
 		}
 		if want := "nameserver 192.0.2.1\nnameserver 2001:db8::1\n"; tt.asked != "" && string(resolver) != want {
 			t.Errorf("%s: resolv.conf %q, want %q", tt.name, resolver, want)
+		}
+	}
+}
+
+// TestDracutBelow: dracut gets the modules for what is below a volume.
+func TestDracutBelow(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"vda/vda2/partition", "vda/slaves/", "dm-0/dm/uuid", "dm-0/slaves/", "md0/md/", "md0/slaves/", "dm-1/dm/uuid", "dm-1/slaves/", "sdb/sdb1/partition", "sdb/slaves/", "sdc/slaves/"} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasSuffix(name, "/") {
+			if err := os.MkdirAll(path, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := os.WriteFile(path, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A logical volume on a RAID of a partition and of a multipath device's partition.
+	for name, to := range map[string]string{"dm-0/slaves/md0": "../../md0", "md0/slaves/sdb1": "../../sdb/sdb1", "md0/slaves/dm-1": "../../dm-1", "dm-1/slaves/sdc": "../../sdc"} {
+		if err := os.Symlink(to, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, uuid := range map[string]string{"dm-0": "LVM-abc", "dm-1": "part1-mpath-abc"} {
+		if err := os.WriteFile(filepath.Join(dir, name, "dm/uuid"), []byte(uuid+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for device, want := range map[string]string{
+		"dm-0":     "base lvm mdraid multipath: dm-0 md0 dm-1 sdc sdb",
+		"vda/vda2": "base: vda",
+		"nowhere":  "base:",
+	} {
+		out, err := exec.CommandContext(t.Context(), "bash", "-c", `hostcryptd() { :; }
+. initrd/dracut-module-setup.sh
+_hostcryptd_stack() { _hostcryptd_below "$0"; }
+echo "$(echo $(depends)): $(echo $(_hostcryptd_stack))"`, filepath.Join(dir, device)).CombinedOutput()
+		if got := strings.TrimSpace(strings.ReplaceAll(string(out), dir+"/", "")); err != nil || got != want {
+			t.Errorf("%s: %q, %v; want %q", device, got, err, want)
 		}
 	}
 }

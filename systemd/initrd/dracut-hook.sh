@@ -5,9 +5,10 @@
 
 . /usr/lib/hostcryptd/initrd.sh
 
-# hostcryptd_reachable NAME: whether the network is there, if the volume waits for
-# that.
+# hostcryptd_reachable NAME: whether the device is there, and the network, if the volume
+# waits for that. Both come by other scripts, which run between two runs of this one.
 hostcryptd_reachable() {
+	[ -e "$(hostcryptd_device "$1")" ] || return 1
 	! hostcryptd_has "$1" _netdev || [ -e /run/hostcryptd-online ]
 }
 

@@ -26,6 +26,26 @@ _hostcryptd_fail() {
 	exit 1
 }
 
+# _hostcryptd_below PATH...: the folders in sysfs of block devices, and of those below.
+_hostcryptd_below() {
+	local dir
+	for dir; do
+		[[ -e $dir ]] || continue
+		dir=$(readlink -f "$dir")
+		[[ ! -e $dir/partition ]] || dir=${dir%/*}
+		echo "$dir"
+		_hostcryptd_below "$dir"/slaves/*
+	done
+}
+
+# _hostcryptd_stack: those of the volumes.
+_hostcryptd_stack() {
+	local device
+	while read -r device; do
+		[[ ! -b $device ]] || _hostcryptd_below "/sys/class/block/$(basename "$(readlink -f "$device")")"
+	done < <(_hostcryptd devices)
+}
+
 check() {
 	local lines
 	require_binaries hostcryptd || return 1
@@ -33,8 +53,19 @@ check() {
 	[[ -n $lines ]] || return 255
 }
 
+# dracut looks at what the root is on, which is an NBD device, and not below that.
 depends() {
+	local dir
 	echo base
+	while read -r dir; do
+		[[ ! -d $dir/md ]] || echo mdraid
+		[[ -r $dir/dm/uuid ]] || continue
+		case $(<"$dir/dm/uuid") in
+		LVM-*) echo lvm ;;
+		*mpath-*) echo multipath ;;
+		CRYPT-*) echo crypt ;;
+		esac
+	done < <(_hostcryptd_stack) | sort -u
 	if [[ -n $(_hostcryptd network) ]]; then
 		echo network
 	fi
@@ -49,13 +80,11 @@ cmdline() {
 installkernel() {
 	hostonly='' instmods nbd
 	hostonly='' instmods -o tpm_crb tpm_tis
-	local device
-	while read -r device; do
-		if [[ -b $device ]]; then
-			# shellcheck disable=SC2046 # words
-			instmods $(get_dev_module "$device")
-		fi
-	done < <(_hostcryptd devices)
+	local dir
+	while read -r dir; do
+		# shellcheck disable=SC2046 # words
+		[[ ! -b /dev/${dir##*/} ]] || instmods $(get_dev_module "/dev/${dir##*/}")
+	done < <(_hostcryptd_stack)
 	if [[ $(_hostcryptd_option) == x-kdump.attach ]]; then
 		hostonly='' instmods -o ext4 xfs
 	fi

@@ -32,6 +32,14 @@ hostcryptd_has() ( # in a process of its own: who reads this file has variables 
 	exit 1
 )
 
+# hostcryptd_device NAME: the path of its backing device, as the table here has it.
+hostcryptd_device() {
+	[ -r "$hostcryptd_tab" ] || return 0
+	while read -r name device _rest || [ -n "$name" ]; do
+		[ "$name" != "$1" ] || printf '%s\n' "$device"
+	done <"$hostcryptd_tab"
+}
+
 # hostcryptd_attach NAME [FLAG...]: prints the kernel device when the volume is
 # ready. As long as a vault can't be reached, that is not before it can.
 hostcryptd_attach() {
