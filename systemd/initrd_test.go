@@ -271,9 +271,11 @@ install
 			{name: "warning", lines: "echo root /dev/sda - x-initrd.attach", files: "echo 'W: hostcryptd: hear hear' >&2; echo '" + file + "'", there: true, copies: true, says: "hostcryptd: hear hear"},
 			{name: "refused", lines: "echo 'hostcryptd: line 7 is wrong' >&2; exit 1", files: "exit 1", fails: true, says: "hostcryptd: line 7 is wrong"},
 			{name: "refused file", lines: "echo root /dev/sda - x-initrd.attach", files: "echo 'hostcryptd: no signer' >&2; exit 4", fails: true, says: "hostcryptd: no signer"},
+			{name: "network", lines: "echo root /dev/sda - x-initrd.attach,_netdev", files: "", fails: maker == "dracut", says: map[string]string{"dracut": "isn't installed"}[maker]},
 			{name: "gone", lines: "echo root /dev/sda - x-initrd.attach", files: "echo '" + file + "'", fails: true},
 		} {
 			write("lines", tt.lines)
+			write("network", map[bool]string{true: "echo root"}[tt.name == "network"])
 			write("files", tt.files)
 			os.Remove(file)
 			if tt.there {
@@ -396,6 +398,21 @@ _hostcryptd_stack() { _hostcryptd_below "$0"; }
 echo "$(echo $(depends)): $(echo $(_hostcryptd_stack))"`, filepath.Join(dir, device)).CombinedOutput()
 		if got := strings.TrimSpace(strings.ReplaceAll(string(out), dir+"/", "")); err != nil || got != want {
 			t.Errorf("%s: %q, %v; want %q", device, got, err, want)
+		}
+	}
+}
+
+// TestDracutKdump: the initramfs for the kernel after a crash is known by what makes it.
+func TestDracutKdump(t *testing.T) {
+	for set, want := range map[string]string{
+		"dracut_args=(--force /boot/initrd 6.12) add_dracutmodules=' lvm '":         "x-initrd.attach",
+		"add_dracutmodules=' kdumpbase '":                                           "x-kdump.attach",
+		"dracut_args=(--force --add-confdir kdump-tools /var/lib/kdump/i.new 6.12)": "x-kdump.attach",
+		"HOSTCRYPTD_KDUMP=1": "x-kdump.attach",
+	} {
+		out, err := exec.CommandContext(t.Context(), "bash", "-uc", set+"; . initrd/dracut-module-setup.sh; _hostcryptd_option").CombinedOutput()
+		if got := strings.TrimSpace(string(out)); err != nil || got != want {
+			t.Errorf("%s: %q, %v; want %q", set, got, err, want)
 		}
 	}
 }

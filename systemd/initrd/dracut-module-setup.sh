@@ -1,13 +1,14 @@
 #!/bin/bash
 # dracut module: puts hostcryptd, the lines of /etc/hostcrypttab that are for an
 # initramfs, and what those need, into it. In one that is for the kernel after a
-# crash (kdump-utils', or any with HOSTCRYPTD_KDUMP=1 in dracut's environment)
-# those are other lines.
+# crash (kdump-utils', kdump-tools', or any with HOSTCRYPTD_KDUMP=1 in dracut's
+# environment) those are other lines.
 
-# shellcheck disable=SC2154 # of dracut: moddir, initdir, hostonly, add_dracutmodules, DRACUT_TMPDIR
+# shellcheck disable=SC2154 # of dracut: moddir, initdir, hostonly, add_dracutmodules, dracut_args, dracutbasedir, DRACUT_TMPDIR
 
 _hostcryptd_option() {
-	if [[ -n ${HOSTCRYPTD_KDUMP-} || " ${add_dracutmodules-} " == *" kdumpbase "* ]]; then
+	if [[ -n ${HOSTCRYPTD_KDUMP-} || " ${add_dracutmodules-} " == *" kdumpbase "* ||
+		" ${dracut_args[*]-} " == *" --add-confdir kdump-tools "* ]]; then
 		echo x-kdump.attach
 	else
 		echo x-initrd.attach
@@ -51,6 +52,10 @@ check() {
 	require_binaries hostcryptd || return 1
 	lines=$(_hostcryptd lines 2>&1) || _hostcryptd_fail "${lines#hostcryptd: }"
 	[[ -n $lines ]] || return 255
+	# A module whose dependency isn't there is left out, and that is all.
+	if [[ -n $(_hostcryptd network) ]] && ! compgen -G "$dracutbasedir/modules.d/[0-9][0-9]network" >/dev/null; then
+		_hostcryptd_fail "a line has _netdev, and dracut's module network isn't installed (Debian package dracut-network)"
+	fi
 }
 
 # dracut looks at what the root is on, which is an NBD device, and not below that.
