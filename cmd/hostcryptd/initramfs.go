@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -237,6 +238,9 @@ func readTokens(ctx context.Context, device string) (*tabTokens, error) {
 		return nil, err
 	}
 	defer d.Close()
+	// A program that changes the header holds a lock, and may be a person's that waits.
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
 	h, _, err := sector.ReadHeader(ctx, d)
 	if err == nil {
 		err = sector.CheckUUID(h)
