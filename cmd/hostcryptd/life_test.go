@@ -251,18 +251,21 @@ func TestGoOnRequests(t *testing.T) {
 		d.left.Life.Policy = lifecycle.Freeze
 		d.mu.Unlock()
 		d.pushState()
-		if err := keeper.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		if err := d.link.send(keeperMessage{Reload: true}, nil); err != nil { // the last
 			t.Fatal(err)
 		}
 		var last *serverState
 		for {
 			var m keeperMessage
 			f, err := receivePacket(keeper, &m)
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				return last
+			if err != nil {
+				t.Fatal(err)
 			}
 			if f != nil {
 				f.Close()
+			}
+			if m.Reload {
+				return last
 			}
 			if m.State == nil {
 				continue
