@@ -934,6 +934,9 @@ func (d *daemon) release(k *kernelDevice, claimed *os.File) error {
 		return k.detach()
 	}
 	err := claimed.Sync()
+	if d.life.Snapshot().State == lifecycle.Erased {
+		err = nil // refused, as every request is; what was answered before was flushed then
+	}
 	if derr := k.conn.DetachOnClose(k.index, d.backend(), true); derr != nil {
 		err = errors.Join(err, derr, k.detach())
 		claimed.Close()
