@@ -311,5 +311,119 @@ func revoke(m *machine) error {
 	if _, err := m.run("hostcryptd", "audit", "verify"); err != nil {
 		return err
 	}
-	return s.detach()
+	if err := s.detach(); err != nil {
+		return err
+	}
+	return m.freezeAndErase()
+}
+
+// freezeAndErase revokes the key of a volume whose requests wait for it then: none is
+// answered and none fails, and all go on when the key is back. Then the volume is
+// erased while it is written to.
+func (m *machine) freezeAndErase() error {
+	s, err := m.serve("--unseal-timeout", "60s", "--on-revocation", "freeze", "--heartbeat", "2s", "--confirm", "2s", "--grace", "4s")
+	if err != nil {
+		return err
+	}
+	if !s.running() {
+		return fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, s.log.String())
+	}
+	w, err := startPageWriter(s.dev, 8<<20)
+	if err != nil {
+		return err
+	}
+	defer w.f.Close()
+	// It ends by itself, whenever the volume freezes: each write is done and verified.
+	const writes = 96
+	fio, err := m.startFIO("--name=frozen", "--filename="+s.dev, "--offset=32M", fmt.Sprintf("--size=%d", writes*pageSize), "--rw=randwrite",
+		"--bs=4k", "--ioengine=libaio", "--iodepth=8", "--direct=1", "--rate_iops=10", "--verify=crc32c", "--verify_fatal=1")
+	if err != nil {
+		return err
+	}
+	if err := w.waitWrite(); err != nil {
+		return err
+	}
+	if err := m.tellVault("disable"); err != nil {
+		return err
+	}
+	key, err := m.waitKey("revoked", time.Minute)
+	if err != nil {
+		return err
+	}
+	if !key.Wiped {
+		return fmt.Errorf("frozen, but %+v", key)
+	}
+	time.Sleep(500 * time.Millisecond) // what was answered before is with the writer
+	w.take()
+	begun := time.Now()
+	time.Sleep(2 * time.Second)
+	if n := len(w.take()); n > 0 {
+		return fmt.Errorf("%d writes were answered without a key", n)
+	}
+	if err := m.tellVault("enable"); err != nil {
+		return err
+	}
+	if _, err := m.run("hostcryptd", "unlock", m.disk); err != nil {
+		return err
+	}
+	if err := w.waitWrite(); err != nil {
+		return errors.Join(err, w.err)
+	}
+	m.figure("frozen", time.Since(begun).Seconds(), "s")
+	if err := fio.wait(); err != nil {
+		return err
+	}
+	if job := fio.result.Jobs[0]; fio.err != nil || job.Error != 0 || job.Write.TotalIOs != writes || job.Read.TotalIOs != writes {
+		return fmt.Errorf("fio over the freeze: %w, error %d, %d of %d writes, %d verified", fio.err, job.Error, job.Write.TotalIOs, writes, job.Read.TotalIOs)
+	}
+	w.stop()
+	if w.err != nil {
+		return fmt.Errorf("a write failed while the volume was frozen: %w", w.err)
+	}
+	if _, err := w.verify(); err != nil {
+		return err
+	}
+
+	e, err := startPageWriter(s.dev, 8<<20)
+	if err != nil {
+		return err
+	}
+	defer e.f.Close()
+	if err := e.waitWrite(); err != nil {
+		return err
+	}
+	out, err := command("hostcryptd", "status", m.disk, "--json").Output()
+	if err != nil {
+		return fmt.Errorf("hostcryptd status: %w", err)
+	}
+	var volume struct {
+		UUID string `json:"uuid"`
+	}
+	if err := json.Unmarshal(out, &volume); err != nil {
+		return err
+	}
+	if _, err := m.run("hostcryptd", "erase", m.disk, "--in-use", "--yes-erase", volume.UUID); err != nil {
+		return err
+	}
+	select {
+	case <-e.done:
+	case <-time.After(10 * time.Second):
+		return errors.New("writes go on after the volume was erased")
+	}
+	if !errors.Is(e.err, unix.EIO) && !errors.Is(e.err, unix.ESHUTDOWN) {
+		return fmt.Errorf("the write after the volume was erased failed with %w, want EIO", e.err)
+	}
+	if key, err := m.keyStatus(); err != nil || key.State != "erased" || !key.Wiped {
+		return errors.Join(fmt.Errorf("erased, but %+v", key), err)
+	}
+	if err := errors.Join(w.f.Close(), e.f.Close(), s.detach()); err != nil {
+		return err
+	}
+	if s, err = m.serve("--unseal-timeout", "60s"); err != nil {
+		return err
+	}
+	if s.running() || s.code != exitDevice {
+		return fmt.Errorf("an erased volume: hostcryptd serve is running %v, exit code %d, want %d", s.running(), s.code, exitDevice)
+	}
+	return nil
 }

@@ -265,6 +265,7 @@ func reboot(m *machine) error {
 
 // Exit codes of hostcryptd that this program expects.
 const (
+	exitDevice              = 4
 	exitBusy                = 5
 	exitVaultUnreachable    = 10
 	exitIdentityUnavailable = 14
