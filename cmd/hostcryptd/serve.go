@@ -764,6 +764,9 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		cfg.Index = d.index
 	} else if found := nbdnl.Find(cfg.Backend); found >= 0 {
 		// A server and its keeper have died, and the kernel still waits.
+		if err := checkBacking(d.udevFile(), backingOf(d.device.File())); err != nil {
+			return nil, errors.Join(fmt.Errorf("--attach: %s: %w", nbdnl.Path(found), err), conn.Close())
+		}
 		d.log.Warn("going on with a kernel device whose server has died", zap.String("attached", nbdnl.Path(found)))
 		d.index = found
 	} else if cfg.Index == nbdnl.FirstFree && !d.goesOn { // else the table may be on this very volume

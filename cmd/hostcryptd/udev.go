@@ -1,14 +1,17 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/systemd"
@@ -19,6 +22,45 @@ import (
 
 // udevFile is read by the rules: the device's backend attribute is in its name.
 func (d *daemon) udevFile() string { return filepath.Join(runDir, d.backend()+".udev") }
+
+// backingLine is not for udev, but for who finds the kernel device later.
+const backingLine = "HOSTCRYPTD_BACKING="
+
+// backingOf identifies a backing device, until it is gone or the host boots anew. A
+// disk's number may be another's after it was pulled out; its sequence number
+// (Documentation/ABI/stable/sysfs-block, from Linux 5.15) isn't.
+func backingOf(f *os.File) string {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return ""
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return fmt.Sprintf("file-%d:%d-%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	}
+	number := fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	sys := "/sys/dev/block/" + number
+	if _, err := os.Stat(sys + "/partition"); err == nil {
+		sys += "/.."
+	}
+	sequence, _ := os.ReadFile(sys + "/diskseq")
+	return fmt.Sprintf("disk-%s-%s", number, bytes.TrimSpace(sequence))
+}
+
+// checkBacking refuses a backing device for a kernel device that was attached for
+// another: a copy of the disk has the same UUID, and what its kernel device has not
+// written yet belongs on the first. A file that doesn't say refuses nothing.
+func checkBacking(file, backing string) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(b)) {
+		if was, ok := strings.CutPrefix(strings.TrimSpace(line), backingLine); ok && was != backing {
+			return withCode(codeBusy, fmt.Errorf("its server has died that served the volume of this UUID from another backing device (%s, and this is %s), and what waits there must not be written to a copy: serve that one, or detach it; if it is the same disk, which was away, remove %s", was, backing, file))
+		}
+	}
+	return nil
+}
 
 // tellUdev writes the file. A device without names works too.
 func (d *daemon) tellUdev() {
@@ -31,6 +73,9 @@ func (d *daemon) tellUdev() {
 	}
 	if d.opts.makesFS {
 		text += "HOSTCRYPTD_MAKEFS=1\n"
+	}
+	if is := backingOf(d.device.File()); is != "" {
+		text += backingLine + is + "\n"
 	}
 	err := os.MkdirAll(runDir, 0o700)
 	if err == nil {
