@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -862,6 +863,9 @@ func (d *daemon) connect(ctx context.Context, k *kernelDevice, cfg nbdnl.Config,
 		d.serveKernel(ctx, server, serving, failed)
 	}
 	k.index, err = k.conn.Connect(cfg, kernelEnds...)
+	if err != nil && cfg.Index != nbdnl.FirstFree {
+		err = leftBehind(err, cfg.Index, nbdnl.Backend(cfg.Index), answers)
+	}
 	return err
 }
 
@@ -916,7 +920,31 @@ func (e *kernelConnError) Unwrap() error { return e.error }
 
 // backend is what the kernel device is called, so that only the same volume is
 // given to it again.
-func (d *daemon) backend() string { return "hostcryptd-" + d.uuid }
+func (d *daemon) backend() string { return backendPrefix + d.uuid }
+
+const backendPrefix = "hostcryptd-"
+
+// leftBehind says of a kernel device that is in use what can be done about it, if it is one of
+// hostcryptd's that nobody serves any more. A random key's volume has another UUID at
+// each start, so its server doesn't find the device again by that.
+func leftBehind(err error, index int, backend string, answers func(uuid string) bool) error {
+	uuid, ours := strings.CutPrefix(backend, backendPrefix)
+	if !errors.Is(err, nbdnl.ErrBusy) || !ours || answers(uuid) {
+		return err
+	}
+	return fmt.Errorf("%w: it is that of volume %s, for which no server answers; if that has died and its keeper too, serve that volume again, or, if its key was random or nobody needs it, unmount it and have the kernel drop it with 'nbd-client -d %s'", err, uuid, nbdnl.Path(index))
+}
+
+// answers tells whether the server of a volume answers, if it has the usual control
+// socket.
+func answers(uuid string) bool {
+	c, err := net.Dial("unix", filepath.Join(controlDir(), uuid+".sock"))
+	if err != nil {
+		return false
+	}
+	c.Close()
+	return true
+}
 
 func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
 

@@ -62,6 +62,29 @@ func checkBacking(file, backing string) error {
 	return nil
 }
 
+// dropName takes a name out of the files of other volumes for which no server answers,
+// and returns their backend strings: a volume with a random key, whose server and keeper
+// have died, comes back as another one of the same name.
+func dropName(dir, name, uuid string, answers func(uuid string) bool) (backends []string) {
+	if name == "" {
+		return nil
+	}
+	files, _ := filepath.Glob(filepath.Join(dir, backendPrefix+"*.udev"))
+	for _, file := range files {
+		backend := strings.TrimSuffix(filepath.Base(file), ".udev")
+		other := strings.TrimPrefix(backend, backendPrefix)
+		b, err := os.ReadFile(file)
+		line := "HOSTCRYPTD_NAME=" + name + "\n"
+		if err != nil || other == uuid || !strings.Contains(string(b), line) || answers(other) {
+			continue
+		}
+		if os.WriteFile(file, []byte(strings.Replace(string(b), line, "", 1)), 0o600) == nil {
+			backends = append(backends, backend)
+		}
+	}
+	return backends
+}
+
 // tellUdev writes the file. A device without names works too.
 func (d *daemon) tellUdev() {
 	if os.Geteuid() != 0 {
@@ -76,6 +99,12 @@ func (d *daemon) tellUdev() {
 	}
 	if is := backingOf(d.device.File()); is != "" {
 		text += backingLine + is + "\n"
+	}
+	for _, backend := range dropName(runDir, d.opts.name, d.uuid, answers) {
+		d.log.Warn("the name is taken from a kernel device that nobody serves any more", zap.String("name", d.opts.name), zap.String("backend", backend))
+		if index := nbdnl.Find(backend); index >= 0 {
+			_ = nbdnl.Announce(index)
+		}
 	}
 	err := os.MkdirAll(runDir, 0o700)
 	if err == nil {

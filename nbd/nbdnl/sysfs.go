@@ -193,6 +193,15 @@ func Detached(index int, backend string) bool {
 	return errors.Is(err, os.ErrNotExist) && errors.Is(perr, os.ErrNotExist)
 }
 
+// Backend returns the backend string that a device was attached with, or "".
+func Backend(index int) string {
+	b, err := os.ReadFile(attribute(index, "backend"))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
 // Find returns the index of the device that was attached with a backend string,
 // or FirstFree.
 func Find(backend string) int {
