@@ -16,7 +16,6 @@ import (
 // its server at work, and while there is none. enlarge gives the disk a size; s
 // serves it, and key is the host key that has been moved away.
 func (m *machine) grow(s *server, key string, disk int64, enlarge func(size int64) error) error {
-	const header = 16 << 20
 	before, err := deviceSize(s.dev)
 	if err != nil {
 		return err
@@ -48,7 +47,7 @@ func (m *machine) grow(s *server, key string, disk int64, enlarge func(size int6
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(w.waitWrite(), enlarge(disk-header), resize("resize", disk-2*header), w.waitWrite()); err != nil {
+	if err := errors.Join(w.waitWrite(), enlarge(disk-headerArea), resize("resize", disk-2*headerArea), w.waitWrite()); err != nil {
 		return err
 	}
 	// More than there was room for; a server that takes over serves it too.
@@ -61,7 +60,7 @@ func (m *machine) grow(s *server, key string, disk int64, enlarge func(size int6
 	}
 
 	// Nobody tells the kernel of a disk that grew while nobody served it.
-	now, err := m.served()
+	now, err := m.status()
 	if err != nil {
 		return err
 	}
@@ -73,26 +72,25 @@ func (m *machine) grow(s *server, key string, disk int64, enlarge func(size int6
 	if err := enlarge(disk); err != nil {
 		return err
 	}
-	next, _, err := m.launch("--host-key", key)
+	next, err := m.launch("--host-key", key)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(next.waitReady(), next.attached(s.dev)); err != nil {
+	next.dev = s.dev // the kernel still has it
+	if err := next.waitReady(); err != nil {
 		return err
 	}
-	if !next.running() {
-		return fmt.Errorf("hostcryptd serve ended with exit code %d: %s", next.code, next.log.String())
-	}
-	if size, err := deviceSize(next.dev); err != nil || size != disk-2*header {
-		return errors.Join(fmt.Errorf("%s has %d bytes before it is resized, want %d", next.dev, size, disk-2*header), err)
-	}
-	if err := errors.Join(resize("resize after a death", disk-header), w.waitWrite()); err != nil {
+	if err := next.attached(); err != nil {
 		return err
 	}
-	select {
-	case <-w.done:
-		return fmt.Errorf("a write failed: %w", w.err)
-	default:
+	if size, err := deviceSize(next.dev); err != nil || size != disk-2*headerArea {
+		return errors.Join(fmt.Errorf("%s has %d bytes before it is resized, want %d", next.dev, size, disk-2*headerArea), err)
+	}
+	if err := errors.Join(resize("resize after a death", disk-headerArea), w.waitWrite()); err != nil {
+		return err
+	}
+	if err := w.failed(); err != nil {
+		return err
 	}
 	w.stop()
 	if _, err := w.verify(); err != nil {

@@ -52,19 +52,10 @@ func runInNamespaces(args []string) (err error) {
 		return err
 	}
 	w := report.NewWriter(os.Stdout, uptime)
-	defer func() {
-		e := report.Event{Kind: report.Done}
-		if err != nil {
-			e.Text = err.Error()
-		}
-		w.Emit(e)
-	}()
-	var uts unix.Utsname
-	if err := unix.Uname(&uts); err != nil {
+	defer func() { reportDone(w, err) }()
+	if err := reportReady(w); err != nil {
 		return err
 	}
-	w.Emit(report.Event{Kind: report.Ready, Text: unix.ByteSliceToString(uts.Release[:])})
-
 	m := &machine{
 		Writer:  w,
 		shared:  true,

@@ -31,11 +31,7 @@ func initMachine() {
 		return
 	}
 	w := report.NewWriter(events, uptime)
-	if err := runFromCommandLine(w); err != nil {
-		w.Emit(report.Event{Kind: report.Done, Text: err.Error()})
-		return
-	}
-	w.Emit(report.Event{Kind: report.Done})
+	reportDone(w, runFromCommandLine(w))
 }
 
 func powerOff() {
@@ -138,18 +134,16 @@ func runFromCommandLine(w *report.Writer) (err error) {
 			err = fmt.Errorf("panic: %v\n%s", r, debug.Stack())
 		}
 	}()
-	var uts unix.Utsname
-	if err := unix.Uname(&uts); err != nil {
+	if err := reportReady(w); err != nil {
 		return err
 	}
-	w.Emit(report.Event{Kind: report.Ready, Text: unix.ByteSliceToString(uts.Release[:])})
-
 	params, err := kernelParameters()
 	if err != nil {
 		return err
 	}
 	m := &machine{
 		Writer:  w,
+		params:  params,
 		canary:  params["canary"],
 		disk:    diskBySerial("volume"),
 		payload: diskBySerial("payload"),

@@ -1,14 +1,11 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -23,26 +20,6 @@ const (
 	slowSize = 56 << 20 // before it grows
 )
 
-// killServer kills the process that serves, not its keeper.
-func (m *machine) killServer() error {
-	out, err := command("hostcryptd", "status", m.disk, "--json").Output()
-	if err != nil {
-		return fmt.Errorf("hostcryptd status: %w", err)
-	}
-	var s struct {
-		PID    int `json:"pid"`
-		Keeper int `json:"keeper"`
-	}
-	if err := json.Unmarshal(out, &s); err != nil {
-		return err
-	}
-	if s.Keeper == 0 || s.PID == s.Keeper {
-		return fmt.Errorf("the server's pid is %d, the keeper's %d", s.PID, s.Keeper)
-	}
-	m.typed("kill", "-KILL", fmt.Sprint(s.PID))
-	return unix.Kill(s.PID, unix.SIGKILL)
-}
-
 // kill kills the server again and again under verified writes, then while a write
 // of its is still on its way to the disk, and then after the disk has grown.
 func kill(m *machine) error {
@@ -56,37 +33,58 @@ func kill(m *machine) error {
 		return err
 	}
 	m.disk = filepath.Join("/dev/mapper", slowName)
-	const key = "/run/host.key"
-	if _, err := m.run("hostcryptd", "format", m.disk, "--key", "host-key", "--host-key", key, "--yes"); err != nil {
+	if err := m.formatHostKey(); err != nil {
 		return err
 	}
-	s, err := m.serve("--host-key", key)
+	s, err := m.serve("--host-key", hostKey)
 	if err != nil {
 		return err
 	}
-	if !s.running() {
-		return fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, s.log.String())
-	}
 	// What opened it must not be needed again.
-	const away = key + ".away"
-	if err := os.Rename(key, away); err != nil {
+	const away = hostKey + ".away"
+	if err := os.Rename(hostKey, away); err != nil {
 		return err
 	}
 
-	m.step(1, "Killed again and again, under writes")
 	w, err := startPageWriter(s.dev, 32<<20)
 	if err != nil {
 		return err
 	}
 	defer w.f.Close()
-	fio, err := m.startVerified(s.dev)
+	m.step(1, "Killed again and again, under writes")
+	if err := m.killUnderWrites(s.dev, w); err != nil {
+		return err
+	}
+
+	m.step(2, "Killed with a write on its way to the disk")
+	reload := func(size int64, d time.Duration) error {
+		return m.replaceTable(slowName, fmt.Sprintf("0 %d delay %s 0 0 %s 0 %d", size/512, raw, raw, d.Milliseconds()))
+	}
+	if err := reload(slowSize, writeDelay); err != nil {
+		return err
+	}
+	if err := m.killUnderWay(w.f); err != nil {
+		return err
+	}
+	if err := errors.Join(w.f.Close(), reload(slowSize, 0)); err != nil {
+		return err
+	}
+
+	m.step(3, "Grown under a mounted file system, and killed")
+	return m.grow(s, away, size, func(size int64) error { return reload(size, 0) })
+}
+
+// killUnderWrites kills the server of a device again and again, under verified
+// writes.
+func (m *machine) killUnderWrites(dev string, w *pageWriter) error {
+	fio, err := m.startVerified(dev)
 	if err != nil {
 		return err
 	}
 	time.Sleep(3 * time.Second)
 	p := &pauses{}
 	for i := range 1 + killRounds {
-		before, err := m.served()
+		before, err := m.status()
 		if err != nil {
 			return err
 		}
@@ -113,45 +111,31 @@ func kill(m *machine) error {
 			p.add(w.take())
 		}
 	}
-	select {
-	case <-w.done:
-		return fmt.Errorf("a write failed: %w", w.err)
-	default:
+	if err := w.failed(); err != nil {
+		return err
 	}
 	p.figures(m, "kill")
 	if err := m.endVerified(fio); err != nil {
 		return err
 	}
-	w.stop()
-	m.figure("writes answered", float64(w.writes), "")
-	m.figure("longest write", float64(w.slowest.Milliseconds()), "ms")
-	checked, err := w.verify()
-	if err != nil {
+	if err := m.endWrites(w); err != nil {
 		return err
 	}
-	m.figure("pages verified", float64(checked), "")
+	m.figure("longest write", float64(w.slowest.Milliseconds()), "ms")
 	if w.slowest > 15*time.Second {
 		return fmt.Errorf("a write took %v", w.slowest)
 	}
+	return nil
+}
 
-	m.step(2, "Killed with a write on its way to the disk")
-	reload := func(size int64, d time.Duration) error {
-		table := fmt.Sprintf("0 %d delay %s 0 0 %s 0 %d", size/512, raw, raw, d.Milliseconds())
-		for _, args := range [][]string{{"suspend", slowName}, {"load", slowName, "--table", table}, {"resume", slowName}} {
-			if _, err := m.run("dmsetup", args...); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-	if err := reload(slowSize, writeDelay); err != nil {
-		return err
-	}
+// killUnderWay kills the server while a write of its takes writeDelay to be on the
+// disk.
+func (m *machine) killUnderWay(dev *os.File) error {
 	page := alignedPage()
 	fillPage(page, 1, 1)
 	begun, written := time.Now(), make(chan error, 1)
 	go func() {
-		_, err := w.f.WriteAt(page, pageSize)
+		_, err := dev.WriteAt(page, pageSize)
 		written <- err
 	}()
 	time.Sleep(500 * time.Millisecond)
@@ -160,7 +144,7 @@ func kill(m *machine) error {
 	}
 	// The disk reads at once. As long as the dead server's write is not over,
 	// nothing may be answered, as what is written next could be overwritten by it.
-	if _, err := w.f.ReadAt(alignedPage(), 64*pageSize); err != nil {
+	if _, err := dev.ReadAt(alignedPage(), 64*pageSize); err != nil {
 		return err
 	}
 	waited := time.Since(begun)
@@ -172,14 +156,8 @@ func kill(m *machine) error {
 		return fmt.Errorf("the write that was under way: %w", err)
 	}
 	got := alignedPage()
-	if _, err := w.f.ReadAt(got, pageSize); err != nil || string(got) != string(page) {
+	if _, err := dev.ReadAt(got, pageSize); err != nil || string(got) != string(page) {
 		return errors.Join(errors.New("the write that was under way reads as something else"), err)
 	}
-	w.f.Close()
-	if err := reload(slowSize, 0); err != nil {
-		return err
-	}
-
-	m.step(3, "Grown under a mounted file system, and killed")
-	return m.grow(s, away, size, func(size int64) error { return reload(size, 0) })
+	return nil
 }

@@ -27,13 +27,14 @@ import (
 // goroutine.
 type machine struct {
 	*report.Writer
-	canary  string // a string that must not reach the backing device
-	disk    string // the backing device
-	payload string // a tar archive, or the disk that holds one
-	state   string // a folder that outlives the boot
-	mnt     string // where the file system is mounted
-	tools   string // the disk with tools that the initramfs has no room for
-	shared  bool   // this is a host, whose files must stay as they are
+	params  map[string]string // of the kernel command line
+	canary  string            // a string that must not reach the backing device
+	disk    string            // the backing device
+	payload string            // a tar archive, or the disk that holds one
+	state   string            // a folder that outlives the boot
+	mnt     string            // where the file system is mounted
+	tools   string            // the disk with tools that the initramfs has no room for
+	shared  bool              // this is a host, whose files must stay as they are
 	// The scenario breaks its disk, so the kernel is expected to complain.
 	brokenDisk bool
 	// The scenario kills servers, so the kernel is expected to say that it lost a
@@ -41,8 +42,17 @@ type machine struct {
 	reconnects bool
 
 	vault    *exec.Cmd
-	hangUp   io.Closer // its standard input, whose end ends it
-	replaced bool      // the machine's own files lead to the double
+	tell     io.WriteCloser // its standard input: commands; its end ends it
+	replaced bool           // the machine's own files lead to the double
+}
+
+// number is a parameter of the scenario.
+func (m *machine) number(param string) (int, error) {
+	n, err := strconv.Atoi(m.params[param])
+	if err != nil {
+		return 0, fmt.Errorf("parameter %s: %w", param, err)
+	}
+	return n, nil
 }
 
 func (m *machine) step(n int, title string) {
@@ -115,10 +125,21 @@ func (m *machine) run(name string, args ...string) (out string, err error) {
 	return out, err
 }
 
-// A server is a running hostcryptd serve with an attached kernel device.
+// replaceTable gives a device of the device mapper another table, under whoever
+// uses it.
+func (m *machine) replaceTable(name, table string, suspend ...string) error {
+	for _, args := range [][]string{append([]string{"suspend", name}, suspend...), {"load", name, "--table", table}, {"resume", name}} {
+		if _, err := m.run("dmsetup", args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// A server is a hostcryptd serve that runs, or has run.
 type server struct {
 	m     *machine
-	dev   string // "/dev/nbd0"
+	dev   string // the kernel device that it is to serve, "/dev/nbd0"
 	cmd   *exec.Cmd
 	begun time.Time
 
@@ -194,71 +215,62 @@ func passedFile(oob []byte) *os.File {
 }
 
 // serve starts hostcryptd on the backing device, attached to the first free
-// kernel device, and waits for its readiness notification. If the process
-// ends before, the server is returned without a device, for its exit code.
+// kernel device, and waits until it serves.
 func (m *machine) serve(args ...string) (*server, error) {
-	s, dev, err := m.launch(args...)
+	s, err := m.launch(args...)
 	if err != nil {
 		return nil, err
 	}
 	if err := s.waitReady(); err != nil {
-		return s, err
+		return nil, err
 	}
-	return s, s.attached(dev)
+	return s, s.attached()
+}
+
+// serveRefused is serve where the volume must not open. The server that it
+// returns has ended.
+func (m *machine) serveRefused(args ...string) (*server, error) {
+	s, err := m.launch(args...)
+	if err != nil {
+		return nil, err
+	}
+	if err = s.waitReady(); err == nil {
+		return nil, errors.Join(errors.New("the volume opened"), s.kill())
+	}
+	if !errors.Is(err, errEnded) {
+		return nil, err
+	}
+	return s, nil
 }
 
 // launch is serve without the waiting.
-func (m *machine) launch(args ...string) (s *server, dev string, err error) {
-	dev, err = freeDevice()
+func (m *machine) launch(args ...string) (*server, error) {
+	dev, err := freeDevice()
 	if err != nil {
-		return nil, "", err
-	}
-	notify, err := listenNotify()
-	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	words := append([]string{"serve", m.disk, "--attach", dev}, args...)
 	m.typed(append([]string{"hostcryptd"}, append(words, "&")...)...)
-	s = &server{m: m, cmd: command("hostcryptd", words...), begun: time.Now(), ready: make(chan struct{}), logged: make(chan struct{}), ended: make(chan struct{})}
-	s.notify = notify
-	s.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+notify.LocalAddr().String())
-	if err := s.start(); err != nil {
-		notify.Close()
-		return nil, "", err
-	}
-	return s, dev, nil
+	return m.start(command("hostcryptd", words...), dev)
 }
 
-// attached checks the device of a server that is ready, if it still runs.
-func (s *server) attached(dev string) error {
-	m := s.m
-	if s.running() {
-		if size, err := deviceSize(dev); err != nil || size == 0 {
-			return errors.Join(fmt.Errorf("hostcryptd said that it is ready, but %s has %d bytes", dev, size), err, s.kill())
-		}
-		s.dev = dev
-		m.figure("serve until ready", time.Since(s.begun).Seconds(), "s")
-		// Let what it prints about being ready come before the next step.
-		select {
-		case <-s.logged:
-		case <-time.After(500 * time.Millisecond):
-		}
-	}
-	return nil
-}
-
-// start starts the process and three goroutines that end with it.
-func (s *server) start() error {
+// start starts a process that is to serve a kernel device, and three goroutines
+// that end with it.
+func (m *machine) start(cmd *exec.Cmd, dev string) (*server, error) {
+	s := &server{m: m, dev: dev, cmd: cmd, begun: time.Now(), ready: make(chan struct{}), logged: make(chan struct{}), ended: make(chan struct{})}
 	r, w, err := os.Pipe()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	s.cmd.Stdout, s.cmd.Stderr = w, w
-	err = s.cmd.Start()
+	if s.notify, err = listenNotify(); err != nil {
+		return nil, errors.Join(err, r.Close(), w.Close())
+	}
+	cmd.Env = append(cmd.Environ(), "NOTIFY_SOCKET="+s.notify.LocalAddr().String())
+	cmd.Stdout, cmd.Stderr = w, w
+	err = cmd.Start()
 	w.Close()
 	if err != nil {
-		r.Close()
-		return fmt.Errorf("starting hostcryptd: %w", err)
+		return nil, errors.Join(fmt.Errorf("starting hostcryptd: %w", err), r.Close(), s.notify.Close())
 	}
 	var lines sync.WaitGroup
 	lines.Go(func() {
@@ -284,7 +296,7 @@ func (s *server) start() error {
 		}
 		close(s.ended)
 	}()
-	return nil
+	return s, nil
 }
 
 func (s *server) running() bool {
@@ -296,17 +308,48 @@ func (s *server) running() bool {
 	}
 }
 
-// waitReady returns nil when the process has notified or has ended.
+// errEnded is in the chain of waitReady's error about a server that has ended.
+var errEnded = errors.New("hostcryptd serve ended before it was ready")
+
+// waitReady waits for the readiness notification.
 func (s *server) waitReady() error {
 	select {
 	case <-s.ready:
 		return nil
 	case <-s.ended:
 		s.m.exited(s.code, s.begun)
-		return s.err
+		return errors.Join(fmt.Errorf("%w, with exit code %d: %s", errEnded, s.code, strings.TrimSpace(s.log.String())), s.err)
 	case <-time.After(commandLimit):
 		return errors.Join(fmt.Errorf("hostcryptd wasn't ready after %s", commandLimit), s.kill())
 	}
+}
+
+// attached checks the device of a server that is ready.
+func (s *server) attached() error {
+	if size, err := deviceSize(s.dev); err != nil || size == 0 {
+		return errors.Join(fmt.Errorf("hostcryptd said that it is ready, but %s has %d bytes", s.dev, size), err, s.kill())
+	}
+	s.m.figure("serve until ready", time.Since(s.begun).Seconds(), "s")
+	// Let what it prints about being ready come before the next step.
+	select {
+	case <-s.logged:
+	case <-time.After(500 * time.Millisecond):
+	}
+	return nil
+}
+
+// waitEnd waits for an end in order, which has to come within 30 s after
+// something.
+func (s *server) waitEnd(after string) error {
+	select {
+	case <-s.ended:
+	case <-time.After(30 * time.Second):
+		return errors.Join(fmt.Errorf("hostcryptd serve still runs 30 s after %s", after), s.kill())
+	}
+	if s.err != nil || s.code != 0 {
+		return errors.Join(fmt.Errorf("hostcryptd serve ended with exit code %d after %s", s.code, after), s.err)
+	}
+	return nil
 }
 
 // detach stops the server the way an administrator does, and checks that it
@@ -315,13 +358,8 @@ func (s *server) detach() error {
 	if _, err := s.m.run("hostcryptd", "detach", s.m.disk); err != nil {
 		return errors.Join(err, s.kill())
 	}
-	select {
-	case <-s.ended:
-	case <-time.After(30 * time.Second):
-		return errors.Join(errors.New("hostcryptd serve still runs 30 s after hostcryptd detach"), s.kill())
-	}
-	if s.err != nil || s.code != 0 {
-		return errors.Join(fmt.Errorf("hostcryptd serve ended with exit code %d after hostcryptd detach", s.code), s.err)
+	if err := s.waitEnd("hostcryptd detach"); err != nil {
+		return err
 	}
 	if !s.stopping {
 		return errors.New("hostcryptd serve didn't tell its service manager that it was stopping")

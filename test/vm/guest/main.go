@@ -76,6 +76,25 @@ func subcommand(args []string) error {
 	return fmt.Errorf("unknown argument %q", args[0])
 }
 
+// reportReady says that this program runs, and on which kernel.
+func reportReady(w *report.Writer) error {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return err
+	}
+	w.Emit(report.Event{Kind: report.Ready, Text: unix.ByteSliceToString(uts.Release[:])})
+	return nil
+}
+
+// reportDone says how the scenario went.
+func reportDone(w *report.Writer, err error) {
+	e := report.Event{Kind: report.Done}
+	if err != nil {
+		e.Text = err.Error()
+	}
+	w.Emit(e)
+}
+
 // uptime is the time since the kernel started.
 func uptime() time.Duration {
 	var ts unix.Timespec

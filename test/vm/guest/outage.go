@@ -1,12 +1,10 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -60,15 +58,7 @@ func (m *machine) watchLocked(s *server, until time.Time) (last keyStatus, err e
 			return last, errors.New("the volume opened without the vault")
 		default:
 		}
-		out, err := command("hostcryptd", "status", m.disk, "--json").Output()
-		if err == nil {
-			var status struct {
-				State string
-				Key   keyStatus
-			}
-			if err := json.Unmarshal(out, &status); err != nil {
-				return last, err
-			}
+		if status, err := m.status(); err == nil {
 			last = status.Key
 			if status.State != "unsealing" || last.State != "acquiring" && last.State != "verifying" {
 				return last, fmt.Errorf("status says %s, key %s: %s", status.State, last.State, last.Reason)
@@ -90,13 +80,9 @@ func (m *machine) watchLocked(s *server, until time.Time) (last keyStatus, err e
 // volume within one retry interval after the vault is back. With a second key it
 // does not wait.
 func outage(m *machine) error {
-	params, err := kernelParameters()
+	seconds, err := m.number("outage")
 	if err != nil {
 		return err
-	}
-	seconds, err := strconv.Atoi(params["outage"])
-	if err != nil {
-		return fmt.Errorf("outage: %w", err)
 	}
 	if err := m.format(); err != nil {
 		return err
@@ -105,7 +91,7 @@ func outage(m *machine) error {
 	m.say("the vault is down, for %d s", seconds)
 	begun := time.Now()
 	half, end := begun.Add(time.Duration(seconds)*time.Second/2), begun.Add(time.Duration(seconds)*time.Second)
-	s, dev, err := m.launch()
+	s, err := m.launch()
 	if err != nil {
 		return err
 	}
@@ -128,9 +114,6 @@ func outage(m *machine) error {
 	if err := s.waitReady(); err != nil {
 		return err
 	}
-	if !s.running() {
-		return fmt.Errorf("hostcryptd serve ended with exit code %d", s.code)
-	}
 	waited := time.Since(back)
 	m.figure("outage", back.Sub(begun).Seconds(), "s")
 	m.figure("tries in it", float64(key.Attempts), "")
@@ -138,12 +121,12 @@ func outage(m *machine) error {
 	if waited > retryInterval+emulated {
 		return fmt.Errorf("unlocked %v after the vault was back, want %v, and %v for the emulation, at most", waited, retryInterval, emulated)
 	}
-	if err := s.attached(dev); err != nil {
+	if err := s.attached(); err != nil {
 		return err
 	}
 
-	hostKey := filepath.Join(m.state, "host.key")
-	if _, err := m.run("hostcryptd", "key", "add", m.disk, "--key", "host-key", "--host-key", hostKey); err != nil {
+	secondKey := filepath.Join(m.state, "host.key")
+	if _, err := m.run("hostcryptd", "key", "add", m.disk, "--key", "host-key", "--host-key", secondKey); err != nil {
 		return err
 	}
 	if err := s.detach(); err != nil {
@@ -159,11 +142,8 @@ func outage(m *machine) error {
 			}
 		}
 		begun = time.Now()
-		if s, err = m.serve("--host-key", hostKey); err != nil {
-			return err
-		}
-		if !s.running() {
-			return fmt.Errorf("hostcryptd serve ended with exit code %d with a second key", s.code)
+		if s, err = m.serve("--host-key", secondKey); err != nil {
+			return fmt.Errorf("with a second key: %w", err)
 		}
 		took := time.Since(begun)
 		m.figure(name, took.Seconds(), "s")

@@ -67,3 +67,12 @@ func (m *machine) endVerified(f *fioRun) error {
 	m.figure("fio: write latency, longest", job.Write.ClatNS.Max/1e6, "ms")
 	return nil
 }
+
+// endWrites ends the writing, and checks what was answered.
+func (m *machine) endWrites(w *pageWriter) error {
+	w.stop()
+	m.figure("writes answered", float64(w.writes), "")
+	checked, err := w.verify()
+	m.figure("pages verified", float64(checked), "")
+	return err
+}

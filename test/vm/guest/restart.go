@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,49 +20,19 @@ const (
 	restarts = 3
 )
 
-// served is what status says of who serves.
-type served struct {
-	PID     int    `json:"pid"`
-	Keeper  int    `json:"keeper"`
-	Version string `json:"version"`
-	State   string `json:"state"`
-}
-
-func (m *machine) served() (s served, err error) {
-	out, err := command("hostcryptd", "status", m.disk, "--json").Output()
-	if err != nil {
-		return s, fmt.Errorf("hostcryptd status: %w", err)
-	}
-	return s, json.Unmarshal(out, &s)
-}
-
-// waitServed waits until another server serves than the one before.
-func (m *machine) waitServed(before int) (s served, err error) {
-	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if s, err = m.served(); err == nil && s.PID != before && s.State == "serving" {
-			return s, nil
-		}
-	}
-	return s, errors.Join(fmt.Errorf("the server with pid %d was not replaced: %+v", before, s), err)
-}
-
 // restart replaces the server, again and again, under verified writes: by the
 // same program, by another version, by one that can't run, and by the way of a
 // service manager that keeps descriptors.
 func restart(m *machine) error {
-	const key = "/run/host.key"
-	if _, err := m.run("hostcryptd", "format", m.disk, "--key", "host-key", "--host-key", key, "--yes"); err != nil {
+	if err := m.formatHostKey(); err != nil {
 		return err
 	}
-	s, err := m.serve("--host-key", key)
+	s, err := m.serve("--host-key", hostKey)
 	if err != nil {
 		return err
 	}
-	if !s.running() {
-		return fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, s.log.String())
-	}
 	// What opened it must not be needed again.
-	if err := os.Remove(key); err != nil {
+	if err := os.Remove(hostKey); err != nil {
 		return err
 	}
 	w, err := startPageWriter(s.dev, 32<<20)
@@ -71,57 +40,21 @@ func restart(m *machine) error {
 		return err
 	}
 	defer w.f.Close()
-	failed := func() error {
-		select {
-		case <-w.done:
-			return fmt.Errorf("a write failed: %w", w.err)
-		default:
-			return nil
-		}
-	}
 	fio, err := m.startVerified(s.dev)
 	if err != nil {
 		return err
 	}
 	time.Sleep(3 * time.Second)
 	m.figure("longest write without a restart", float64(w.takeSlowest().Milliseconds()), "ms")
-	keeper := s.cmd.Process.Pid
-
-	reload := func(n int) (p *pauses, last served, err error) {
-		p = &pauses{}
-		for range n {
-			before, err := m.served()
-			if err != nil {
-				return nil, last, err
-			}
-			w.take()
-			m.typed("kill", "-HUP", strconv.Itoa(keeper))
-			if err := unix.Kill(keeper, unix.SIGHUP); err != nil {
-				return nil, last, err
-			}
-			if last, err = m.waitServed(before.PID); err != nil {
-				return nil, last, err
-			}
-			if last.Keeper != keeper {
-				return nil, last, fmt.Errorf("the keeper is %d now, and was %d", last.Keeper, keeper)
-			}
-			time.Sleep(time.Second) // the keeper executes the new program
-			if err := failed(); err != nil {
-				return nil, last, err
-			}
-			p.add(w.take())
-		}
-		return p, last, nil
-	}
+	r := &reloader{m: m, w: w, server: s, keeper: s.cmd.Process.Pid}
 
 	m.step(1, "Reloaded under writes")
-	p, old, err := reload(reloads)
+	p, old, err := r.reload(reloads)
 	if err != nil {
 		return err
 	}
 	p.figures(m, "reload")
 
-	m.step(2, "Another version")
 	program, err := exec.LookPath("hostcryptd")
 	if err != nil {
 		return err
@@ -130,49 +63,15 @@ func restart(m *machine) error {
 	if err != nil {
 		return err
 	}
-	name := []byte(strings.Repeat("N", len(old.Version)))
-	if !bytes.Contains(text, []byte(old.Version)) || len(old.Version) < 4 {
-		return fmt.Errorf("the program doesn't have its version %q in it", old.Version)
-	}
-	if err := replaceFile(program, bytes.ReplaceAll(text, []byte(old.Version), name)); err != nil {
-		return err
-	}
-	p, next, err := reload(1)
+	m.step(2, "Another version")
+	next, err := r.upgrade(program, text, old.Version)
 	if err != nil {
 		return err
 	}
-	if next.Version != string(name) {
-		return fmt.Errorf("version %q serves, want %q", next.Version, name)
-	}
-	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/exe", keeper)); err != nil || !bytes.Contains(b, name) || bytes.Contains(b, []byte(old.Version)) {
-		return errors.Join(errors.New("the keeper does not run the new version"), err)
-	}
-	m.figure("upgrade: longest write", float64(p.longest[0].Milliseconds()), "ms")
 
 	m.step(3, "A version that can't run")
-	for _, bad := range [][]byte{[]byte("no program"), text[:len(text)/2]} {
-		if err := replaceFile(program, bad); err != nil {
-			return err
-		}
-		w.take()
-		if err := unix.Kill(keeper, unix.SIGHUP); err != nil {
-			return err
-		}
-		time.Sleep(3 * time.Second)
-		if err := errors.Join(failed(), replaceFile(program, text)); err != nil {
-			return err
-		}
-		now, err := m.served()
-		if err != nil {
-			return err
-		}
-		if now.PID != next.PID || now.Version != next.Version {
-			return fmt.Errorf("%+v serves after a program that can't run, want %+v", now, next)
-		}
-		m.figure("refused upgrade: longest write", float64(w.takeSlowest().Milliseconds()), "ms")
-	}
-	if !strings.Contains(s.log.String(), "the volume stays with the server that it has") {
-		return errors.New("nothing in the log says why there was no upgrade")
+	if err := r.refused(program, text, next); err != nil {
+		return err
 	}
 
 	m.step(4, "Restarted by a service manager that keeps descriptors")
@@ -183,7 +82,7 @@ func restart(m *machine) error {
 			return err
 		}
 		time.Sleep(time.Second)
-		if err := failed(); err != nil {
+		if err := w.failed(); err != nil {
 			return err
 		}
 		p.add(w.take())
@@ -193,15 +92,100 @@ func restart(m *machine) error {
 	if err := m.endVerified(fio); err != nil {
 		return err
 	}
-	w.stop()
-	m.figure("writes answered", float64(w.writes), "")
-	checked, err := w.verify()
-	if err != nil {
+	if err := errors.Join(m.endWrites(w), w.f.Close()); err != nil {
 		return err
 	}
-	m.figure("pages verified", float64(checked), "")
-	w.f.Close()
 	return s.detach()
+}
+
+// A reloader tells the keeper of a server, under writes, to let the program that is
+// installed take over.
+type reloader struct {
+	m      *machine
+	w      *pageWriter
+	server *server
+	keeper int // its process
+}
+
+// reload does so n times. It returns who serves then, and what the writes took.
+func (r *reloader) reload(n int) (p *pauses, last volumeStatus, err error) {
+	p = &pauses{}
+	for range n {
+		before, err := r.m.status()
+		if err != nil {
+			return nil, last, err
+		}
+		r.w.take()
+		r.m.typed("kill", "-HUP", strconv.Itoa(r.keeper))
+		if err := unix.Kill(r.keeper, unix.SIGHUP); err != nil {
+			return nil, last, err
+		}
+		if last, err = r.m.waitServed(before.PID); err != nil {
+			return nil, last, err
+		}
+		if last.Keeper != r.keeper {
+			return nil, last, fmt.Errorf("the keeper is %d now, and was %d", last.Keeper, r.keeper)
+		}
+		time.Sleep(time.Second) // the keeper executes the new program
+		if err := r.w.failed(); err != nil {
+			return nil, last, err
+		}
+		p.add(r.w.take())
+	}
+	return p, last, nil
+}
+
+// upgrade makes another version out of the program, and lets it take over.
+func (r *reloader) upgrade(program string, text []byte, version string) (next volumeStatus, err error) {
+	name := []byte(strings.Repeat("N", len(version)))
+	if !bytes.Contains(text, []byte(version)) || len(version) < 4 {
+		return next, fmt.Errorf("the program doesn't have its version %q in it", version)
+	}
+	if err := replaceFile(program, bytes.ReplaceAll(text, []byte(version), name)); err != nil {
+		return next, err
+	}
+	p, next, err := r.reload(1)
+	if err != nil {
+		return next, err
+	}
+	if next.Version != string(name) {
+		return next, fmt.Errorf("version %q serves, want %q", next.Version, name)
+	}
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/exe", r.keeper)); err != nil || !bytes.Contains(b, name) || bytes.Contains(b, []byte(version)) {
+		return next, errors.Join(errors.New("the keeper does not run the new version"), err)
+	}
+	r.m.figure("upgrade: longest write", float64(p.longest[0].Milliseconds()), "ms")
+	return next, nil
+}
+
+// refused puts what can't run in the program's place: who serves must go on. In the
+// end the program is as it was at first.
+func (r *reloader) refused(program string, text []byte, serves volumeStatus) error {
+	for _, bad := range [][]byte{[]byte("no program"), text[:len(text)/2]} {
+		if err := replaceFile(program, bad); err != nil {
+			return err
+		}
+		r.w.take()
+		if err := unix.Kill(r.keeper, unix.SIGHUP); err != nil {
+			return err
+		}
+		time.Sleep(3 * time.Second)
+		if err := errors.Join(r.w.failed(), replaceFile(program, text)); err != nil {
+			return err
+		}
+		now, err := r.m.status()
+		if err != nil {
+			return err
+		}
+		if now.PID != serves.PID || now.Version != serves.Version {
+			return fmt.Errorf("after a program that can't run, the server is pid %d of version %s, want %d of %s", now.PID, now.Version, serves.PID, serves.Version)
+		}
+		r.m.figure("refused upgrade: longest write", float64(r.w.takeSlowest().Milliseconds()), "ms")
+	}
+	if !strings.Contains(r.server.log.String(), "the volume stays with the server that it has") {
+		return errors.New("nothing in the log says why there was no upgrade")
+	}
+	return nil
 }
 
 // replaceFile puts another file in a file's place, as a package manager does.
@@ -242,46 +226,33 @@ func (m *machine) restartUnit(s *server) (*server, error) {
 	if err := s.cmd.Process.Signal(unix.SIGTERM); err != nil {
 		return nil, err
 	}
-	select {
-	case <-s.ended:
-	case <-time.After(30 * time.Second):
-		return nil, errors.Join(errors.New("hostcryptd serve doesn't end for a restart"), s.kill())
-	}
-	if s.err != nil || s.code != 0 {
-		return nil, errors.Join(fmt.Errorf("hostcryptd serve ended with exit code %d for a restart", s.code), s.err)
+	if err := s.waitEnd("the signal for a restart"); err != nil {
+		return nil, err
 	}
 	if len(s.stored) == 0 {
 		return nil, errors.New("hostcryptd serve has left nothing for the next one")
-	}
-	next := &server{m: m, dev: s.dev, begun: time.Now(), ready: make(chan struct{}), logged: make(chan struct{}), ended: make(chan struct{})}
-	var err error
-	if next.notify, err = listenNotify(); err != nil {
-		return nil, err
 	}
 	words := s.cmd.Args
 	if words[0] == "activate" {
 		words = words[1:]
 	}
-	next.cmd = command("/proc/self/exe", words...)
-	next.cmd.Args = append([]string{"activate"}, words...)
+	cmd := command("/proc/self/exe", words...)
+	cmd.Args = append([]string{"activate"}, words...)
 	var names []string
 	for name, f := range s.stored {
 		names = append(names, name)
-		next.cmd.ExtraFiles = append(next.cmd.ExtraFiles, f)
+		cmd.ExtraFiles = append(cmd.ExtraFiles, f)
 	}
-	next.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+next.notify.LocalAddr().String(),
-		"LISTEN_FDS="+strconv.Itoa(len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
-	if err := next.start(); err != nil {
+	cmd.Env = append(os.Environ(), "LISTEN_FDS="+strconv.Itoa(len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+	next, err := m.start(cmd, s.dev)
+	if err != nil {
 		return nil, err
 	}
 	for _, f := range s.stored {
 		f.Close()
 	}
 	if err := next.waitReady(); err != nil {
-		return nil, err
-	}
-	if !next.running() {
-		return nil, fmt.Errorf("hostcryptd serve ended with exit code %d after a restart: %s", next.code, next.log.String())
+		return nil, fmt.Errorf("after a restart: %w", err)
 	}
 	m.exited(0, begun)
 	return next, nil

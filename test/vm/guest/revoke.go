@@ -1,17 +1,9 @@
 package main
 
 import (
-	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"math/rand/v2"
-	"os"
-	"slices"
-	"sync"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,176 +14,6 @@ const (
 	revokeConfirm   = 6 * time.Second
 	revokeGrace     = 10 * time.Second
 )
-
-// keyStatus is what status says of a volume's key.
-type keyStatus struct {
-	State      string    `json:"state"`
-	Wiped      bool      `json:"wiped"`
-	Attempts   int       `json:"attempts"`
-	LastGood   time.Time `json:"last_good"`
-	NextTry    time.Time `json:"next_try"`
-	AccessLost time.Time `json:"access_lost"`
-	Stopped    time.Time `json:"stopped"`
-	Reason     string    `json:"reason"`
-}
-
-func (m *machine) keyStatus() (keyStatus, error) {
-	out, err := command("hostcryptd", "status", m.disk, "--json").Output()
-	if err != nil {
-		return keyStatus{}, err
-	}
-	var s struct {
-		Key keyStatus `json:"key"`
-	}
-	err = json.Unmarshal(out, &s)
-	return s.Key, err
-}
-
-// waitKey waits until the key is in a state.
-func (m *machine) waitKey(state string, limit time.Duration) (keyStatus, error) {
-	var s keyStatus
-	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-		var err error
-		if s, err = m.keyStatus(); err != nil {
-			return s, err
-		}
-		if s.State == state {
-			return s, nil
-		}
-	}
-	return s, fmt.Errorf("after %v the key is %s, want %s: %s", limit, s.State, state, s.Reason)
-}
-
-// A pageWriter writes pages of a device at random places, each stable when it
-// has been answered, until one fails.
-type pageWriter struct {
-	f       *os.File
-	pages   []uint32 // what was answered, by page; 0 for nothing
-	pending int      // page of the write that failed, which may be there or not
-	writes  int
-	err     error
-	failed  time.Time
-	done    chan struct{}
-	end     chan struct{} // closed by stop
-	slowest time.Duration // write
-
-	mu     sync.Mutex
-	recent []time.Duration // how long each write took since take
-}
-
-// take returns how long each of the writes took that were answered since the last
-// call.
-func (w *pageWriter) take() []time.Duration {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	list := w.recent
-	w.recent = nil
-	return list
-}
-
-// takeSlowest is the slowest of take.
-func (w *pageWriter) takeSlowest() time.Duration {
-	return slices.Max(append(w.take(), 0))
-}
-
-// waitWrite waits until another write is answered.
-func (w *pageWriter) waitWrite() error {
-	count := func() int {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return len(w.recent)
-	}
-	n := count()
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if count() > n {
-			return nil
-		}
-	}
-	return errors.New("no write was answered for 30 s")
-}
-
-const pageSize = 4096
-
-// alignedPage returns a page as O_DIRECT wants it.
-func alignedPage() []byte {
-	b := make([]byte, 2*pageSize)
-	skip := -int(uintptr(unsafe.Pointer(&b[0]))) & (pageSize - 1)
-	return b[skip : skip+pageSize : skip+pageSize]
-}
-
-func fillPage(p []byte, page int, value uint32) {
-	for i := 0; i < len(p); i += 8 {
-		binary.LittleEndian.PutUint32(p[i:], uint32(page))
-		binary.LittleEndian.PutUint32(p[i+4:], value)
-	}
-}
-
-func startPageWriter(dev string, size int64) (*pageWriter, error) {
-	f, err := os.OpenFile(dev, os.O_RDWR|unix.O_DIRECT|unix.O_DSYNC, 0)
-	if err != nil {
-		return nil, err
-	}
-	w := &pageWriter{f: f, pages: make([]uint32, size/pageSize), pending: -1, done: make(chan struct{}), end: make(chan struct{})}
-	go func() {
-		defer close(w.done)
-		p := alignedPage()
-		r := rand.New(rand.NewPCG(1, 2))
-		for n := uint32(1); ; n++ {
-			select {
-			case <-w.end:
-				return
-			default:
-			}
-			page := r.IntN(len(w.pages))
-			begun := time.Now()
-			fillPage(p, page, n)
-			if _, w.err = f.WriteAt(p, int64(page)*pageSize); w.err != nil {
-				w.pending, w.failed = page, time.Now()
-				return
-			}
-			took := time.Since(begun)
-			w.slowest = max(w.slowest, took)
-			w.mu.Lock()
-			w.recent = append(w.recent, took)
-			w.mu.Unlock()
-			w.pages[page] = n
-			w.writes++
-		}
-	}()
-	return w, nil
-}
-
-// stop ends the writing, after a write that is answered.
-func (w *pageWriter) stop() {
-	close(w.end)
-	<-w.done
-}
-
-// verify reads back what was answered.
-func (w *pageWriter) verify() (checked int, err error) {
-	p, want := alignedPage(), alignedPage()
-	for page, value := range w.pages {
-		if value == 0 || page == w.pending {
-			continue
-		}
-		if _, err := w.f.ReadAt(p, int64(page)*pageSize); err != nil {
-			return checked, err
-		}
-		fillPage(want, page, value)
-		if string(p) != string(want) {
-			return checked, fmt.Errorf("page %d was answered, and reads as something else now", page)
-		}
-		checked++
-	}
-	return checked, nil
-}
-
-// tellVault gives the double a command.
-func (m *machine) tellVault(what string) error {
-	m.say("the vault's administrator: %s the key", what)
-	_, err := io.WriteString(m.hangUp.(io.Writer), what+"\n")
-	return err
-}
 
 // revoke disables the vault's key under a volume that fio reads and writes, and
 // beside it a writer that knows what was answered: the volume stops in time and
@@ -205,9 +27,6 @@ func revoke(m *machine) error {
 	s, err := m.serve("--unseal-timeout", "60s", "--heartbeat", revokeHeartbeat.String(), "--confirm", revokeConfirm.String(), "--grace", revokeGrace.String())
 	if err != nil {
 		return err
-	}
-	if !s.running() {
-		return fmt.Errorf("hostcryptd serve ended with exit code %d", s.code)
 	}
 	size, err := deviceSize(s.dev)
 	if err != nil {
@@ -257,8 +76,8 @@ func revoke(m *machine) error {
 	if !errors.Is(w.err, unix.EIO) && !errors.Is(w.err, unix.ESHUTDOWN) {
 		return fmt.Errorf("the write after the revocation failed with %w, want EIO", w.err)
 	}
-	if w.failed.Sub(key.LastGood) < revokeGrace {
-		return fmt.Errorf("the volume stopped %v after the last success, want %v at least", w.failed.Sub(key.LastGood), revokeGrace)
+	if w.failedAt.Sub(key.LastGood) < revokeGrace {
+		return fmt.Errorf("the volume stopped %v after the last success, want %v at least", w.failedAt.Sub(key.LastGood), revokeGrace)
 	}
 	if err := fio.wait(); err != nil {
 		return err
@@ -276,7 +95,7 @@ func revoke(m *machine) error {
 	m.figure("fio: requests until it was refused", float64(job.Read.TotalIOs+job.Write.TotalIOs), "")
 	m.figure("key disabled until access was known to be lost", key.AccessLost.Sub(begun).Seconds(), "s")
 	m.figure("key disabled until keys wiped", key.Stopped.Sub(begun).Seconds(), "s")
-	m.figure("keys wiped after the last write was refused", key.Stopped.Sub(w.failed).Seconds(), "s")
+	m.figure("keys wiped after the last write was refused", key.Stopped.Sub(w.failedAt).Seconds(), "s")
 	m.figure("writes answered", float64(w.writes), "")
 	if w.writes == 0 {
 		return errors.New("nothing was written")
@@ -324,9 +143,6 @@ func (m *machine) freezeAndErase() error {
 	s, err := m.serve("--unseal-timeout", "60s", "--on-revocation", "freeze", "--heartbeat", "2s", "--confirm", "2s", "--grace", "4s")
 	if err != nil {
 		return err
-	}
-	if !s.running() {
-		return fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, s.log.String())
 	}
 	w, err := startPageWriter(s.dev, 8<<20)
 	if err != nil {
@@ -392,14 +208,8 @@ func (m *machine) freezeAndErase() error {
 	if err := e.waitWrite(); err != nil {
 		return err
 	}
-	out, err := command("hostcryptd", "status", m.disk, "--json").Output()
+	volume, err := m.status()
 	if err != nil {
-		return fmt.Errorf("hostcryptd status: %w", err)
-	}
-	var volume struct {
-		UUID string `json:"uuid"`
-	}
-	if err := json.Unmarshal(out, &volume); err != nil {
 		return err
 	}
 	if _, err := m.run("hostcryptd", "erase", m.disk, "--in-use", "--yes-erase", volume.UUID); err != nil {
@@ -413,17 +223,17 @@ func (m *machine) freezeAndErase() error {
 	if !errors.Is(e.err, unix.EIO) && !errors.Is(e.err, unix.ESHUTDOWN) {
 		return fmt.Errorf("the write after the volume was erased failed with %w, want EIO", e.err)
 	}
-	if key, err := m.keyStatus(); err != nil || key.State != "erased" || !key.Wiped {
-		return errors.Join(fmt.Errorf("erased, but %+v", key), err)
+	if volume, err = m.status(); err != nil || volume.Key.State != "erased" || !volume.Key.Wiped {
+		return errors.Join(fmt.Errorf("erased, but %+v", volume.Key), err)
 	}
 	if err := errors.Join(w.f.Close(), e.f.Close(), s.detach()); err != nil {
 		return err
 	}
-	if s, err = m.serve("--unseal-timeout", "60s"); err != nil {
-		return err
+	if s, err = m.serveRefused("--unseal-timeout", "60s"); err != nil {
+		return fmt.Errorf("an erased volume: %w", err)
 	}
-	if s.running() || s.code != exitDevice {
-		return fmt.Errorf("an erased volume: hostcryptd serve is running %v, exit code %d, want %d", s.running(), s.code, exitDevice)
+	if s.code != exitDevice {
+		return fmt.Errorf("an erased volume: hostcryptd serve ended with exit code %d, want %d", s.code, exitDevice)
 	}
 	return nil
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -162,20 +161,9 @@ func boot(m *machine) error {
 
 // peakMemory reports the most memory that the server has taken.
 func (m *machine) peakMemory() error {
-	out, err := m.run("hostcryptd", "status", m.disk, "--json")
-	if err != nil {
-		return err
-	}
-	var status struct {
-		Memory struct {
-			Peak float64 `json:"peak"`
-		} `json:"memory"`
-	}
-	if err := json.Unmarshal([]byte(out), &status); err != nil {
-		return err
-	}
-	m.figure("serve peak memory", status.Memory.Peak/(1<<20), "MiB")
-	return nil
+	s, err := m.status()
+	m.figure("serve peak memory", s.Memory.Peak/(1<<20), "MiB")
+	return err
 }
 
 // inUse tries to stop the server while its kernel device is mounted, by
@@ -217,22 +205,14 @@ func inUse(m *machine) error {
 	if err := m.unmount(); err != nil {
 		return err
 	}
-	select {
-	case <-s.ended:
-	case <-time.After(30 * time.Second):
-		return errors.Join(errors.New("hostcryptd serve still runs 30 s after the unmount"), s.kill())
+	if err := s.waitEnd("the unmount"); err != nil {
+		return err
 	}
 	m.figure("stopped after unmount", time.Since(begun).Seconds(), "s")
-	if s.err != nil || s.code != 0 {
-		return errors.Join(fmt.Errorf("hostcryptd serve ended with exit code %d", s.code), s.err)
-	}
 
 	// Read-only, with two sockets to the kernel.
 	if s, err = m.serve("--unseal-timeout", "60s", "--read-only", "--connections", "2"); err != nil {
 		return err
-	}
-	if !s.running() {
-		return fmt.Errorf("hostcryptd serve --read-only ended with exit code %d", s.code)
 	}
 	if ro, err := os.ReadFile("/sys/block/" + filepath.Base(s.dev) + "/ro"); err != nil || strings.TrimSpace(string(ro)) != "1" {
 		return errors.Join(fmt.Errorf("%s is not read-only", s.dev), err)
@@ -275,12 +255,9 @@ const (
 // exists: on somebody else's machine.
 func stolen(m *machine) error {
 	begun := time.Now()
-	s, err := m.serve("--unseal-timeout", "5s")
+	s, err := m.serveRefused("--unseal-timeout", "5s")
 	if err != nil {
-		return err
-	}
-	if s.running() {
-		return errors.Join(errors.New("the volume opened without the vault"), s.kill())
+		return fmt.Errorf("without the vault: %w", err)
 	}
 	if s.code != exitVaultUnreachable && s.code != exitIdentityUnavailable {
 		return fmt.Errorf("hostcryptd serve ended with exit code %d without the vault, want %d or %d",
@@ -341,19 +318,22 @@ func (m *machine) format() error {
 	return err
 }
 
+// hostKey is the file with the host key of a volume that is for one boot only.
+const hostKey = "/run/host.key"
+
+// formatHostKey writes a new header, with that host key, which is made if it isn't
+// there.
+func (m *machine) formatHostKey() error {
+	_, err := m.run("hostcryptd", "format", m.disk, "--key", "host-key", "--host-key", hostKey, "--yes")
+	return err
+}
+
 // attach serves the volume through the vault.
 func (m *machine) attach() (*server, error) {
 	if err := m.startVault(); err != nil {
 		return nil, err
 	}
-	s, err := m.serve("--unseal-timeout", "60s")
-	if err != nil {
-		return nil, err
-	}
-	if !s.running() {
-		return nil, fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, strings.TrimSpace(s.log.String()))
-	}
-	return s, nil
+	return m.serve("--unseal-timeout", "60s")
 }
 
 // checkFiles checks the file system on a device and its files.

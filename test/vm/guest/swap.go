@@ -253,7 +253,7 @@ type faultCounter struct {
 }
 
 func (c *faultCounter) look() error {
-	s, err := c.m.served()
+	s, err := c.m.status()
 	if err != nil {
 		return err
 	}

@@ -431,7 +431,7 @@ func (m *machine) restartVolumes() error {
 	for _, verb := range []string{"reload", "restart"} {
 		for _, name := range []string{"swap", "var", "data"} {
 			m.disk = name // as the control command takes it
-			before, err := m.served()
+			before, err := m.status()
 			if err != nil {
 				return err
 			}

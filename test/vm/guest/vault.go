@@ -3,7 +3,7 @@ package main
 import (
 	"bufio"
 	"fmt"
-
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -55,7 +55,7 @@ func (m *machine) startVault() error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("starting the vault double: %w", err)
 	}
-	m.vault, m.hangUp = cmd, stdin
+	m.vault, m.tell = cmd, stdin
 	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || strings.TrimSpace(line) != vaultReady {
 		m.stopVault()
 		return fmt.Errorf("starting the vault double: it said %q: %w", line, err)
@@ -74,12 +74,19 @@ func (m *machine) startVault() error {
 	return nil
 }
 
+// tellVault gives the double a command.
+func (m *machine) tellVault(what string) error {
+	m.say("the vault's administrator: %s the key", what)
+	_, err := io.WriteString(m.tell, what+"\n")
+	return err
+}
+
 // stopVault ends the double, if it runs.
 func (m *machine) stopVault() {
 	if m.vault == nil {
 		return
 	}
-	m.hangUp.Close()
+	m.tell.Close()
 	m.vault.Wait()
 	m.vault = nil
 }
