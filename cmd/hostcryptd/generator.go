@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 
@@ -17,9 +18,9 @@ const generatorName = "hostcryptd-generator"
 // them, of which it uses the first.
 func generatorMain(args []string) int {
 	// In early boot nobody reads standard error.
-	log := os.Stderr
+	var log io.Writer = os.Stderr
 	if k, err := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); err == nil {
-		log = k
+		log = kernelLog{k}
 	}
 	if len(args) == 0 {
 		fmt.Fprintf(log, "<3>%s: no directory to write to was given\n", generatorName)

@@ -51,6 +51,7 @@ func main() {
 // run is main without the process: it executes one command line and returns
 // its exit code.
 func run(ctx context.Context, args []string, stdin *os.File, stdout, stderr io.Writer) int {
+	stderr = logTo(stderr)
 	a := &app{stdin: stdin, stdout: stdout, stderr: stderr}
 	root := a.root()
 	root.SetArgs(args)
