@@ -34,13 +34,18 @@ type imageFile struct {
 // in the order to load them.
 const ModuleList = "/modules/order"
 
-// NewImage returns an Image with the folders that a root file system needs.
-func NewImage() *Image {
+// newImage returns an Image with the folders that a root file system needs.
+func newImage() *Image {
 	return &Image{
 		files: map[string]imageFile{},
 		links: map[string]string{},
 		dirs:  []string{"dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "var"},
 	}
+}
+
+// NewFiles returns an Image without folders of its own, to put over a root.
+func NewFiles() *Image {
+	return &Image{files: map[string]imageFile{}, links: map[string]string{}}
 }
 
 // AddFile puts a copy of a file of the host into the image.
@@ -56,9 +61,49 @@ func (im *Image) AddBytes(name string, data []byte, perm uint32) {
 // AddSymlink puts a symbolic link into the image.
 func (im *Image) AddSymlink(name, target string) { im.links[clean(name)] = target }
 
-// AddProgram puts a program of the host and the shared libraries it is
+// addTree puts the files below a folder of the host into the image.
+func (im *Image) addTree(name, dir string) error {
+	return filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(dir, p)
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		switch e.Type() {
+		case 0:
+			im.AddFile(path.Join(name, rel), p, uint32(info.Mode().Perm()))
+		case fs.ModeSymlink:
+			target, err := os.Readlink(p)
+			if err != nil {
+				return err
+			}
+			im.AddSymlink(path.Join(name, rel), target)
+		}
+		return nil
+	})
+}
+
+// AddFrom puts files of another image into the image. It panics if they are not
+// there.
+func (im *Image) AddFrom(from *Image, names ...string) {
+	for _, name := range names {
+		f, ok := from.files[clean(name)]
+		if !ok {
+			panic("vmtest: AddFrom: no file " + name)
+		}
+		im.files[clean(name)] = f
+	}
+}
+
+// addProgram puts a program of the host and the shared libraries it is
 // linked with into the image, the program at name.
-func (im *Image) AddProgram(ctx context.Context, name, hostPath string) error {
+func (im *Image) addProgram(ctx context.Context, name, hostPath string) error {
 	libs, err := libraries(ctx, hostPath)
 	if err != nil {
 		return err
@@ -80,23 +125,23 @@ func (im *Image) AddProgram(ctx context.Context, name, hostPath string) error {
 	return nil
 }
 
-// AddTools puts tools of the host, see [Tool], into /bin.
-func (im *Image) AddTools(ctx context.Context, names ...string) error {
+// addTools puts tools of the host, see [Tool], into /bin.
+func (im *Image) addTools(ctx context.Context, names ...string) error {
 	for _, name := range names {
 		hostPath, err := Tool(name)
 		if err != nil {
 			return err
 		}
-		if err := im.AddProgram(ctx, path.Join("/bin", name), hostPath); err != nil {
+		if err := im.addProgram(ctx, path.Join("/bin", name), hostPath); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// AddModules puts modules of a kernel and what they depend on into the
+// addModules puts modules of a kernel and what they depend on into the
 // image, uncompressed, with [ModuleList].
-func (im *Image) AddModules(ctx context.Context, k *Kernel, names ...string) error {
+func (im *Image) addModules(ctx context.Context, k *Kernel, names ...string) error {
 	order, err := k.modules.order(names...)
 	if err != nil {
 		return err
@@ -113,6 +158,25 @@ func (im *Image) AddModules(ctx context.Context, k *Kernel, names ...string) err
 	}
 	im.AddBytes(ModuleList, list.Bytes(), 0o644)
 	return nil
+}
+
+func (im *Image) clone() *Image {
+	return &Image{files: maps.Clone(im.files), links: maps.Clone(im.links), dirs: im.dirs}
+}
+
+// addBelow adds the content of another image. Of two entries with one name
+// the later one counts.
+func (im *Image) addBelow(dir string, files *Image) {
+	for name, f := range files.files {
+		name = clean(path.Join(dir, name))
+		im.files[name] = f
+		delete(im.links, name)
+	}
+	for name, target := range files.links {
+		name = clean(path.Join(dir, name))
+		im.links[name] = target
+		delete(im.files, name)
+	}
 }
 
 // WriteFile writes the initramfs.

@@ -88,7 +88,7 @@ func TestArchive(t *testing.T) {
 // TestArchiveReadByCpio lets another program than the one above read it.
 func TestArchiveReadByCpio(t *testing.T) {
 	dir := t.TempDir()
-	im := NewImage()
+	im := newImage()
 	im.AddBytes("/init", []byte("#!"), 0o755)
 	im.AddBytes("lib/modules/order", bytes.Repeat([]byte("x"), 4097), 0o644)
 	im.AddSymlink("sbin", "bin")
@@ -127,7 +127,7 @@ func TestImageIsDeterministic(t *testing.T) {
 	}
 	var first []byte
 	for i := range 5 {
-		im := NewImage()
+		im := newImage()
 		for _, n := range []string{"c", "a/b", "a/a", "z", "m/n/o"} {
 			im.AddBytes(n, []byte(n), 0o644)
 		}
@@ -183,7 +183,7 @@ func TestArchiveErrors(t *testing.T) {
 			t.Fatalf("writer broken after %d bytes: %v, want %v", after, err, io.ErrClosedPipe)
 		}
 	}
-	im := NewImage()
+	im := newImage()
 	im.AddFile("dir", t.TempDir(), 0o644)
 	if err := im.WriteFile(filepath.Join(t.TempDir(), "x")); err == nil {
 		t.Error("a folder as a file gave no error")
@@ -215,8 +215,8 @@ func TestParseLDD(t *testing.T) {
 }
 
 func TestAddProgram(t *testing.T) {
-	im := NewImage()
-	if err := im.AddTools(t.Context(), "cryptsetup"); err != nil {
+	im := newImage()
+	if err := im.addTools(t.Context(), "cryptsetup"); err != nil {
 		t.Fatal(err)
 	}
 	var names []string

@@ -22,9 +22,9 @@ type Kernel struct {
 	modules *moduleTree
 }
 
-// CacheDir is where kernels are kept: $HOSTCRYPTD_VM_CACHE, else
+// cacheDir is where kernels are kept: $HOSTCRYPTD_VM_CACHE, else
 // hostcryptd/vm in the user's cache.
-func CacheDir() (string, error) {
+func cacheDir() (string, error) {
 	if dir := os.Getenv("HOSTCRYPTD_VM_CACHE"); dir != "" {
 		return filepath.Abs(dir)
 	}
@@ -45,14 +45,14 @@ func metapackages(series string) []string {
 	}
 }
 
-// FetchKernel returns the newest Debian cloud kernel of a series, such as
+// fetchKernel returns the newest Debian cloud kernel of a series, such as
 // "6.12". A kernel is downloaded once; later calls need no network. logf
 // tells what takes long and may be nil.
 //
 // Which kernel is the newest is what the package lists on this host say. If
 // there are none, a cached kernel is taken, and without one the lists are
 // fetched, which needs root. Several processes may call it at the same time.
-func FetchKernel(ctx context.Context, series string, logf func(format string, args ...any)) (*Kernel, error) {
+func fetchKernel(ctx context.Context, series string, logf func(format string, args ...any)) (*Kernel, error) {
 	if logf == nil {
 		logf = func(string, ...any) {}
 	}
@@ -60,7 +60,7 @@ func FetchKernel(ctx context.Context, series string, logf func(format string, ar
 		// The guest runs programs copied from the host.
 		return nil, fmt.Errorf("vmtest: the virtual machine is amd64 and this host is %s", runtime.GOARCH)
 	}
-	cache, err := CacheDir()
+	cache, err := cacheDir()
 	if err != nil {
 		return nil, err
 	}

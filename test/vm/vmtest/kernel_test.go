@@ -125,15 +125,15 @@ func TestFetchKernel(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			k, err := FetchKernel(t.Context(), "6.12", t.Logf)
+			k, err := fetchKernel(t.Context(), "6.12", t.Logf)
 			if tt.want == "" {
 				if err == nil {
-					t.Errorf("FetchKernel gave %s, want an error", k.Release)
+					t.Errorf("fetchKernel gave %s, want an error", k.Release)
 				}
 			} else if err != nil {
 				t.Fatal(err)
 			} else if k.Release != tt.want {
-				t.Errorf("FetchKernel gave %s, want %s", k.Release, tt.want)
+				t.Errorf("fetchKernel gave %s, want %s", k.Release, tt.want)
 			} else if want := filepath.Join(cache, "kernel", tt.want, "boot", "vmlinuz-"+tt.want); k.Image != want {
 				t.Errorf("image %s, want %s", k.Image, want)
 			}

@@ -42,7 +42,7 @@ type Lab struct {
 // NewLab fetches the kernel of a series, see [Series], builds the programs,
 // see [Programs], and writes the initramfs into dir, which must exist.
 func NewLab(ctx context.Context, dir, series string, logf func(format string, args ...any)) (*Lab, error) {
-	kernel, err := FetchKernel(ctx, series, logf)
+	kernel, err := fetchKernel(ctx, series, logf)
 	if err != nil {
 		return nil, err
 	}
@@ -50,12 +50,12 @@ func NewLab(ctx context.Context, dir, series string, logf func(format string, ar
 	if err != nil {
 		return nil, err
 	}
-	im := NewImage()
+	im := newImage()
 	im.AddFile("/init", guest, 0o755)
 	err = errors.Join(
-		im.AddProgram(ctx, "/bin/hostcryptd", hostcryptd),
-		im.AddTools(ctx, guestTools...),
-		im.AddModules(ctx, kernel, modules...),
+		im.addProgram(ctx, "/bin/hostcryptd", hostcryptd),
+		im.addTools(ctx, guestTools...),
+		im.addModules(ctx, kernel, modules...),
 	)
 	if err != nil {
 		return nil, err
@@ -100,4 +100,25 @@ func (c Config) Run(ctx context.Context) (*Result, error) {
 		return nil, err
 	}
 	return v.Wait()
+}
+
+// Programs builds hostcryptd and the guest program into dir, static, and
+// returns their paths. $HOSTCRYPTD_BIN names a hostcryptd to take instead.
+// The working directory must be inside of the module.
+func Programs(ctx context.Context, dir string) (hostcryptd, guest string, err error) {
+	guest = filepath.Join(dir, "guest")
+	if err := build(ctx, guest, "hostcryptd/test/vm/guest"); err != nil {
+		return "", "", err
+	}
+	if bin := os.Getenv("HOSTCRYPTD_BIN"); bin != "" {
+		bin, err = filepath.Abs(bin)
+		return bin, guest, err
+	}
+	hostcryptd = filepath.Join(dir, "hostcryptd")
+	return hostcryptd, guest, build(ctx, hostcryptd, "hostcryptd/cmd/hostcryptd")
+}
+
+func build(ctx context.Context, out, pkg string) error {
+	_, err := run(ctx, "", []string{"CGO_ENABLED=0"}, "go", "build", "-trimpath", "-o", out, pkg)
+	return err
 }

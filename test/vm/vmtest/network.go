@@ -11,7 +11,7 @@ import (
 const (
 	GuestAddress    = "169.254.169.15" // by DHCP
 	VaultAddress    = "169.254.169.100"
-	MetadataAddress = "169.254.169.254"
+	metadataAddress = "169.254.169.254"
 
 	netName = "net0"
 )
@@ -19,7 +19,7 @@ const (
 // Network is what QEMU needs to connect a guest to two listeners on this host's
 // loopback interface, by way of a program that connects its standard input and
 // output to the address that it is given; and to nothing else. In the guest they
-// are port 443 of VaultAddress and port 80 of MetadataAddress.
+// are port 443 of VaultAddress and port 80 of metadataAddress.
 func Network(connect []string, vault, metadata net.Addr) string {
 	forward := func(addr string, port int, to net.Addr) string {
 		// A command is for each connection; an address would be for one only.
@@ -27,6 +27,6 @@ func Network(connect []string, vault, metadata net.Addr) string {
 	}
 	return strings.Join([]string{
 		"user", "id=" + netName, "restrict=on", "net=169.254.169.0/24", "host=169.254.169.1", "dhcpstart=" + GuestAddress,
-		forward(VaultAddress, 443, vault), forward(MetadataAddress, 80, metadata),
+		forward(VaultAddress, 443, vault), forward(metadataAddress, 80, metadata),
 	}, ",")
 }

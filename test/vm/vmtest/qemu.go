@@ -15,16 +15,6 @@ import (
 	"hostcryptd/test/vm/report"
 )
 
-// A Disk is a disk of a guest: a raw image file, or an NBD export.
-type Disk struct {
-	Serial   string // what the guest finds it by, in /sys/block; at most 20 bytes
-	NVMe     bool   // instead of a virtio disk: it has writes with FUA
-	Path     string // of a raw image
-	Socket   string // instead of Path: Unix socket of an NBD server
-	Export   string // name of the export on Socket
-	ReadOnly bool
-}
-
 // Config says what to boot.
 type Config struct {
 	Name     string // of this boot: log files are called after it

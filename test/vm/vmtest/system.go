@@ -48,8 +48,8 @@ var systemModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4
 const (
 	Overlay    = "/overlay"                 // of the initramfs: to be copied over the root
 	SystemDir  = "/usr/lib/hostcryptd-test" // of the root
-	AgentUnit  = "hostcryptd-test.service"  // runs [SystemDir]/guest agent
-	RootSerial = "root"                     // of the disk with the root
+	agentUnit  = "hostcryptd-test.service"  // runs [SystemDir]/guest agent
+	rootSerial = "root"                     // of the disk with the root
 	SystemInit = "/lib/systemd/systemd"     // PID 1 after the initramfs
 	unitDir    = "/etc/systemd/system"      // for what a test adds
 	wants      = unitDir + "/multi-user.target.wants"
@@ -63,7 +63,7 @@ var masked = []string{
 	"kexec-load.service", "kexec.service", "dracut-shutdown.service", "systemd-logind.service", "systemd-binfmt.service", "proc-sys-fs-binfmt_misc.automount",
 }
 
-const agentUnit = `[Unit]
+const agentText = `[Unit]
 Description=Scenario of test/vm
 After=multi-user.target
 
@@ -115,19 +115,19 @@ func (l *Lab) System(ctx context.Context, logf func(format string, args ...any))
 	if logf == nil {
 		logf = func(string, ...any) {}
 	}
-	s := &System{lab: l, base: NewFiles(), init: NewImage()}
+	s := &System{lab: l, base: NewFiles(), init: newImage()}
 	var err error
 	if s.root, err = fetchRoot(ctx, l.Kernel, logf); err != nil {
 		return nil, err
 	}
 	guest := filepath.Join(l.Dir, "guest")
 	s.init.AddFile("/init", guest, 0o755)
-	if err := s.init.AddModules(ctx, l.Kernel, systemModules...); err != nil {
+	if err := s.init.addModules(ctx, l.Kernel, systemModules...); err != nil {
 		return nil, err
 	}
 	s.base.AddFile(path.Join(SystemDir, "guest"), guest, 0o755)
-	s.base.AddBytes(path.Join(unitDir, AgentUnit), []byte(agentUnit), 0o644)
-	s.base.AddSymlink(path.Join(wants, AgentUnit), "../"+AgentUnit)
+	s.base.AddBytes(path.Join(unitDir, agentUnit), []byte(agentText), 0o644)
+	s.base.AddSymlink(path.Join(wants, agentUnit), "../"+agentUnit)
 	for _, unit := range []string{"emergency.service", "rescue.service"} {
 		s.base.AddBytes(path.Join(unitDir, unit+".d", "test.conf"), []byte(emergencyDropIn), 0o644)
 	}
@@ -151,13 +151,13 @@ func (s *System) install(ctx context.Context) error {
 	if _, err := Run(ctx, filepath.Dir(strings.TrimSpace(string(mod))), "make", "-s", "-o", "build", "install", "BIN="+s.lab.Hostcryptd, "DESTDIR="+dir); err != nil {
 		return err
 	}
-	return s.base.AddTree("/", dir)
+	return s.base.addTree("/", dir)
 }
 
 // NewRoot makes a disk with a root file system of its own, at name. It may be
 // used for several boots, which then find what those before have left.
 func (s *System) NewRoot(name string) (Disk, error) {
-	return Disk{Serial: RootSerial, Path: name}, CopySparse(name, s.root)
+	return Disk{Serial: rootSerial, Path: name}, CopySparse(name, s.root)
 }
 
 // Start starts a machine.
@@ -169,7 +169,7 @@ func (s *System) Start(ctx context.Context, b SystemBoot) (*VM, error) {
 	if err := s.writeInitrd(initrd, b.Files); err != nil {
 		return nil, err
 	}
-	words := []string{"hostcryptd.scenario=" + b.Scenario, "hostcryptd.root=" + RootSerial, "systemd.show_status=1"}
+	words := []string{"hostcryptd.scenario=" + b.Scenario, "hostcryptd.root=" + rootSerial, "systemd.show_status=1"}
 	for _, key := range slices.Sorted(maps.Keys(b.Params)) {
 		words = append(words, "hostcryptd."+key+"="+b.Params[key])
 	}
@@ -202,7 +202,7 @@ func (s *System) writeInitrd(name string, files *Image) error {
 
 // fetchRoot returns the image of the root file system for a kernel.
 func fetchRoot(ctx context.Context, k *Kernel, logf func(format string, args ...any)) (string, error) {
-	cache, err := CacheDir()
+	cache, err := cacheDir()
 	if err != nil {
 		return "", err
 	}
@@ -325,56 +325,4 @@ func asRoot(ctx context.Context, name string, args ...string) ([]byte, error) {
 		return nil, err
 	}
 	return Run(ctx, "", "unshare", append([]string{"--map-root-user", "--map-auto", path}, args...)...)
-}
-
-// AddTree puts the files below a folder of the host into the image.
-func (im *Image) AddTree(name, dir string) error {
-	return filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(dir, p)
-		if err != nil {
-			return err
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
-		switch e.Type() {
-		case 0:
-			im.AddFile(path.Join(name, rel), p, uint32(info.Mode().Perm()))
-		case fs.ModeSymlink:
-			target, err := os.Readlink(p)
-			if err != nil {
-				return err
-			}
-			im.AddSymlink(path.Join(name, rel), target)
-		}
-		return nil
-	})
-}
-
-// NewFiles returns an Image without folders of its own, to put over a root.
-func NewFiles() *Image {
-	return &Image{files: map[string]imageFile{}, links: map[string]string{}}
-}
-
-func (im *Image) clone() *Image {
-	return &Image{files: maps.Clone(im.files), links: maps.Clone(im.links), dirs: im.dirs}
-}
-
-// addBelow adds the content of another image. Of two entries with one name
-// the later one counts.
-func (im *Image) addBelow(dir string, files *Image) {
-	for name, f := range files.files {
-		name = clean(path.Join(dir, name))
-		im.files[name] = f
-		delete(im.links, name)
-	}
-	for name, target := range files.links {
-		name = clean(path.Join(dir, name))
-		im.links[name] = target
-		delete(im.files, name)
-	}
 }

@@ -20,7 +20,7 @@ func TestFilesOverFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	tree, over := NewFiles(), NewFiles()
-	if err := tree.AddTree("/usr", dir); err != nil {
+	if err := tree.addTree("/usr", dir); err != nil {
 		t.Fatal(err)
 	}
 	if f := tree.files["usr/sub/tool"]; f.perm != 0o755 || f.host == "" || tree.links["usr/link"] != "sub/tool" {

@@ -84,15 +84,3 @@ func (t *RootTree) Remove(ctx context.Context) error {
 	_, err := asRoot(context.WithoutCancel(ctx), "rm", "-rf", t.tmp)
 	return err
 }
-
-// AddFrom puts files of another image into the image. It panics if they are not
-// there.
-func (im *Image) AddFrom(from *Image, names ...string) {
-	for _, name := range names {
-		f, ok := from.files[clean(name)]
-		if !ok {
-			panic("vmtest: AddFrom: no file " + name)
-		}
-		im.files[clean(name)] = f
-	}
-}

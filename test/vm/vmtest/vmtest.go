@@ -1,10 +1,10 @@
 // Package vmtest boots a Debian kernel in QEMU with an initramfs made for
 // one scenario, and hands back what its guest program reports.
 //
-// In order: [FetchKernel] finds, downloads and caches a kernel; [NewImage]
-// collects programs, libraries and modules and writes them as an initramfs;
-// [Start] runs one QEMU and [VM.Wait] waits for its end. [Programs] builds
-// the two Go programs that go into the image, [Payload] packs a tree of real
+// In order: [NewLab] finds, downloads and caches a kernel, builds the two Go
+// programs and writes an initramfs with them, with libraries, tools and modules;
+// [Lab.Config] says what a boot of a scenario is, [Config.Run] runs one QEMU to its
+// end. [Lab.System] is a machine with systemd instead, [Payload] packs a tree of real
 // files for a guest to copy.
 //
 // Every tool of the host that is needed is named, with the Debian package
