@@ -64,7 +64,12 @@ func (m *machine) checkRootServer() (s rootServer, err error) {
 		return s, fmt.Errorf("the root is not on /dev/nbd0: %s", mounts)
 	}
 	m.disk = diskBySerial("volume")
+	// All of it is on the volume, and read for the first time: where the emulator is slow,
+	// a server has taken longer than the 3 s that status waits for.
 	out, err := m.run("hostcryptd", "status", m.disk, "--json")
+	for begun := time.Now(); err != nil && time.Since(begun) < time.Minute; time.Sleep(time.Second) {
+		out, err = m.run("hostcryptd", "status", m.disk, "--json")
+	}
 	if err != nil {
 		return s, err
 	}
