@@ -168,7 +168,8 @@ func New(c Config, now time.Time) *Machine {
 // Restore returns a machine that goes on where another has ended, of which the
 // Snapshot is left. wiped tells whether the volume has keys now. If they are
 // gone and the Snapshot doesn't say why, somebody was about to stop the volume:
-// it is locked then, which an operator can undo, rather than unsealed again.
+// it is locked then, which an operator can undo, rather than unsealed again. The
+// wall clock may have been set back since, which makes no wait longer than it can be.
 func Restore(c Config, s Snapshot, wiped bool, now time.Time) *Machine {
 	m := &Machine{
 		c: c, state: s.State, since: s.Since, begun: true, wiped: wiped,
@@ -194,7 +195,32 @@ func Restore(c Config, s Snapshot, wiped bool, now time.Time) *Machine {
 	if s.Denials == 0 && !m.stopsAt.IsZero() {
 		m.offline = true
 	}
+	atMost := func(t *time.Time, limit time.Time) {
+		if t.After(limit) {
+			*t = limit
+		}
+	}
+	for _, past := range []*time.Time{&m.since, &m.lastGood, &m.firstDenial, &m.stopped} {
+		atMost(past, now)
+	}
+	atMost(&m.nextTry, now.Add(max(c.Heartbeat, integrityPace)+max(c.Heartbeat/5, integrityPace/3)))
+	switch {
+	case !m.offline:
+		atMost(&m.stopsAt, now.Add(c.Grace))
+	case c.MaxOffline > 0:
+		atMost(&m.stopsAt, now.Add(c.MaxOffline))
+	}
 	return m
+}
+
+// Shift is called when the wall clock was set by d: what was to happen in a minute
+// still happens in a minute, and what was an hour ago stays that.
+func (m *Machine) Shift(d time.Duration) {
+	for _, t := range []*time.Time{&m.since, &m.lastGood, &m.firstDenial, &m.lastDenial, &m.stopsAt, &m.stopped, &m.nextTry, &m.nextRotate} {
+		if !t.IsZero() {
+			*t = t.Add(d)
+		}
+	}
 }
 
 // upTo draws from 0 to d.

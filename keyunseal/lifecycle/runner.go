@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A Host is what a Runner acts on: the volume, and the KEK that opens it. The
@@ -34,13 +36,60 @@ type Host interface {
 	Changed(from State, now Snapshot)
 }
 
-// longestWait bounds a wait: the wall clock may be set, or go on while the
-// machine sleeps, which timers don't notice.
+// longestWait bounds a wait: time may pass while the machine sleeps, which timers
+// don't notice, and the wall clock may be set.
 const longestWait = 30 * time.Second
 
-// now is the wall clock's time: a grace period passes while the machine is
-// suspended, which the monotonic clock doesn't count.
-func now() time.Time { return time.Now().Round(0) }
+// A clock tells the wall clock's time, and by how much that was set. What a machine
+// waits for takes as long as it says, whatever becomes of the wall clock: one that is
+// 9 h ahead at boot, and corrected then, would suspend all looks at the KEK for 9 h,
+// and make a grace period as much longer. The time that passes while the machine is
+// suspended counts, which is why it's not Go's monotonic clock.
+type clock struct {
+	wall   func() time.Time
+	passed func() time.Duration // since any moment, also while suspended
+
+	offset time.Time // of the wall clock when passed was 0
+}
+
+// leastStep is less than any error of a clock that matters, and more than what two
+// clocks that are read one after the other differ by. A clock that is slewed is no
+// matter: the kernel slews both.
+const leastStep = time.Second
+
+func newClock() *clock {
+	c := &clock{wall: time.Now, passed: sinceBoot}
+	c.offset = c.wall().Round(0).Add(-c.passed())
+	return c
+}
+
+// sinceBoot is CLOCK_BOOTTIME.
+func sinceBoot() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic(err) // Linux has it since 2.6.39
+	}
+	return time.Duration(ts.Nano())
+}
+
+// read returns the time, and by how much the wall clock was set since it was read
+// last.
+func (c *clock) read() (now time.Time, step time.Duration) {
+	for {
+		before := c.passed()
+		now = c.wall().Round(0)
+		after := c.passed()
+		if after-before < leastStep/2 { // else this process was stopped between them
+			step = now.Sub(c.offset.Add(after))
+			break
+		}
+	}
+	if step.Abs() < leastStep {
+		return now, 0
+	}
+	c.offset = c.offset.Add(step)
+	return now, step
+}
 
 // ErrGivenUp is in the chain of what Run returns when only a person can help.
 var ErrGivenUp = errors.New("it can't work as it is configured")
@@ -62,8 +111,9 @@ type Runner struct {
 	wake     chan struct{} // capacity 1: the machine has other plans
 	ended    chan struct{} // closed when Run returns
 
-	mu      sync.Mutex // guards machine
+	mu      sync.Mutex // guards machine and clock
 	machine *Machine
+	clock   *clock
 }
 
 // A command is an operator's.
@@ -73,15 +123,15 @@ type command struct {
 }
 
 // NewRunner returns a Runner that hasn't begun. c has been checked.
-func NewRunner(c Config, host Host) *Runner { return newRunner(New(c, now()), host) }
+func NewRunner(c Config, host Host) *Runner { return newRunner(New(c, time.Now().Round(0)), host) }
 
 // RestoreRunner is NewRunner with a machine of [Restore].
 func RestoreRunner(c Config, s Snapshot, wiped bool, host Host) *Runner {
-	return newRunner(Restore(c, s, wiped, now()), host)
+	return newRunner(Restore(c, s, wiped, time.Now().Round(0)), host)
 }
 
 func newRunner(m *Machine, host Host) *Runner {
-	return &Runner{host: host, machine: m, commands: make(chan command), wake: make(chan struct{}, 1), ended: make(chan struct{})}
+	return &Runner{host: host, machine: m, clock: newClock(), commands: make(chan command), wake: make(chan struct{}, 1), ended: make(chan struct{})}
 }
 
 // Snapshot returns what is known now.
@@ -134,6 +184,8 @@ func (r *Runner) command(ctx context.Context, change func(now time.Time)) error 
 func (r *Runner) Run(ctx context.Context) error {
 	defer close(r.ended)
 	for {
+		var now time.Time
+		r.update(func(t time.Time) { now = t })
 		r.mu.Lock()
 		action, at := r.machine.Next()
 		r.mu.Unlock()
@@ -142,7 +194,7 @@ func (r *Runner) Run(ctx context.Context) error {
 			s := r.Snapshot()
 			return fmt.Errorf("%w: %s", ErrGivenUp, s.Reason)
 		}
-		if left := at.Sub(now()); action == Nothing || left > 0 {
+		if left := at.Sub(now); action == Nothing || left > 0 {
 			if !r.wait(ctx, action, left) {
 				return nil
 			}
@@ -247,7 +299,11 @@ func guarded(ctx context.Context, attempt func(context.Context) Outcome) (o Outc
 func (r *Runner) update(change func(now time.Time)) {
 	r.mu.Lock()
 	before := r.machine.Snapshot()
-	change(now())
+	now, step := r.clock.read()
+	if step != 0 {
+		r.machine.Shift(step)
+	}
+	change(now)
 	after := r.machine.Snapshot()
 	r.mu.Unlock()
 	if before.State != after.State || after.Failures > before.Failures || before.Wiped != after.Wiped || before.LastGood != after.LastGood {

@@ -66,6 +66,22 @@ func (f *fakeHost) Changed(_ State, now Snapshot) {
 	f.changes = append(f.changes, now)
 }
 
+// inBubble gives a Runner that doesn't run yet the time of its bubble; its wall clock
+// is ahead of that.
+func inBubble(r *Runner, ahead *atomic.Int64) *Runner {
+	epoch := time.Now()
+	c := &clock{passed: func() time.Duration { return time.Since(epoch) }}
+	c.wall = func() time.Time {
+		if ahead == nil {
+			return time.Now()
+		}
+		return time.Now().Add(time.Duration(ahead.Load()))
+	}
+	c.offset = c.wall().Round(0)
+	r.clock = c
+	return r
+}
+
 // start runs a Runner in a bubble; the function that it returns ends it.
 func start(t *testing.T, f *fakeHost, change func(*Config)) (*Runner, func() error) {
 	t.Helper()
@@ -77,7 +93,7 @@ func start(t *testing.T, f *fakeHost, change func(*Config)) (*Runner, func() err
 		t.Fatal(err)
 	}
 	f.begun = time.Now()
-	r := NewRunner(c, f)
+	r := inBubble(NewRunner(c, f), nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	result := make(chan error, 1)
 	go func() { result <- r.Run(ctx) }()
@@ -347,7 +363,7 @@ func TestLimit(t *testing.T) {
 func TestGivesUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &fakeHost{unseal: func(context.Context) Outcome { return Outcome{Kind: Misconfigured, Text: "no such file"} }}
-		r := NewRunner(config(t, nil), f)
+		r := inBubble(NewRunner(config(t, nil), f), nil)
 		if err := r.Run(t.Context()); !errors.Is(err, ErrGivenUp) {
 			t.Errorf("Run() = %v, want ErrGivenUp", err)
 		}
@@ -379,5 +395,85 @@ func TestHeartbeatSpread(t *testing.T) {
 		if n := perMinute[minute]; n < 50 || n > 160 {
 			t.Errorf("minute %d: %d looks of %d hosts, want about %d", minute, n, hosts, hosts/10)
 		}
+	}
+}
+
+// TestClockSet: the wall clock is set while a volume serves, by a lot. Looks at the
+// KEK go on at their pace, and a key that is denied stops the volume as soon as ever.
+func TestClockSet(t *testing.T) {
+	for _, step := range []time.Duration{-9 * time.Hour, 9 * time.Hour, -50 * 365 * 24 * time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			var ahead atomic.Int64
+			var disabled, down atomic.Bool
+			f := &fakeHost{begun: time.Now()}
+			f.probe = func(context.Context) Outcome {
+				switch {
+				case disabled.Load():
+					return Outcome{Kind: Denied, Code: "KeyDisabled"}
+				case down.Load():
+					return Outcome{Text: "no such host"}
+				}
+				return Outcome{Kind: Success}
+			}
+			f.unseal = f.probe
+			c := config(t, func(c *Config) { c.Grace, c.MaxOffline = time.Hour, 2*time.Hour })
+			r := inBubble(NewRunner(c, f), &ahead)
+			ctx, cancel := context.WithCancel(t.Context())
+			result := make(chan error, 1)
+			go func() { result <- r.Run(ctx) }()
+			time.Sleep(time.Hour)
+			down.Store(true)
+			time.Sleep(time.Hour)
+			good := r.Snapshot().LastGood
+
+			ahead.Store(int64(step))
+			probes := f.count("probe")
+			time.Sleep(15 * time.Minute)
+			s := r.Snapshot()
+			if n := f.count("probe") - probes; n == 0 || n > 10 {
+				t.Errorf("%v: %d looks at the KEK in the 15 min after the clock was set", step, n)
+			}
+			if s.State != Degraded || !s.LastGood.Equal(good.Add(step)) || s.StopsAt.Sub(s.LastGood) != 2*time.Hour {
+				t.Errorf("%v: an outage, and then: %+v", step, s)
+			}
+			down.Store(false)
+			time.Sleep(15 * time.Minute)
+			if s := r.Snapshot(); s.State != Unlocked {
+				t.Errorf("%v: the key is there again: %v", step, s.State)
+			}
+
+			disabled.Store(true)
+			time.Sleep(15 * time.Minute)
+			ahead.Add(int64(step)) // in the grace period
+			time.Sleep(75 * time.Minute)
+			synctest.Wait()
+			s = r.Snapshot()
+			if s.State != Revoked || !s.Wiped || len(f.halted) != 1 {
+				t.Fatalf("%v: 90 min after the key was disabled: %+v", step, s)
+			}
+			if now := time.Now().Add(2 * step); s.Stopped.After(now) || now.Sub(s.Stopped) > 90*time.Minute || s.Stopped.Sub(s.AccessLost) < 45*time.Minute {
+				t.Errorf("%v: at %v: %+v", step, now, s)
+			}
+			cancel()
+			<-result
+		})
+	}
+}
+
+// TestClock reads the kernel's clocks.
+func TestClock(t *testing.T) {
+	c := newClock()
+	for range 100 {
+		if now, step := c.read(); step != 0 || time.Since(now).Abs() > time.Minute {
+			t.Fatalf("%v, set by %v", now, step)
+		}
+	}
+	wall := c.wall
+	c.wall = func() time.Time { return wall().Add(-time.Hour) }
+	if now, step := c.read(); (step+time.Hour).Abs() > time.Minute || (time.Since(now)-time.Hour).Abs() > time.Minute {
+		t.Errorf("set back by an hour: %v, set by %v", now, step)
+	}
+	if _, step := c.read(); step != 0 {
+		t.Errorf("set by %v again", step)
 	}
 }
