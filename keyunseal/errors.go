@@ -32,7 +32,8 @@ const (
 	ClassThrottled
 	// ClassIdentity means that no token could be had for the identity.
 	ClassIdentity
-	// ClassDenied means that the vault knows the identity and refused it.
+	// ClassDenied means that the vault refused the identity (403), or did not accept
+	// its token (401), which is no denial, see [Error.Denied].
 	ClassDenied
 	// ClassKeyUnusable means that the KEK is disabled, expired, deleted or unknown,
 	// or that there is no host key file.
@@ -143,6 +144,12 @@ func (e *Error) Transient() bool {
 	switch e.Class {
 	case ClassInternal, ClassUnreachable, ClassThrottled, ClassMalformed, ClassNoTPM, ClassTPMBusy, ClassTPMLockout:
 		return true
+	case ClassDenied:
+		// A vault says so to a token that Entra ID has just issued when it can't check
+		// it ("AKV10046: Unable to resolve the key used for signature validation"), and
+		// then to all hosts of a region at once. Who takes access away is not seen
+		// here: that is a 403, a 404, or no token at all.
+		return e.Status == http.StatusUnauthorized
 	case ClassIdentity:
 		// The identity endpoint says 400, 401 or 403 when this machine doesn't have
 		// that identity, Entra ID when it doesn't know the client. Their other answers
@@ -178,7 +185,7 @@ const codeClock = "AADSTS700024"
 func (e *Error) Denied() bool {
 	switch e.Class {
 	case ClassDenied:
-		return true
+		return !e.Transient()
 	case ClassKeyUnusable:
 		return e.Status != 0 || e.Code != "" // else it's a host key file
 	case ClassIdentity:
@@ -228,7 +235,7 @@ func (e *Error) hint() string {
 			return "does a network policy or a private endpoint of the vault shut this host out?"
 		}
 		if e.Status == http.StatusUnauthorized {
-			return "is the vault in the tenant of the identity, and is the clock right?"
+			return "the service may be at fault, then it passes; is the vault in the tenant of the identity, and is the clock right?"
 		}
 		return "does the identity have wrapKey and unwrapKey? the role is Key Vault Crypto Service Encryption User, and a new assignment takes some minutes"
 	case ClassKeyUnusable:

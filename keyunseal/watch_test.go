@@ -94,6 +94,9 @@ func TestProbe(t *testing.T) {
 			s.Permit(clientID, allPermissions...)
 			s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.AnswerError(403, "Forbidden", "ForbiddenByFirewall", "m")})
 		}, ClassDenied, true},
+		{"token not accepted", func() {
+			s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.AnswerError(401, "Unauthorized", "", "AKV10046: Unable to resolve the key used for signature validation.")})
+		}, ClassDenied, false},
 		{"throttled", func() { s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.Throttled()}) }, ClassThrottled, false},
 		{"fault", func() { s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.Answer(503, nil, "")}) }, ClassUnreachable, false},
 		{"reset", func() { s.Inject(vaulttest.Fault{Route: "unwrapkey", Do: vaulttest.Reset}) }, ClassUnreachable, false},

@@ -41,6 +41,7 @@ func TestOutcomeOf(t *testing.T) {
 		{"panic of the SDK", e(keyunseal.ClassInternal, "unwrap", 0), lifecycle.Transient},
 		{"disabled", disabled, lifecycle.Denied},
 		{"no permission", e(keyunseal.ClassDenied, "unwrap", 403), lifecycle.Denied},
+		{"token not accepted", e(keyunseal.ClassDenied, "unwrap", 401), lifecycle.Transient},
 		{"identity not assigned", e(keyunseal.ClassIdentity, "unwrap", 400), lifecycle.Denied},
 		{"identity endpoint busy", e(keyunseal.ClassIdentity, "unwrap", 429), lifecycle.Transient},
 		{"wrong answer", wrongAnswer, lifecycle.Integrity},
