@@ -202,12 +202,8 @@ func ReplaceToken(ctx context.Context, b Backing, unseal Unsealer, id int, rewra
 	}
 	now := time.Now()
 	_, err = u.update(ctx, func(h *luks2.Header) error {
-		is, ok := h.Tokens[id]
-		if !ok {
-			return noToken(id)
-		}
-		if text, err := is.MarshalJSON(); err != nil || !bytes.Equal(text, was) {
-			return fmt.Errorf("token %d: %w", id, luks2.ErrChanged)
+		if err := sameToken(h, id, old); err != nil {
+			return err
 		}
 		dropExpired(h, now, u.token)
 		// A number of its own, also where the old token goes at once.
@@ -216,7 +212,7 @@ func ReplaceToken(ctx context.Context, b Backing, unseal Unsealer, id int, rewra
 		}
 		if keep <= 0 {
 			delete(h.Tokens, id)
-		} else if h.Tokens[id], err = retired(is, now, keep); err != nil {
+		} else if h.Tokens[id], err = retired(h.Tokens[id], now, keep); err != nil {
 			return err
 		}
 		h.Tokens[newID] = t
@@ -256,13 +252,11 @@ func retired(t *luks2.Token, now time.Time, keep time.Duration) (*luks2.Token, e
 }
 
 // dropExpired removes retired tokens whose time is over, if the token that has
-// just opened the volume isn't one of those.
+// just opened the volume is there and isn't one of those.
 func dropExpired(h *luks2.Header, now time.Time, openedBy int) (dropped []int) {
 	list := keyTokens(h)
-	for _, t := range list {
-		if t.ID == openedBy && !t.Retired.IsZero() {
-			return nil // the tokens that are meant to be used don't work
-		}
+	if !slices.ContainsFunc(list, func(t KeyToken) bool { return t.ID == openedBy && t.Retired.IsZero() }) {
+		return nil // the tokens that are meant to be used don't work, or the one that does is gone
 	}
 	for _, t := range list {
 		if !t.Retired.IsZero() && now.After(t.KeepUntil) {
@@ -315,8 +309,8 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 	if err != nil {
 		return err
 	}
-	t, ok := h.Tokens[id]
-	if !ok || !isKeyToken(t) {
+	victim, ok := h.Tokens[id]
+	if !ok || !isKeyToken(victim) {
 		return noToken(id)
 	}
 	tokens, recovery := keyTokens(h), len(recoverySlots(h)) > 0
@@ -328,6 +322,7 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 	active := o
 	active.SkipRetired = true
 	u, err := unlockHeader(ctx, b, unseal, active, id)
+	shown := err == nil
 	if err != nil {
 		switch {
 		case errors.Is(err, ErrAuth):
@@ -347,16 +342,42 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 	}
 	defer u.keys.free()
 	_, err = u.update(ctx, func(h *luks2.Header) error {
-		if _, ok := h.Tokens[id]; !ok {
-			return noToken(id)
+		// All that was looked at before the lock is looked at again: another command
+		// may have taken away what was to stay, and numbers are given again.
+		if err := sameToken(h, id, victim); err != nil {
+			return err
 		}
 		delete(h.Tokens, id)
-		if len(keyTokens(h)) == 0 && len(recoverySlots(h)) == 0 {
+		left, slots := keyTokens(h), len(recoverySlots(h))
+		switch {
+		case len(left) == 0 && slots == 0:
 			return fmt.Errorf("token %d: %w: %w", id, ErrLastWay, luks2.ErrChanged)
+		case force:
+		case shown:
+			return sameToken(h, u.token, u.h.Tokens[u.token])
+		case slots == 0 || !slices.ContainsFunc(left, func(t KeyToken) bool { return t.Retired.IsZero() }):
+			return fmt.Errorf("token %d: %w that is known to work: %w", id, ErrLastWay, luks2.ErrChanged)
 		}
 		return nil
 	})
 	return err
+}
+
+// sameToken returns an error unless token id of h is the one that it was when it was
+// read: there, and not retired or replaced since.
+func sameToken(h *luks2.Header, id int, was *luks2.Token) error {
+	is, ok := h.Tokens[id]
+	if !ok {
+		return fmt.Errorf("token %d is gone: %w meanwhile; run this again", id, luks2.ErrChanged)
+	}
+	a, err := was.MarshalJSON()
+	if err != nil {
+		return err
+	}
+	if b, err := is.MarshalJSON(); err != nil || !bytes.Equal(a, b) {
+		return fmt.Errorf("token %d is another one: %w meanwhile; run this again", id, luks2.ErrChanged)
+	}
+	return nil
 }
 
 // recoverySlots lists the keyslots that hold the DEK of the data.

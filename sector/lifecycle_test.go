@@ -18,6 +18,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -258,6 +259,107 @@ func TestRemoveToken(t *testing.T) {
 				if err := opens(t, d, ring(b), OpenOptions{}); err != nil {
 					t.Error(err)
 				}
+			}
+		})
+	}
+}
+
+// TestTwoChanges has another command change the header while one is asking for a
+// key, which holds no lock: neither may take away what the other has shown to be a
+// way in, nor what has only the number of what was to be removed.
+func TestTwoChanges(t *testing.T) {
+	a, b, c, e := &kek{name: "a"}, &kek{name: "b"}, &kek{name: "c", down: true}, &kek{name: "e"}
+	all := ring(a, b, c, e)
+	rewrap := func(ctx context.Context, volume string, _ json.RawMessage, key *[32]byte) (json.RawMessage, error) {
+		return b.seal(ctx, volume, key)
+	}
+	remove := func(id int, force bool) func(Backing, Unsealer) error {
+		return func(d Backing, unseal Unsealer) error {
+			return RemoveToken(context.Background(), d, unseal, id, force, OpenOptions{})
+		}
+	}
+	removeSlot := func(d Backing, unseal Unsealer) error {
+		return RemoveRecoveryKey(context.Background(), d, unseal, 0, OpenOptions{})
+	}
+	steps := func(steps ...func(Backing, Unsealer) error) func(Backing, Unsealer) error {
+		return func(d Backing, unseal Unsealer) error {
+			for _, step := range steps {
+				if err := step(d, unseal); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+	}
+	retire := func(id int, keep time.Duration) func(Backing, Unsealer) error {
+		return func(d Backing, unseal Unsealer) error {
+			_, err := ReplaceToken(context.Background(), d, unseal, id, rewrap, keep, OpenOptions{})
+			return err
+		}
+	}
+	add := func(d Backing, unseal Unsealer) error {
+		_, err := AddToken(context.Background(), d, unseal, e.seal, OpenOptions{})
+		return err
+	}
+	addSlot := func(d Backing, unseal Unsealer) error {
+		_, err := AddRecoveryKey(context.Background(), d, unseal, NewRecoveryKey(), OpenOptions{})
+		return err
+	}
+	for _, tt := range []struct {
+		name            string
+		keks            []*kek
+		recovery        bool
+		before          func(Backing, Unsealer) error // changes the volume at first
+		command, beside func(Backing, Unsealer) error
+		want            error // of command
+		tokens, slots   int   // that are left
+	}{
+		{name: "each by the other", keks: []*kek{a, b, c}, command: remove(0, false), beside: remove(1, false), want: luks2.ErrChanged, tokens: 2},
+		{name: "each by the other, forced", keks: []*kek{a, b}, command: remove(0, true), beside: remove(1, false), want: luks2.ErrChanged, tokens: 1},
+		{name: "what has shown it is retired", keks: []*kek{a, b}, command: remove(1, false), beside: retire(0, time.Hour), want: luks2.ErrChanged, tokens: 3},
+		{name: "the keyslot counted", keks: []*kek{a, c}, recovery: true, command: remove(0, false), beside: removeSlot, want: ErrLastWay, tokens: 2},
+		{name: "the keyslot, by a token that goes", keks: []*kek{a}, recovery: true, command: removeSlot, beside: remove(0, true), want: luks2.ErrChanged, slots: 1},
+		{name: "another token of this number", keks: []*kek{a, b}, command: remove(1, false), beside: steps(remove(1, false), add), want: luks2.ErrChanged, tokens: 2},
+		{name: "another keyslot of this number", keks: []*kek{a}, recovery: true, command: removeSlot, beside: steps(removeSlot, addSlot), want: luks2.ErrChanged, tokens: 1, slots: 1},
+		{name: "the expired one, by a token that goes", keks: []*kek{a}, before: retire(0, time.Nanosecond), command: func(d Backing, unseal Unsealer) error {
+			_, err := DropRetired(context.Background(), d, unseal, time.Now().Add(time.Hour), OpenOptions{})
+			return err
+		}, beside: remove(2, true), tokens: 1},
+		{name: "something else", keks: []*kek{a, b, c}, recovery: true, command: remove(2, false), beside: remove(1, false), tokens: 1, slots: 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			f := FormatOptions{}
+			for _, k := range tt.keks {
+				f.Seal = append(f.Seal, k.seal)
+			}
+			if tt.recovery {
+				f.RecoveryKey = NewRecoveryKey()
+			}
+			d := formatWith(t, f)
+			if tt.before != nil {
+				if err := tt.before(d, all.unseal); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var once sync.Once
+			err := tt.command(d, func(ctx context.Context, volume string, token json.RawMessage, key *[32]byte) error {
+				err := all.unseal(ctx, volume, token, key)
+				if err == nil {
+					once.Do(func() {
+						if err := tt.beside(d, all.unseal); err != nil {
+							t.Errorf("beside: %v", err)
+						}
+					})
+				}
+				return err
+			})
+			if !errors.Is(err, tt.want) || (err == nil) != (tt.want == nil) {
+				t.Errorf("error %v, want %v", err, tt.want)
+			}
+			active, retired := tokenIDs(t, d)
+			if tokens, slots := len(active)+len(retired), len(RecoverySlots(headerOf(t, d))); tokens != tt.tokens || slots != tt.slots {
+				t.Errorf("%d tokens and %d keyslots are left, want %d and %d", tokens, slots, tt.tokens, tt.slots)
 			}
 		})
 	}
@@ -996,6 +1098,23 @@ func TestRemoveRecoveryKey(t *testing.T) {
 	}
 	if bytes.Equal(before, material()) {
 		t.Error("the keyslot is gone, and its area still holds the key")
+	}
+
+	// b takes the place of a, and a is kept: it goes soon.
+	b := &kek{name: "b", down: true}
+	retired := formatWith(t, f)
+	rewrap := func(ctx context.Context, volume string, _ json.RawMessage, key *[32]byte) (json.RawMessage, error) {
+		return b.seal(ctx, volume, key)
+	}
+	if _, err := ReplaceToken(t.Context(), retired, ring(a, &kek{name: "b"}).unseal, 0, rewrap, time.Hour, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	before = retired.Bytes()
+	if err := RemoveRecoveryKey(t.Context(), retired, ring(a, b).unseal, 0, OpenOptions{}); !errors.Is(err, ErrLastWay) {
+		t.Errorf("shown by a retired token: %v", err)
+	}
+	if !bytes.Equal(before, retired.Bytes()) {
+		t.Error("shown by a retired token: refused, and written")
 	}
 
 	for _, tt := range []struct {

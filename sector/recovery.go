@@ -138,8 +138,8 @@ func RotateRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int
 }
 
 // RemoveRecoveryKey removes a recovery keyslot and overwrites its area. A token
-// has to unseal, which shows that it isn't the last way in; if none does, the
-// error has [ErrLastWay] in its chain.
+// that isn't retired has to unseal, which shows that it isn't the last way in; if
+// none does, the error has [ErrLastWay] in its chain.
 func RemoveRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int, o OpenOptions) error {
 	_, err := changeRecovery(ctx, b, unseal, nil, []int{slot}, o)
 	return err
@@ -150,16 +150,19 @@ func RecoverySlots(h *luks2.Header) []int { return recoverySlots(h) }
 
 // changeRecovery adds a keyslot, removes others, or both.
 func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte, remove []int, o OpenOptions) (int, error) {
+	// What only removes has to show that it isn't the last way in.
+	show := add == nil
+	o.SkipRetired = o.SkipRetired || show
 	u, err := unlockHeader(ctx, b, unseal, o)
 	if err != nil {
 		_, tried := errors.AsType[tokensFailed](err)
-		if remove != nil && add == nil && tried && !errors.Is(err, ErrAuth) && ctx.Err() == nil {
+		if show && tried && !errors.Is(err, ErrAuth) && ctx.Err() == nil {
 			err = fmt.Errorf("keyslot %d: %w that is known to work: no token unseals: %w", remove[0], ErrLastWay, err)
 		}
 		return -1, err
 	}
 	defer u.keys.free()
-	id := -1
+	id, was := -1, u.h
 	var gone []luks2.Area
 	touched, err := u.update(ctx, func(h *luks2.Header) error {
 		d := h.SegmentDigest(0)
@@ -189,9 +192,18 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 				return fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
 			}
 		}
+		if show {
+			if err := sameToken(h, u.token, was.Tokens[u.token]); err != nil {
+				return err
+			}
+		}
 		for _, old := range remove {
 			if !slices.Contains(recoverySlots(h), old) {
 				return fmt.Errorf("%w: there is no recovery keyslot %d; there are %v", ErrUnsupported, old, recoverySlots(h))
+			}
+			// Numbers are given again.
+			if is, was := h.Keyslots[old], was.Keyslots[old]; was == nil || is.Area.Offset != was.Area.Offset || !bytes.Equal(is.KDF.Salt, was.KDF.Salt) {
+				return fmt.Errorf("keyslot %d is another one: %w meanwhile; run this again", old, luks2.ErrChanged)
 			}
 			gone = append(gone, h.Keyslots[old].Area)
 			delete(h.Keyslots, old)

@@ -92,7 +92,7 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 	})
 	if len(tokens) == 0 {
 		if len(skip) > 0 || o.SkipRetired {
-			return opened{}, errors.New("there is no other token that is not retired")
+			return opened{}, tokensFailed{errors.New("there is no other token that is not retired")}
 		}
 		return opened{}, fmt.Errorf("%w: no token is left that holds its key; it can be opened with its recovery key and 'cryptsetup open'", ErrNotVolume)
 	}
@@ -147,8 +147,8 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 	return opened{}, tokensFailed{errors.Join(failed...)}
 }
 
-// tokensFailed is the error of unlock when the tokens were tried and none opens
-// the volume.
+// tokensFailed is the error of unlock when none of the tokens that may opens the
+// volume.
 type tokensFailed struct{ error }
 
 func (e tokensFailed) Unwrap() error { return e.error }
