@@ -388,6 +388,24 @@ func TestRetiredToken(t *testing.T) {
 	if opens(t, d, ring(a), skip) == nil {
 		t.Error("a retired token that was to be skipped opens the volume")
 	}
+	// Asked, it's tried only after all others have failed, however slow they are.
+	for _, may := range []bool{false, true} {
+		slow := ring(a, &kek{name: "b", hang: true})
+		asked := 0
+		ask := OpenOptions{HeadStart: time.Millisecond, TryTimeout: 50 * time.Millisecond, Retired: func(others error) bool {
+			if asked++; others == nil || !strings.Contains(others.Error(), fmt.Sprintf("token %d ", id)) || strings.Contains(others.Error(), "token 0 ") {
+				t.Errorf("asked with %v", others)
+			}
+			return may
+		}}
+		if err := opens(t, d, slow, ask); (err == nil) != may || asked != 1 {
+			t.Errorf("may be tried: %v; asked %d times: %v", may, asked, err)
+		}
+		r, err := Verify(t.Context(), d, slow.unseal, ask)
+		if err != nil || r.Opens != may {
+			t.Errorf("may be tried: %v; Verify says that it opens: %v, %v", may, r.Opens, err)
+		}
+	}
 	v, err := Open(t.Context(), d, both.unseal, OpenOptions{})
 	if err != nil {
 		t.Fatal(err)

@@ -36,6 +36,12 @@ type OpenOptions struct {
 	// volume otherwise: those that stand for them were denied.
 	SkipRetired bool
 
+	// Retired, if not nil, keeps those tokens back until all others have failed, and
+	// is then asked with what was said of these whether they may be tried. Their
+	// version of a KEK may still be enabled where that of their successors was taken
+	// away.
+	Retired func(others error) bool
+
 	// Changed, if not nil, is told of a header that was written, under the lock on
 	// the header, by functions that change one, and by [Accept] of the one accepted.
 	Changed func(now *Known)

@@ -114,13 +114,19 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 		}()
 	}()
 	var later <-chan time.Time
+	may := len(tokens) // how many may be tried
+	if o.Retired != nil {
+		if i := slices.IndexFunc(tokens, func(t KeyToken) bool { return !t.Retired.IsZero() }); i > 0 {
+			may = i
+		}
+	}
 	start := func() {
 		i := next
 		next++
 		running++
 		go func() { results <- try(ctx, h, i, tokens[i], unseal, o) }()
 		later = nil
-		if next < len(tokens) {
+		if next < may {
 			later = time.After(headStart)
 		}
 	}
@@ -139,7 +145,10 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 				return opened{a.token, a.fingerprint, v.generation(), v.Signature}, a.keys.free()
 			}
 			failed[a.index] = a.err
-			if next < len(tokens) && ctx.Err() == nil {
+			if running == 0 && may < len(tokens) && next == may && ctx.Err() == nil && o.Retired(errors.Join(failed...)) {
+				may = len(tokens)
+			}
+			if next < may && ctx.Err() == nil {
 				start()
 			}
 		}

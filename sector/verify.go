@@ -2,6 +2,7 @@ package sector
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -109,17 +110,23 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 		})
 	}
 	wg.Wait()
+	var others error // of those that aren't retired, which come first
+	works := false
 	for i, t := range r.Tokens {
 		if t.Err != nil {
 			find("%v", t.Err)
+			if t.Retired.IsZero() {
+				others = errors.Join(others, t.Err)
+			}
 			continue
 		}
+		works = works || t.Retired.IsZero()
 		if r.PinError == nil {
 			if r.PinError = o.checkOrigin(h.UUID, opened{t.ID, prints[i], v.generation(), v.Signature}); r.PinError != nil {
 				find("%v", r.PinError)
 			}
 		}
-		r.Opens = r.PinError == nil && unfit == nil
+		r.Opens = r.PinError == nil && unfit == nil && (works || o.Retired == nil || others == nil || o.Retired(others))
 	}
 	return r, nil
 }

@@ -92,7 +92,7 @@ volume would open by another key.`,
 func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, device string, d *sector.Device) (*checkReport, error) {
 	log := a.cliLog()
 	o := keys.open(log)
-	o.RequirePin = requirePin
+	o.RequirePin, o.Retired = requirePin, retiredMayOpen
 	r, err := sector.Verify(ctx, d, keys.unsealer(log), o)
 	if err != nil {
 		return nil, err

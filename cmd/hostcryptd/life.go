@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"strings"
@@ -199,6 +200,7 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	// Probes look at the tokens that aren't retired. When those were denied, an
 	// older version of the key that is still enabled must not undo the stop.
 	o.SkipRetired = d.life.Snapshot().Denials > 0
+	o.Retired = retiredMayOpen
 	begun := time.Now()
 	var err error
 	if v == nil {
@@ -232,6 +234,18 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	}
 	d.record(r)
 	return outcome
+}
+
+// retiredMayOpen tells whether retired tokens may open a volume, given how the
+// others have failed. The version of the key that they need is kept enabled for a
+// while, for a vault that was restored and has no newer one (404). Where a newer one
+// is refused or was disabled, they must not undo that: a host that was stopped would
+// come back by a reboot.
+func retiredMayOpen(others error) bool {
+	return walk(others, func(err error) bool {
+		e, ok := err.(*keyunseal.Error)
+		return !ok || !e.Denied() || e.Status == http.StatusNotFound
+	})
 }
 
 // A headerFault is why the header on the disk of a volume that is served is not

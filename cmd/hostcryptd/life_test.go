@@ -63,6 +63,31 @@ func TestOutcomeOf(t *testing.T) {
 	}
 }
 
+// TestRetiredMayOpen: of denials only that a version is unknown lets an older one in.
+func TestRetiredMayOpen(t *testing.T) {
+	e := func(class keyunseal.Class, status int) error {
+		return fmt.Errorf("token 1: %w", &keyunseal.Error{Op: "unwrap", Class: class, Status: status, Code: "c"})
+	}
+	for name, tt := range map[string]struct {
+		others error
+		may    bool
+	}{
+		"none":        {nil, true},
+		"disabled":    {e(keyunseal.ClassKeyUnusable, 403), false},
+		"not allowed": {e(keyunseal.ClassDenied, 403), false},
+		"not allowed, and another is unreachable": {errors.Join(e(keyunseal.ClassUnreachable, 0), e(keyunseal.ClassDenied, 403)), false},
+		"expired, which is denied here":           {e(keyunseal.ClassKeyUnusable, 0), false},
+		"not in this vault":                       {e(keyunseal.ClassKeyUnusable, 404), true},
+		"token not accepted":                      {e(keyunseal.ClassDenied, 401), true},
+		"unreachable":                             {e(keyunseal.ClassUnreachable, 0), true},
+		"not the TPM's":                           {e(keyunseal.ClassTPMState, 0), true},
+	} {
+		if got := retiredMayOpen(tt.others); got != tt.may {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
 func TestLifeConfig(t *testing.T) {
 	token := func(typ string, wrapped int) sector.KeyToken {
 		text, _ := json.Marshal(map[string]any{
