@@ -188,7 +188,7 @@ func try(ctx context.Context, h *luks2.Header, index int, t KeyToken, unseal Uns
 	if a.keys, err = newKeys(0); err != nil {
 		return fail(err)
 	}
-	late := fmt.Errorf("no answer in %v", limit)
+	late := fmt.Errorf("no answer in %v: %w", limit, context.DeadlineExceeded)
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, late)
 	defer cancel()
 	done := make(chan error, 1)

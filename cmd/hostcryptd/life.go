@@ -681,9 +681,14 @@ func outcomeOf(err error) lifecycle.Outcome {
 	if err == nil {
 		return lifecycle.Outcome{Kind: lifecycle.Success}
 	}
-	// What nobody has thought of must not end a boot, unless it's about what is
-	// on the disk: that is the same at the next try.
-	o := lifecycle.Outcome{Kind: lifecycle.Misconfigured, Text: err.Error()}
+	// What nobody has thought of must not end a boot: a process that could not be
+	// started, no descriptor left. What is on the disk is the same at the next try.
+	o := lifecycle.Outcome{Kind: lifecycle.Transient, Text: err.Error()}
+	for _, target := range []error{sector.ErrAuth, sector.ErrNotVolume, sector.ErrDamaged, sector.ErrUnsupported, sector.ErrDevice} {
+		if errors.Is(err, target) {
+			o.Kind = lifecycle.Misconfigured
+		}
+	}
 	rank := -1
 	walk(err, func(e error) bool {
 		k, ok := e.(*keyunseal.Error)

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -49,7 +51,11 @@ func TestOutcomeOf(t *testing.T) {
 		{"no host key file", noFile, lifecycle.Misconfigured},
 		{"forged header", fmt.Errorf("x: %w", sector.ErrAuth), lifecycle.Misconfigured},
 		{"header gone", sector.ErrNotVolume, lifecycle.Misconfigured},
+		{"disk that can't be read", fmt.Errorf("x: %w: %w", sector.ErrDevice, syscall.EIO), lifecycle.Misconfigured},
 		{"timeout", context.DeadlineExceeded, lifecycle.Transient},
+		{"no process", fmt.Errorf("token 0 (t): deriving the data key in a child process: %w", syscall.EAGAIN), lifecycle.Transient},
+		{"no descriptor", fmt.Errorf("token 0 (t): %w", &os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}), lifecycle.Transient},
+		{"child killed at its limit", fmt.Errorf("token 0 (t): deriving the data key in a child process: %w", &exec.ExitError{ProcessState: &os.ProcessState{}}), lifecycle.Transient},
 		{"one down, one disabled", errors.Join(disabled, down), lifecycle.Transient},
 		{"one disabled, one without file", errors.Join(noFile, disabled), lifecycle.Denied},
 		{"one wrong, one without file", errors.Join(noFile, wrongAnswer), lifecycle.Integrity},
