@@ -198,6 +198,10 @@ func (e *Error) Denied() bool {
 // answer about it. That's a reason to alarm, and trying again soon helps nothing.
 func (e *Error) Integrity() bool { return e.Class == ClassIntegrity }
 
+// anotherToken is what helps where a token of the TPM doesn't unseal any more. The
+// recovery key opens the data, and doesn't give the volume key, of which a token is made.
+const anotherToken = "'hostcryptd rewrap' seals to what is there now if another token opens the volume; with the recovery key only 'cryptsetup open' does, to copy the data"
+
 // hint says what to look at, for the classes where something is known.
 func (e *Error) hint() string {
 	switch e.Class {
@@ -244,9 +248,9 @@ func (e *Error) hint() string {
 		}
 	case ClassWrongKey:
 		if e.Code == codeOtherTPM {
-			return "the TPM was cleared or replaced, or the disk is in another host: open the volume by another token or the recovery key, then rewrap"
+			return "the TPM was cleared or replaced, or the disk is in another host: " + anotherToken
 		}
-		return "--host-key names the file; another token or the recovery key may open the volume"
+		return "--host-key names the file; another token may open the volume, and with the recovery key 'cryptsetup open' does"
 	case ClassIntegrity:
 		switch e.Op {
 		case "get", "wrap", "unwrap", "probe", "verify", "sign":
@@ -271,7 +275,7 @@ func (e *Error) hint() string {
 	case ClassTPMLockout:
 		return "wait, or reset the lockout: tpm2_dictionarylockout --clear-lockout"
 	case ClassTPMState:
-		return "the firmware, Secure Boot or its keys were changed: if you did that, open the volume by another token or the recovery key, then rewrap"
+		return "the firmware, Secure Boot or its keys were changed: if you did that, " + anotherToken
 	case ClassConfig:
 		switch e.Code {
 		case codeOwnerAuth:
