@@ -22,8 +22,9 @@ import (
 //
 // It's an ordinary index and not a counter: it holds the fingerprint too, and a
 // write of one command is the old value or the new one. It has no password and no
-// policy: who can send commands to the TPM as root of this host does, or starts a
-// system of his own on it, can write it. It's about those who can't.
+// policy: who can send commands to the TPM, which is who may open /dev/tpmrm0, root
+// and the group tss on many systems, or starts a system of his own on it, can write
+// it. It's about those who can't.
 
 // A Pin is what the TPM remembers of a volume.
 type Pin struct {
