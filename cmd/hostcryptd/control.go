@@ -352,8 +352,8 @@ func (d *daemon) requestDetach() error {
 	return nil
 }
 
-// readTokens notes which tokens the header has. A disk that hangs is not waited
-// for: what was noted before stays, and nobody else asks the disk meanwhile.
+// readTokens notes which tokens the header has. A disk that hangs or fails is not
+// waited for: what was noted before stays, and nobody else asks the disk meanwhile.
 func (d *daemon) readTokens() {
 	if !d.readingTokens.CompareAndSwap(false, true) {
 		return
@@ -365,10 +365,15 @@ func (d *daemon) readTokens() {
 		ctx, cancel := context.WithTimeout(context.Background(), tokensTimeout)
 		defer cancel()
 		h, _, err := sector.ReadHeader(ctx, d.device)
-		if err != nil {
+		var list []tokenInfo
+		switch {
+		case err == nil:
+			list = slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
+		case errors.Is(err, sector.ErrNotVolume) || errors.Is(err, sector.ErrDamaged):
+			// It's gone, and its tokens with it.
+		default:
 			return
 		}
-		list := slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
 		d.mu.Lock()
 		d.tokens = list
 		d.mu.Unlock()
@@ -410,9 +415,13 @@ func (d *daemon) status() *status {
 			s.Key.Token = &token
 		}
 		s.Key.Random = token == sector.RandomToken
+		keysIn := v.SecretMemory()
+		if v.Suspended() {
+			keysIn = ""
+		}
 		s.Volume = &volumeStatus{
 			Size: size, SectorSize: v.SectorSize(), ReadOnly: v.ReadOnly(), Discard: v.Discards(), Failed: v.Failed(),
-			Cipher: sector.Cipher, Runs: v.Implementation(), KeyMemory: v.SecretMemory(), Warnings: v.Warnings(), Requests: &requests,
+			Cipher: sector.Cipher, Runs: v.Implementation(), KeyMemory: keysIn, Warnings: v.Warnings(), Requests: &requests,
 		}
 	}
 	if d.server != nil {
@@ -701,7 +710,11 @@ func (s *status) print(w io.Writer) {
 			}
 		}
 		p("size", "%s, sectors of %d bytes, %s", bytesText(uint64(v.Size)), v.SectorSize, mode)
-		p("cipher", "%s, %s, keys in %s", v.Cipher, v.Runs, v.KeyMemory)
+		keys := "no keys in memory"
+		if v.KeyMemory != "" {
+			keys = "keys in " + v.KeyMemory
+		}
+		p("cipher", "%s, %s, %s", v.Cipher, v.Runs, keys)
 		if s.Key.Random {
 			p("opened by", "a random key, which is stored nowhere")
 		} else {
