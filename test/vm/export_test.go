@@ -27,13 +27,12 @@ func testQEMUExport(t *testing.T, l *lab) {
 	begun := time.Now()
 	var (
 		image    = filepath.Join(l.Dir, "export.img")
-		state    = filepath.Join(l.Dir, "export-state.img")
 		recovery = filepath.Join(l.Dir, "export-recovery.key")
 		hostKey  = filepath.Join(l.Dir, "export-host.key")
 		socket   = filepath.Join(l.Dir, "export.sock")
 		canary   = newCanary()
 	)
-	if err := errors.Join(vmtest.Sparse(image, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
+	if err := vmtest.Sparse(image, volumeSize); err != nil {
 		t.Fatal(err)
 	}
 	payload, err := vmtest.Payload(t.Context(), filepath.Join(l.Dir, "export-payload.tar"), payloadSize)
@@ -42,11 +41,7 @@ func testQEMUExport(t *testing.T, l *lab) {
 	}
 	l.command(t, l.Hostcryptd, "format", image, "--host-key", hostKey, "--recovery-key", recovery, "--yes")
 
-	disks := []vmtest.Disk{
-		{Serial: "volume", Socket: socket},
-		{Serial: "state", Path: state},
-		{Serial: "payload", Path: payload.Path, ReadOnly: true},
-	}
+	disks := []vmtest.Disk{{Serial: "volume", Socket: socket}, l.sparse(t, "state", stateSize), payload.Disk()}
 	// Another process for the second boot: what it serves comes from the disk.
 	stop := l.serve(t, image, hostKey, socket)
 	write := l.boot(t, "export-write", map[string]string{"canary": canary}, disks...)

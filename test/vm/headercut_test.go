@@ -13,7 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"hostcryptd/test/vm/report"
 	"hostcryptd/test/vm/vmtest"
 )
 
@@ -25,11 +24,7 @@ func testHeaderPowerCut(t *testing.T, l *lab) {
 	cycles, seed := cutParameters(t)
 	cycles = (3*cycles + 4) / 5 // a change takes a second, and each cut hits one
 	r := rand.New(rand.NewPCG(seed, 2))
-	volume, state := filepath.Join(l.Dir, "headercut.img"), filepath.Join(l.Dir, "headercut-state.img")
-	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
-		t.Fatal(err)
-	}
-	stateDisk := vmtest.Disk{Serial: "state", Path: state}
+	volume, state := l.sparse(t, "volume", volumeSize).Path, l.sparse(t, "state", stateSize)
 	// cut cuts the power in place of a flush, the at-th after the guest's first
 	// acknowledgement, and returns the changes acknowledged.
 	cut := func(t *testing.T, name, image string, at int, before vmtest.FlushAction, state vmtest.Disk) int {
@@ -59,20 +54,20 @@ func testHeaderPowerCut(t *testing.T, l *lab) {
 	acked := 0
 	for i := range cycles {
 		at := 1 + r.IntN(12)
-		acked = cut(t, fmt.Sprintf("headercut-%d", i+1), volume, at, vmtest.FlushDo, stateDisk)
+		acked = cut(t, fmt.Sprintf("headercut-%d", i+1), volume, at, vmtest.FlushDo, state)
 		t.Logf("power cut %d of %d: in place of flush %d; %d changes acknowledged", i+1, cycles, at, acked)
 	}
 	check := func(name, volume string, state vmtest.Disk) error {
 		_, err := l.bootAs(t.Context(), name, "headercut", map[string]string{"check": "only"}, nil, vmtest.Disk{Serial: "volume", Path: volume}, state)
 		return err
 	}
-	if err := check("headercut-check", volume, stateDisk); err != nil {
+	if err := check("headercut-check", volume, state); err != nil {
 		t.Fatal(err)
 	}
 
 	// The control: a disk that ignores flushes loses what was acknowledged.
 	liar, liarState := filepath.Join(l.Dir, "headercut-control.img"), filepath.Join(l.Dir, "headercut-control-state.img")
-	if err := errors.Join(vmtest.CopySparse(liar, volume), vmtest.CopySparse(liarState, state)); err != nil {
+	if err := errors.Join(vmtest.CopySparse(liar, volume), vmtest.CopySparse(liarState, state.Path)); err != nil {
 		t.Fatal(err)
 	}
 	liarDisk := vmtest.Disk{Serial: "state", Path: liarState}
@@ -94,20 +89,13 @@ func testHeaderPowerCut(t *testing.T, l *lab) {
 // testLogWrites replays the writes of a volume up to each flush.
 func testLogWrites(t *testing.T, l *lab) {
 	begun := time.Now()
-	volume, log := filepath.Join(l.Dir, "logwrites.img"), filepath.Join(l.Dir, "logwrites-log.img")
-	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(log, 2<<30)); err != nil {
-		t.Fatal(err)
-	}
-	defer os.Remove(log)
+	volume, log := l.sparse(t, "ext4", volumeSize), l.sparse(t, "log", 2<<30)
+	volume.NVMe = true
+	defer os.Remove(log.Path)
 	cycles, seed := cutParameters(t)
 	t.Logf("seed %d", seed)
-	c := l.Config("logwrites", map[string]string{"fs": "ext4", "seed": fmt.Sprint(seed), "checks": fmt.Sprint(cycles), "hostkey": fmt.Sprintf("%064x", seed)},
-		vmtest.Disk{Serial: "ext4", Path: volume, NVMe: true}, vmtest.Disk{Serial: "log", Path: log})
+	c := l.Config("logwrites", map[string]string{"fs": "ext4", "seed": fmt.Sprint(seed), "checks": fmt.Sprint(cycles), "hostkey": fmt.Sprintf("%064x", seed)}, volume, log)
 	c.Timeout += time.Duration(cycles) * 20 * time.Second
-	c.OnEvent = func(e report.Event) { t.Log(e) }
-	r, err := c.Run(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := run(t, c)
 	l.row("LogWrites", time.Since(begun), r)
 }

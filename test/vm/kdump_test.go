@@ -48,7 +48,7 @@ func (l *lab) luksUUID(t *testing.T, image string) string {
 // what only the memory of the first kernel held.
 func testKdump(t *testing.T, l *systemLab) {
 	volume, hostKey := l.sparse(t, "volume", 512<<20), filepath.Join(l.Dir, "kdump.key")
-	l.command(t, l.Hostcryptd, "format", volume.Path, "--key", "host-key", "--host-key", hostKey, "--yes", "--audit-log", "none", "--pins", filepath.Join(l.Dir, "kdump-pins"))
+	l.format(t, volume.Path, hostKey, "--key", "host-key")
 
 	files := vmtest.NewFiles()
 	files.AddBytes("/etc/hostcrypttab", fmt.Appendf(nil, "dump UUID=%s /etc/hostcryptd/dump.key noauto,attach=/dev/nbd3,x-kdump.attach\n", l.luksUUID(t, volume.Path)), 0o644)
@@ -57,16 +57,7 @@ func testKdump(t *testing.T, l *systemLab) {
 	// The journal would have the kernel's log on the root's disk, which is no volume here.
 	files.AddBytes("/etc/systemd/journald.conf.d/volatile.conf", []byte("[Journal]\nStorage=volatile\n"), 0o644)
 	listModules(files, "virtio_pci", "virtio_blk")
-
-	tree, err := l.system.NewTree(t.Context(), files)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := tree.Remove(t.Context()); err != nil {
-			t.Error(err)
-		}
-	}()
+	tree := l.tree(t, files)
 	initrds := map[string]string{}
 	name := "/var/lib/kdump/initrd.img-" + l.Kernel.Release
 	for maker, command := range map[string]string{
@@ -108,7 +99,11 @@ func kdump(t *testing.T, l *systemLab, name, fstype string, files *vmtest.Image,
 		Name: name + "-crash", Scenario: "kdump-crash", Params: map[string]string{"canary": canary, "fs": fstype}, Files: files,
 		Append: []string{fmt.Sprintf("crashkernel=%dM", crashMemory)}, MemoryMB: 1024, Disks: []vmtest.Disk{root, volume},
 	}
-	v, err := l.system.Start(t.Context(), boot)
+	c, err := l.system.Config(boot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := vmtest.Start(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -118,8 +118,7 @@ func (p *powerCut) prepare(t *testing.T) {
 		if err := vmtest.Sparse(p.image(fstype), cutVolumeSize); err != nil {
 			t.Fatal(err)
 		}
-		p.command(t, p.Hostcryptd, "format", p.image(fstype), "--host-key", p.hostKey,
-			"--recovery-key", p.image(fstype)+".recovery", "--yes", "--audit-log", "none", "--pins", p.pins())
+		p.format(t, p.image(fstype), p.hostKey, "--recovery-key", p.image(fstype)+".recovery")
 	}
 	_, err := p.bootAs(t.Context(), "powercut-prepare", "powercut-prepare", p.params(""), nil,
 		vmtest.Disk{Serial: "ext4", Path: p.image("ext4")}, vmtest.Disk{Serial: "xfs", Path: p.image("xfs")})
@@ -128,12 +127,10 @@ func (p *powerCut) prepare(t *testing.T) {
 	}
 }
 
-func (p *powerCut) pins() string { return filepath.Join(p.Dir, "powercut-pins") }
-
 // verifyHeader checks both copies of the header of an image that nobody uses.
 func (p *powerCut) verifyHeader(t *testing.T, image string) {
 	t.Helper()
-	p.command(t, p.Hostcryptd, "header", "verify", image, "--host-key", p.hostKey, "--audit-log", "none", "--pins", p.pins())
+	p.command(t, p.Hostcryptd, "header", "verify", image, "--host-key", p.hostKey, "--audit-log", "none", "--pins", p.hostKey+".pins")
 }
 
 // params are the parameters of the guest program.

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -15,7 +14,6 @@ import (
 	"time"
 
 	"hostcryptd/keyunseal/vaulttest"
-	"hostcryptd/test/vm/report"
 	"hostcryptd/test/vm/vmtest"
 )
 
@@ -72,7 +70,7 @@ func testRootOnVolume(t *testing.T, l *systemLab) {
 	begun := time.Now()
 	network, roots := l.vaultOnHost(t)
 	volume, hostKey := l.sparse(t, "volume", rootVolumeSize), filepath.Join(l.Dir, "root.key")
-	l.command(t, l.Hostcryptd, "format", volume.Path, "--key", "host-key", "--host-key", hostKey, "--yes", "--audit-log", "none", "--pins", filepath.Join(l.Dir, "root-pins"))
+	l.format(t, volume.Path, hostKey, "--key", "host-key")
 
 	files := vmtest.NewFiles()
 	files.AddBytes("/etc/hostcrypttab", fmt.Appendf(nil, "root UUID=%s none attach=/dev/nbd0,_netdev,x-initrd.attach\n", l.luksUUID(t, volume.Path)), 0o644)
@@ -83,15 +81,7 @@ func testRootOnVolume(t *testing.T, l *systemLab) {
 	files.AddBytes("/etc/ssl/certs/ca-certificates.crt", roots, 0o644)
 	files.AddBytes("/etc/default/kdump-tools", []byte("USE_KDUMP=0\n"), 0o644)
 	listModules(files, "virtio_pci", "virtio_blk", "virtio_net", "ext4")
-	tree, err := l.system.NewTree(t.Context(), files)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := tree.Remove(t.Context()); err != nil {
-			t.Error(err)
-		}
-	}()
+	tree := l.tree(t, files)
 	initrds := map[string]string{}
 	name := "/boot/initrd.img-" + l.Kernel.Release
 	for _, c := range [][2]string{
@@ -118,7 +108,7 @@ func testRootOnVolume(t *testing.T, l *systemLab) {
 	}
 	socket := filepath.Join(l.Dir, "root.sock")
 	stop := l.serve(t, volume.Path, hostKey, socket)
-	_, err = vmtest.Run(t.Context(), "", "nbdcopy", "--flush", plain, "nbd+unix:///?socket="+socket)
+	_, err := vmtest.Run(t.Context(), "", "nbdcopy", "--flush", plain, "nbd+unix:///?socket="+socket)
 	stop()
 	if err := errors.Join(err, os.Remove(plain)); err != nil {
 		t.Fatal(err)
@@ -126,21 +116,15 @@ func testRootOnVolume(t *testing.T, l *systemLab) {
 
 	// initramfs-tools' has no host key, so there the vault's is the only one.
 	c := l.Config("root-prepare", nil, volume)
-	c.Initrd, c.Network, c.OnEvent = l.withFiles(t, files, hostKey), network, func(e report.Event) { t.Log(e) }
-	if _, err := c.Run(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	c.Initrd, c.Network = l.withFiles(t, files, hostKey), network
+	run(t, c)
 
 	canary := newCanary()
 	boot := func(name, scenario, maker string) *vmtest.Result {
 		c := l.Config(scenario, map[string]string{"canary": canary}, volume)
-		c.Name, c.Initrd, c.Network, c.Timeout, c.OnEvent = name, initrds[maker], network, 6*time.Minute, func(e report.Event) { t.Log(e) }
+		c.Name, c.Initrd, c.Network, c.Timeout = name, initrds[maker], network, 6*time.Minute
 		c.Append = append(c.Append, "root=/dev/nbd0", "ro", "ip=dhcp", "systemd.show_status=1")
-		r, err := c.Run(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r
+		return run(t, c)
 	}
 	first := boot("root-first", "root-first", "initramfs-tools")
 	second := boot("root-second", "root-second", "initramfs-tools")
@@ -165,23 +149,11 @@ func (l *lab) withFiles(t *testing.T, from *vmtest.Image, hostKey string) string
 	over.AddFrom(from, "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt")
 	over.AddFile("/run-host.key", hostKey, 0o600)
 	name := filepath.Join(l.Dir, "with-files.cpio")
-	if err := errors.Join(over.WriteFile(name+".over"), vmtest.CopySparse(name, l.Initrd)); err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(name + ".over")
-	if err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.OpenFile(name, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end, err := f.Seek(0, io.SeekEnd)
-	if err == nil {
-		// An archive begins at a multiple of 4 bytes.
-		_, err = f.WriteAt(b, (end+3)&^3)
-	}
-	if err := errors.Join(err, f.Close()); err != nil {
+	err := over.WriteFile(name)
+	added, err1 := os.ReadFile(name)
+	initrd, err2 := os.ReadFile(l.Initrd)
+	initrd = append(initrd, make([]byte, -len(initrd)&3)...) // an archive begins at a multiple of 4 bytes
+	if err := errors.Join(err, err1, err2, os.WriteFile(name, append(initrd, added...), 0o644)); err != nil {
 		t.Fatal(err)
 	}
 	return name

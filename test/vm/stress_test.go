@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"hostcryptd/test/vm/report"
 	"hostcryptd/test/vm/vmtest"
 )
 
@@ -32,12 +31,9 @@ func testStress(t *testing.T, l *lab) {
 	hostKey := filepath.Join(l.Dir, "stress.key")
 	var disks []vmtest.Disk
 	for _, fstype := range []string{"ext4", "xfs"} {
-		image := filepath.Join(l.Dir, "stress-"+fstype+".img")
-		if err := vmtest.Sparse(image, cutVolumeSize); err != nil {
-			t.Fatal(err)
-		}
-		l.command(t, l.Hostcryptd, "format", image, "--key", "host-key", "--host-key", hostKey, "--yes", "--audit-log", "none", "--pins", filepath.Join(l.Dir, "stress-pins"))
-		disks = append(disks, vmtest.Disk{Serial: fstype, Path: image})
+		volume := l.sparse(t, fstype, cutVolumeSize)
+		l.format(t, volume.Path, hostKey, "--key", "host-key")
+		disks = append(disks, volume)
 	}
 	key, err := os.ReadFile(hostKey)
 	if err != nil {
@@ -47,11 +43,7 @@ func testStress(t *testing.T, l *lab) {
 	t.Logf("seed %d", seed)
 	c := l.Config("stress", map[string]string{"time": limit, "seed": fmt.Sprint(seed), "hostkey": fmt.Sprintf("%x", key)}, disks...)
 	c.Timeout += 2 * d
-	c.OnEvent = func(e report.Event) { t.Log(e) }
-	r, err := c.Run(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := run(t, c)
 	for _, fstype := range []string{"ext4", "xfs"} {
 		if r.Figures[fstype+" file operations"].Value < 100 {
 			err = errors.Join(err, fmt.Errorf("%s: %v operations, want at least 100", fstype, r.Figures[fstype+" file operations"].Value))

@@ -7,14 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"hostcryptd/test/vm/report"
-	"hostcryptd/test/vm/vmtest"
 )
 
 const (
@@ -54,25 +52,21 @@ func testSwap(t *testing.T, l *lab, control bool) {
 		scenario, name = "swap-control", "SwapControl"
 	}
 	begun := time.Now()
-	disk := filepath.Join(l.Dir, scenario+".img")
-	if err := vmtest.Sparse(disk, swapDiskSize); err != nil {
-		t.Fatal(err)
-	}
-	small := *l.Lab
-	small.MemoryMB, small.BootLimit = swapMemory, time.Duration(seconds)*time.Second+6*time.Minute
+	c := l.Config(scenario, params, l.sparse(t, "volume", swapDiskSize))
+	c.MemoryMB, c.Timeout = swapMemory, time.Duration(seconds)*time.Second+6*time.Minute
+	c.OnEvent = func(e report.Event) { t.Log(e) }
 	ctx, hangs := context.WithCancelCause(t.Context())
 	defer hangs(nil)
-	onEvent := func(e report.Event) { t.Log(e) }
 	if control {
 		// A machine that hangs may not even say so.
 		silence := time.AfterFunc(swapSilence, func() { hangs(fmt.Errorf("not a word in %v", swapSilence)) })
 		defer silence.Stop()
-		onEvent = func(e report.Event) {
+		c.OnEvent = func(e report.Event) {
 			t.Log(e)
 			silence.Reset(swapSilence)
 		}
 	}
-	r, err := small.Boot(ctx, scenario, params, onEvent, vmtest.Disk{Serial: "volume", Path: disk})
+	r, err := c.Run(ctx)
 	if control {
 		if err == nil {
 			t.Errorf("swap on a volume is as good without --swap: this test shows nothing")

@@ -5,14 +5,11 @@ package vm
 import (
 	"bytes"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"testing"
 	"time"
 
-	"hostcryptd/test/vm/evidence"
-	"hostcryptd/test/vm/report"
 	"hostcryptd/test/vm/vmtest"
 )
 
@@ -48,26 +45,30 @@ func (l *systemLab) root(t *testing.T, name string) vmtest.Disk {
 	return d
 }
 
-// sparse makes an empty disk.
-func (l *systemLab) sparse(t *testing.T, serial string, size int64) vmtest.Disk {
-	t.Helper()
-	d := vmtest.Disk{Serial: serial, Path: filepath.Join(l.Dir, t.Name()[len("TestVM/"):]+"-"+serial+".img")}
-	if err := vmtest.Sparse(d.Path, size); err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
 // bootSystem boots a machine with systemd, runs the scenario in it and waits
 // until it has powered itself off in order.
 func (l *systemLab) bootSystem(t *testing.T, b vmtest.SystemBoot) *vmtest.Result {
 	t.Helper()
-	b.OnEvent = func(e report.Event) { t.Log(e) }
-	r, err := l.system.Boot(t.Context(), b)
+	c, err := l.system.Config(b)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return r
+	return run(t, c)
+}
+
+// tree makes a root file system in a folder, for as long as the test runs.
+func (l *systemLab) tree(t *testing.T, files *vmtest.Image) *vmtest.RootTree {
+	t.Helper()
+	tree, err := l.system.NewTree(t.Context(), files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := tree.Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+	return tree
 }
 
 // volumeDisks are the disks of a machine whose /var, swap and /data are volumes.
@@ -162,11 +163,7 @@ func testShutdown(t *testing.T, s *volumeSystem) {
 func (l *systemLab) formatHere(t *testing.T, d vmtest.Disk, uuid string, files *vmtest.Image) {
 	t.Helper()
 	keyFile := d.Path + ".key"
-	out, err := exec.CommandContext(t.Context(), l.Hostcryptd, "format", d.Path, "--uuid", uuid, "--host-key", keyFile,
-		"--recovery-key", d.Path+".recovery", "--yes", "--audit-log", "none", "--pins", d.Path+".pins").CombinedOutput()
-	if err != nil {
-		t.Fatalf("hostcryptd format: %v: %s", err, out)
-	}
+	l.format(t, d.Path, keyFile, "--uuid", uuid, "--recovery-key", d.Path+".recovery")
 	files.AddFile("/etc/hostcryptd/host.key", keyFile, 0o600)
 }
 
@@ -219,8 +216,8 @@ func testLogs(t *testing.T, l *systemLab) {
 	l.row("Logs", time.Since(begun), first, second)
 }
 
-// searchDisks counts the canaries of the scenario system-logs on raw disks, and the
-// bytes that were looked at: all that were ever written.
+// searchDisks is searchDisk for several disks and the canaries of the scenario
+// system-logs.
 func searchDisks(t *testing.T, canary string, disks []vmtest.Disk) (size int64, hits []int) {
 	t.Helper()
 	needles := [][]byte{[]byte(canary + "-IN-THE-JOURNAL"), []byte(canary + "-OF-AN-APPLICATION"), []byte(canary + "-IN-A-CORE-DUMP")}
@@ -231,27 +228,6 @@ func searchDisks(t *testing.T, canary string, disks []vmtest.Disk) (size int64, 
 		for i, n := range counts {
 			hits[i] += n
 		}
-	}
-	return size, hits
-}
-
-// searchDisk counts needles on one raw disk, and the bytes that were looked at.
-func searchDisk(t *testing.T, name string, needles ...[]byte) (size int64, hits []int) {
-	t.Helper()
-	f, err := os.Open(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	extents, err := evidence.Extents(f, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if hits, err = evidence.Search(f, extents, needles...); err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range extents {
-		size += e.Len
 	}
 	return size, hits
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -90,11 +91,44 @@ func keepOrRemove(t *testing.T, dir string) {
 // scenario fails.
 func (l *lab) boot(t *testing.T, scenario string, params map[string]string, disks ...vmtest.Disk) *vmtest.Result {
 	t.Helper()
-	r, err := l.Boot(t.Context(), scenario, params, func(e report.Event) { t.Log(e) }, disks...)
+	return run(t, l.Config(scenario, params, disks...))
+}
+
+// run is boot where more has to be said of the machine.
+func run(t *testing.T, c vmtest.Config) *vmtest.Result {
+	t.Helper()
+	c.OnEvent = func(e report.Event) { t.Log(e) }
+	r, err := c.Run(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	return r
+}
+
+// play boots a scenario that has no more to it, and adds the test's row to the table.
+func (l *lab) play(t *testing.T, scenario string, disks ...vmtest.Disk) {
+	t.Helper()
+	begun := time.Now()
+	r := l.boot(t, scenario, nil, disks...)
+	l.row(path.Base(t.Name()), time.Since(begun), r)
+}
+
+// sparse makes an empty disk, whose image is called after the test.
+func (l *lab) sparse(t *testing.T, serial string, size int64) vmtest.Disk {
+	t.Helper()
+	d := vmtest.Disk{Serial: serial, Path: filepath.Join(l.Dir, path.Base(t.Name())+"-"+serial+".img")}
+	if err := vmtest.Sparse(d.Path, size); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// format writes a header, on this host and with a host key, which is made if it
+// isn't there. Of the volume, the host remembers nothing but beside the key.
+func (l *lab) format(t *testing.T, image, hostKey string, more ...string) {
+	t.Helper()
+	args := []string{"format", image, "--host-key", hostKey, "--yes", "--audit-log", "none", "--pins", hostKey + ".pins"}
+	l.command(t, l.Hostcryptd, append(args, more...)...)
 }
 
 // row adds a line to the table: the scenario, its wall time with everything
@@ -136,16 +170,12 @@ func newCanary() string { return "HOSTCRYPTD-CANARY-" + rand.Text() }
 func TestGuest(t *testing.T) {
 	l := newLab(t)
 	t.Run("Works", func(t *testing.T) {
-		state := filepath.Join(l.Dir, "state.img")
-		if err := vmtest.Sparse(state, stateSize); err != nil {
-			t.Fatal(err)
-		}
-		r := l.boot(t, "smoke", nil, vmtest.Disk{Serial: "state", Path: state})
+		r := l.boot(t, "smoke", nil, l.sparse(t, "state", stateSize))
 		l.row("smoke", r.Wall, r)
 	})
 	// The control: what the kernel complains about fails a boot.
 	t.Run("KernelComplains", func(t *testing.T) {
-		_, err := l.Boot(t.Context(), "complain", nil, nil)
+		_, err := l.Config("complain", nil).Run(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "the kernel log has: test: I/O error") {
 			t.Errorf("a boot with an I/O error in the kernel log: %v, want that error", err)
 		}
@@ -157,16 +187,11 @@ func TestGuest(t *testing.T) {
 // host is a virtual machine.
 func TestDemoOnHost(t *testing.T) {
 	l := newLab(t)
-	disk := filepath.Join(l.Dir, "host.img")
-	if err := vmtest.Sparse(disk, volumeSize); err != nil {
-		t.Fatal(err)
-	}
 	payload, err := vmtest.Payload(t.Context(), filepath.Join(l.Dir, "payload.tar"), 6<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := l.boot(t, "demo-on-host", map[string]string{"canary": newCanary()},
-		vmtest.Disk{Serial: "volume", Path: disk}, vmtest.Disk{Serial: "payload", Path: payload.Path, ReadOnly: true})
+	r := l.boot(t, "demo-on-host", map[string]string{"canary": newCanary()}, l.sparse(t, "volume", volumeSize), payload.Disk())
 	l.row("demo on host", r.Wall, r)
 	t.Logf("\n%s", l.table())
 }
@@ -211,24 +236,26 @@ func TestVM(t *testing.T) {
 		{{"PowerCut", func(t *testing.T) { testPowerCut(t, l) }}},
 		{{"Swap", func(t *testing.T) { testSwap(t, l, false) }}},
 		{{"Watchdog", func(t *testing.T) { testWatchdog(t, l.systems(t)) }}},
-		{{"Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") }}},
+		{{"Restart", func(t *testing.T) { testOnDisk(t, l, "restart") }}},
 		{{"LogWrites", func(t *testing.T) { testLogWrites(t, l) }}},
-		{{"Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") }}},
+		{{"Kill", func(t *testing.T) { testOnDisk(t, l, "kill") }}},
 		{
 			{"Boot", func(t *testing.T) { d.make(t) }},
-			{"Reboot", func(t *testing.T) { testOnBootDisk(t, d, "Reboot", "reboot") }},
+			{"Reboot", func(t *testing.T) { testOnBootDisk(t, d, "reboot") }},
 			{"StolenDisk", func(t *testing.T) { testStolenDisk(t, d) }},
-			{"Leave", func(t *testing.T) { testOnBootDisk(t, d, "Leave", "leave") }},
+			{"Leave", func(t *testing.T) { testOnBootDisk(t, d, "leave") }},
 			// Last: it adds a file, which the others would find to be one too many.
-			{"InUse", func(t *testing.T) { testOnBootDisk(t, d, "InUse", "inuse") }},
+			{"InUse", func(t *testing.T) { testOnBootDisk(t, d, "inuse") }},
 		},
 		{{"SwapControl", func(t *testing.T) { testSwap(t, l, true) }}},
 		{{"Logs", func(t *testing.T) { testLogs(t, l.systems(t)) }}},
 		{{"Outage", func(t *testing.T) { testOutage(t, l) }}},
 		{{"Stress", func(t *testing.T) { testStress(t, l) }}},
-		{{"Revoke", func(t *testing.T) { testRevoke(t, l) }}},
+		{{"Revoke", func(t *testing.T) {
+			l.play(t, "revoke", l.sparse(t, "volume", volumeSize), l.sparse(t, "state", stateSize), l.tools(t))
+		}}},
 		{{"QEMUExport", func(t *testing.T) { testQEMUExport(t, l) }}},
-		{{"DiskErrors", func(t *testing.T) { testDiskErrors(t, l) }}},
+		{{"DiskErrors", func(t *testing.T) { l.play(t, "disk-errors", l.sparse(t, "volume", volumeSize)) }}},
 	} {
 		queue <- list
 	}
@@ -237,11 +264,9 @@ func TestVM(t *testing.T) {
 }
 
 // testOnBootDisk runs a scenario on the disk of Boot.
-func testOnBootDisk(t *testing.T, d *disk, name, scenario string) {
+func testOnBootDisk(t *testing.T, d *disk, scenario string) {
 	d.make(t)
-	begun := time.Now()
-	r := d.boot(t, scenario, nil, d.disks()...)
-	d.row(name, time.Since(begun), r)
+	d.play(t, scenario, d.disks()...)
 }
 
 // tools returns the disk with fio, which is made once.
@@ -262,18 +287,6 @@ func (l *lab) tools(t *testing.T) vmtest.Disk {
 	return d
 }
 
-// testRevoke takes the key away from a volume that is being written to. It has
-// disks of its own.
-func testRevoke(t *testing.T, l *lab) {
-	begun := time.Now()
-	volume, state := filepath.Join(l.Dir, "revoke.img"), filepath.Join(l.Dir, "revoke-state.img")
-	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
-		t.Fatal(err)
-	}
-	r := l.boot(t, "revoke", nil, vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state}, l.tools(t))
-	l.row("Revoke", time.Since(begun), r)
-}
-
 // testOutage boots while the vault is down, with disks of its own.
 func testOutage(t *testing.T, l *lab) {
 	length := 40 * time.Second
@@ -284,17 +297,9 @@ func testOutage(t *testing.T, l *lab) {
 		}
 	}
 	begun := time.Now()
-	volume, state := filepath.Join(l.Dir, "outage.img"), filepath.Join(l.Dir, "outage-state.img")
-	if err := errors.Join(vmtest.Sparse(volume, volumeSize), vmtest.Sparse(state, stateSize)); err != nil {
-		t.Fatal(err)
-	}
-	longer := *l.Lab
-	longer.BootLimit = length + 4*time.Minute
-	r, err := longer.Boot(t.Context(), "outage", map[string]string{"outage": strconv.Itoa(int(length.Seconds()))}, func(e report.Event) { t.Log(e) },
-		vmtest.Disk{Serial: "volume", Path: volume}, vmtest.Disk{Serial: "state", Path: state})
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := l.Config("outage", map[string]string{"outage": strconv.Itoa(int(length.Seconds()))}, l.sparse(t, "volume", volumeSize), l.sparse(t, "state", stateSize))
+	c.Timeout += length
+	r := run(t, c)
 	l.row("Outage", time.Since(begun), r)
 }
 
@@ -303,20 +308,14 @@ func testOutage(t *testing.T, l *lab) {
 func testOldKernel(t *testing.T) {
 	l := newLabOf(t, oldSeries)
 	defer func() { t.Logf("\n%s", l.table()) }()
-	t.Run("Kill", func(t *testing.T) { testOnDisk(t, l, "Kill", "kill") })
-	t.Run("Restart", func(t *testing.T) { testOnDisk(t, l, "Restart", "restart") })
+	t.Run("Kill", func(t *testing.T) { testOnDisk(t, l, "kill") })
+	t.Run("Restart", func(t *testing.T) { testOnDisk(t, l, "restart") })
 	t.Run("Swap", func(t *testing.T) { testSwap(t, l, false) })
 }
 
 // testOnDisk runs a scenario that needs a disk of its own and fio.
-func testOnDisk(t *testing.T, l *lab, name, scenario string) {
-	begun := time.Now()
-	volume := filepath.Join(l.Dir, scenario+".img")
-	if err := vmtest.Sparse(volume, volumeSize); err != nil {
-		t.Fatal(err)
-	}
-	r := l.boot(t, scenario, nil, vmtest.Disk{Serial: "volume", Path: volume}, l.tools(t))
-	l.row(name, time.Since(begun), r)
+func testOnDisk(t *testing.T, l *lab, scenario string) {
+	l.play(t, scenario, l.sparse(t, "volume", volumeSize), l.tools(t))
 }
 
 // A disk is the volume that Boot makes and the other scenarios use.
@@ -354,8 +353,7 @@ func (d *disk) make(t *testing.T) {
 	if d.payload, err = vmtest.Payload(t.Context(), filepath.Join(d.Dir, "payload.tar"), payloadSize); err != nil {
 		t.Fatal(err)
 	}
-	r := d.boot(t, "boot", map[string]string{"canary": d.canary},
-		append(d.disks(), vmtest.Disk{Serial: "payload", Path: d.payload.Path, ReadOnly: true})...)
+	r := d.boot(t, "boot", map[string]string{"canary": d.canary}, append(d.disks(), d.payload.Disk())...)
 	if n := int64(r.Figures["bytes"].Value); n < d.payload.Bytes {
 		t.Fatalf("the guest wrote %d bytes of files, want %d", n, d.payload.Bytes)
 	}
@@ -380,7 +378,7 @@ func checkCiphertext(t *testing.T, image, canary string, payload *vmtest.Tree) {
 	t.Helper()
 	secrets := [][]byte{[]byte(canary), []byte(vmtest.Source), []byte("plaintext-label"), []byte("lost+found")}
 
-	counts, blocks := inspect(t, payload.Path, 0, secrets)
+	counts, blocks := inspect(t, payload.Path, 0, secrets...)
 	if counts[1] < 100 {
 		t.Errorf("control: %q is %d times in the plaintext, want at least 100", secrets[1], counts[1])
 	}
@@ -390,13 +388,13 @@ func checkCiphertext(t *testing.T, image, canary string, payload *vmtest.Tree) {
 
 	// The whole image is searched; the test for randomness is for the data
 	// area, as the header is text.
-	counts, _ = inspect(t, image, 0, secrets)
+	_, counts = searchDisk(t, image, secrets...)
 	for i, n := range counts {
 		if n != 0 {
 			t.Errorf("%q is %d times on the raw disk", secrets[i], n)
 		}
 	}
-	_, blocks = inspect(t, image, dataOffset, nil)
+	_, blocks = inspect(t, image, dataOffset)
 	t.Logf("raw disk: %d blocks of the data area written (%d in part), worst chi-square %.0f, all %.0f (random: 255, limits %d and %d)",
 		blocks.Written(), blocks.Partial, blocks.Worst, blocks.Sum, evidence.ChiSquareLow, evidence.ChiSquareHigh)
 	if err := blocks.LooksEncrypted(); err != nil {
@@ -407,17 +405,11 @@ func checkCiphertext(t *testing.T, image, canary string, payload *vmtest.Tree) {
 	}
 }
 
-func inspect(t *testing.T, name string, from int64, needles [][]byte) ([]int, evidence.Blocks) {
+// inspect counts needles in a file from an offset on, and measures its blocks.
+func inspect(t *testing.T, name string, from int64, needles ...[]byte) ([]int, evidence.Blocks) {
 	t.Helper()
-	f, err := os.Open(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	f, extents := openExtents(t, name, from)
 	defer f.Close()
-	extents, err := evidence.Extents(f, from)
-	if err != nil {
-		t.Fatal(err)
-	}
 	counts, err := evidence.Search(f, extents, needles...)
 	if err != nil {
 		t.Fatal(err)
@@ -427,4 +419,33 @@ func inspect(t *testing.T, name string, from int64, needles [][]byte) ([]int, ev
 		t.Fatal(err)
 	}
 	return counts, blocks
+}
+
+// searchDisk counts needles on a raw disk, and the bytes that were looked at: all
+// that were ever written.
+func searchDisk(t *testing.T, name string, needles ...[]byte) (size int64, hits []int) {
+	t.Helper()
+	f, extents := openExtents(t, name, 0)
+	defer f.Close()
+	hits, err := evidence.Search(f, extents, needles...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range extents {
+		size += e.Len
+	}
+	return size, hits
+}
+
+func openExtents(t *testing.T, name string, from int64) (*os.File, []evidence.Extent) {
+	t.Helper()
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	extents, err := evidence.Extents(f, from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f, extents
 }

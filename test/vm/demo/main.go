@@ -13,7 +13,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -23,7 +22,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -129,11 +127,13 @@ func (s *vmStage) prepare(ctx context.Context, dir string) (err error) {
 
 func (s *vmStage) play(ctx context.Context, scenario, canary string, show func(report.Event)) error {
 	say(fmt.Sprintf("Starting a virtual machine with Linux %s ...", s.lab.Kernel.Release))
-	_, err := s.lab.Boot(ctx, scenario, map[string]string{"canary": canary}, show,
+	c := s.lab.Config(scenario, map[string]string{"canary": canary},
 		vmtest.Disk{Serial: "volume", Path: filepath.Join(s.lab.Dir, "volume.img")},
 		vmtest.Disk{Serial: "state", Path: filepath.Join(s.lab.Dir, "state.img")},
-		vmtest.Disk{Serial: "payload", Path: s.payload.Path, ReadOnly: true},
+		s.payload.Disk(),
 	)
+	c.OnEvent = show
+	_, err := c.Run(ctx)
 	return err
 }
 
@@ -202,20 +202,5 @@ func (s *hostStage) play(ctx context.Context, scenario, canary string, show func
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	last := report.Event{Text: "nothing was reported"}
-	scan := bufio.NewScanner(events)
-	for scan.Scan() {
-		e, err := report.Decode(scan.Bytes())
-		if err != nil {
-			last = report.Event{Text: err.Error()}
-			continue
-		}
-		last = e
-		show(e)
-	}
-	err = errors.Join(scan.Err(), cmd.Wait())
-	if last.Kind != report.Done || last.Text != "" {
-		return errors.Join(errors.New(strings.TrimSpace(last.Text)), err)
-	}
-	return err
+	return errors.Join(report.Read(events, show), cmd.Wait())
 }

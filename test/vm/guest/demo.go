@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"os"
@@ -128,21 +127,10 @@ func (m *machine) playOnHost(scenario, image string) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	end := errors.New("it didn't report its end")
-	scan := bufio.NewScanner(events)
-	for scan.Scan() {
-		e, err := report.Decode(scan.Bytes())
-		switch {
-		case err != nil:
-			end = err
-		case e.Kind == report.Ready:
-		case e.Kind != report.Done:
+	err = report.Read(events, func(e report.Event) {
+		if e.Kind != report.Ready && e.Kind != report.Done {
 			m.Emit(e)
-		case e.Text != "":
-			end = errors.New(e.Text)
-		default:
-			end = nil
 		}
-	}
-	return errors.Join(end, scan.Err(), cmd.Wait())
+	})
+	return errors.Join(err, cmd.Wait())
 }

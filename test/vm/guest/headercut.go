@@ -44,10 +44,6 @@ func (h *headerChanger) hostKey() string { return filepath.Join(h.m.state, "host
 // headerCut checks what the last power cut has left of the header, and changes
 // it until the next one. With the parameter check it only checks.
 func headerCut(m *machine) error {
-	params, err := kernelParameters()
-	if err != nil {
-		return err
-	}
 	if m.disk = diskBySerial("volume"); m.disk == "" || m.state == "" {
 		return errors.New("there is no disk volume or no disk state")
 	}
@@ -76,7 +72,7 @@ func headerCut(m *machine) error {
 			return fmt.Errorf("the header isn't what was acknowledged: %w", err)
 		}
 	}
-	if params["check"] != "" {
+	if m.params["check"] != "" {
 		return h.server.detach()
 	}
 	for {
@@ -117,10 +113,7 @@ func headerData() []byte {
 
 func (h *headerChanger) serve() (err error) {
 	if h.server, err = h.m.serve("--host-key", h.hostKey()); err != nil {
-		return err
-	}
-	if !h.server.running() {
-		return fmt.Errorf("the volume doesn't open: hostcryptd serve ended with exit code %d: %s", h.server.code, strings.TrimSpace(h.server.log.String()))
+		return fmt.Errorf("the volume doesn't open: %w", err)
 	}
 	return nil
 }

@@ -60,17 +60,13 @@ func (w *writeRecorder) mark(text string) error {
 // be valid, and hold what was acknowledged; the file system must mount and have
 // every record acknowledged by then.
 func logWrites(m *machine) error {
-	params, err := kernelParameters()
+	checks, err := m.number("checks")
 	if err != nil {
 		return err
 	}
-	checks, err := strconv.Atoi(params["checks"])
-	if err != nil {
-		return fmt.Errorf("parameter checks: %w", err)
-	}
 	os.Setenv("HOSTCRYPTD_AUDIT_LOG", "none")
-	fstype := params["fs"]
-	c, err := m.cutVolume(params, fstype)
+	fstype := m.params["fs"]
+	c, err := m.cutVolume(fstype)
 	if err != nil {
 		return err
 	}
@@ -84,7 +80,7 @@ func logWrites(m *machine) error {
 	}
 
 	m.step(1, "Recording every write")
-	if _, err := m.run("hostcryptd", "format", m.disk, "--key", "host-key", "--host-key", c.key, "--yes"); err != nil {
+	if err := m.formatHostKey(); err != nil {
 		return err
 	}
 	if err := w.mark("formatted"); err != nil {
@@ -154,9 +150,9 @@ func (c *cutVolume) changeHeader(w *writeRecorder, stop *atomic.Bool) error {
 		if err != nil {
 			return err
 		}
-		args := []string{"key", "add", c.m.disk, "--key", "host-key", "--host-key", c.key}
+		args := []string{"key", "add", c.m.disk, "--key", "host-key", "--host-key", hostKey}
 		if ids := d.keys(""); n%2 == 1 {
-			args = []string{"key", "remove", c.m.disk, strconv.Itoa(ids[len(ids)-1]), "--host-key", c.key}
+			args = []string{"key", "remove", c.m.disk, strconv.Itoa(ids[len(ids)-1]), "--host-key", hostKey}
 		}
 		if out, err := command("hostcryptd", args...).CombinedOutput(); err != nil {
 			return fmt.Errorf("hostcryptd %s: %w: %s", strings.Join(args, " "), err, out)
@@ -231,17 +227,26 @@ func (r *replayer) survey() error {
 	})
 }
 
-// blank makes the image that writes are done on.
-func (r *replayer) blank() (*os.File, error) {
+// again does the writes on a blank image, see [writeLog.replay].
+func (r *replayer) again(after func(*logEntry) error) error {
+	l, f, err := r.open()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
 	size, err := deviceSize(diskBySerial(r.c.fstype))
 	if err != nil {
-		return nil, err
+		return err
 	}
-	f, err := os.Create(r.image)
+	image, err := os.Create(r.image)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return f, f.Truncate(size)
+	defer image.Close()
+	if err := image.Truncate(size); err != nil {
+		return err
+	}
+	return l.replay(image, after)
 }
 
 // run looks at the header after each flush that follows a change in its area,
@@ -255,21 +260,11 @@ func (r *replayer) run(checks int) error {
 	for range checks {
 		at[r.marks["record-"+strconv.Itoa(1+r.rand.IntN(loggedRecords))]] = true
 	}
-	l, f, err := r.open()
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	image, err := r.blank()
-	if err != nil {
-		return err
-	}
-	defer image.Close()
 	var (
 		formatted, touched bool
 		acked, generation  int
 	)
-	return l.replay(image, func(e *logEntry) error {
+	return r.again(func(e *logEntry) error {
 		touched = touched || e.data != nil && e.offset < headerArea
 		switch word, n, _ := strings.Cut(e.mark, "-"); word {
 		case "formatted":
@@ -301,7 +296,7 @@ func (r *replayer) run(checks int) error {
 // older than the one that was acknowledged.
 func (r *replayer) checkHeader(generation int) error {
 	r.headers++
-	out, err := command("hostcryptd", "check", r.image, "--json", "--host-key", r.c.key, "--pins", "/run/replay-pins").Output()
+	out, err := command("hostcryptd", "check", r.image, "--json", "--host-key", hostKey, "--pins", "/run/replay-pins").Output()
 	if !bytes.Contains(out, []byte(`"opens": true`)) {
 		return errors.Join(fmt.Errorf("the volume wouldn't open: %s", out), err)
 	}
@@ -371,17 +366,7 @@ func (r *replayer) control() error {
 // checkAt does the writes again up to the entry with a number, and checks that
 // the records are there.
 func (r *replayer) checkAt(number int64, acked int) error {
-	l, f, err := r.open()
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	image, err := r.blank()
-	if err != nil {
-		return err
-	}
-	defer image.Close()
-	err = l.replay(image, func(e *logEntry) error {
+	err := r.again(func(e *logEntry) error {
 		if e.number == number {
 			return errStop
 		}

@@ -30,39 +30,33 @@ type cutVolume struct {
 	m      *machine
 	fstype string // "ext4" or "xfs", and the serial of its disk
 	seed   uint64
-	key    string // path of the host key
-	only   bool   // every record is a slot
+	only   bool // every record is a slot
 	server *server
 	slots  *os.File
 }
 
-// slotSize is the size of a record in the file slots. O_DIRECT needs a
-// multiple of the sector size.
-const slotSize = 4096
+// slotSize is the size of a record in the file slots.
+const slotSize = pageSize
 
-func (m *machine) cutVolume(params map[string]string, fstype string) (*cutVolume, error) {
-	seed, err := strconv.ParseUint(params["seed"], 10, 64)
+func (m *machine) cutVolume(fstype string) (*cutVolume, error) {
+	seed, err := strconv.ParseUint(m.params["seed"], 10, 64)
 	if err != nil {
 		return nil, fmt.Errorf("parameter seed: %w", err)
 	}
-	key, err := hex.DecodeString(params["hostkey"])
+	key, err := hex.DecodeString(m.params["hostkey"])
 	if err != nil {
 		return nil, fmt.Errorf("parameter hostkey: %w", err)
 	}
-	c := &cutVolume{m: m, fstype: fstype, seed: seed, key: "/run/host.key", only: params["slots"] == "only"}
+	c := &cutVolume{m: m, fstype: fstype, seed: seed, only: m.params["slots"] == "only"}
 	if m.disk = diskBySerial(fstype); m.disk == "" {
 		return nil, fmt.Errorf("there is no disk %s", fstype)
 	}
-	return c, os.WriteFile(c.key, key, 0o600)
+	return c, os.WriteFile(hostKey, key, 0o600)
 }
 
 func (c *cutVolume) open(args ...string) (err error) {
-	if c.server, err = c.m.serve(append([]string{"--host-key", c.key, "--audit-log", "none"}, args...)...); err != nil {
-		return err
-	}
-	if !c.server.running() {
-		return fmt.Errorf("the volume doesn't open: hostcryptd serve ended with exit code %d: %s",
-			c.server.code, strings.TrimSpace(c.server.log.String()))
+	if c.server, err = c.m.serve(append([]string{"--host-key", hostKey, "--audit-log", "none"}, args...)...); err != nil {
+		return fmt.Errorf("the volume doesn't open: %w", err)
 	}
 	// Without a write cache the kernel sends no flushes, and the scenario
 	// would say nothing about them.
@@ -118,14 +112,9 @@ func (c *cutVolume) content(n int) []byte {
 // a power cut.
 func (c *cutVolume) write(n int) error {
 	if c.isSlot(n) {
-		// O_DIRECT wants an aligned buffer, which a mapping is.
-		buf, err := unix.Mmap(-1, 0, slotSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-		if err != nil {
-			return err
-		}
-		defer unix.Munmap(buf)
+		buf := alignedPage()
 		copy(buf, c.content(n))
-		_, err = c.slots.WriteAt(buf, c.slot(n))
+		_, err := c.slots.WriteAt(buf, c.slot(n))
 		return err
 	}
 	name := c.path(n)
@@ -232,12 +221,8 @@ func (c *cutVolume) fsck() error {
 
 // powerCutPrepare makes the file systems.
 func powerCutPrepare(m *machine) error {
-	params, err := kernelParameters()
-	if err != nil {
-		return err
-	}
 	for _, fstype := range []string{"ext4", "xfs"} {
-		c, err := m.cutVolume(params, fstype)
+		c, err := m.cutVolume(fstype)
 		if err != nil {
 			return err
 		}
@@ -260,17 +245,13 @@ func powerCutPrepare(m *machine) error {
 // powerCutWrite checks what the last power cut left and then writes records
 // until the next one.
 func powerCutWrite(m *machine) error {
-	params, err := kernelParameters()
+	c, err := m.cutVolume(m.params["fs"])
 	if err != nil {
 		return err
 	}
-	c, err := m.cutVolume(params, params["fs"])
+	acked, err := m.number("acked." + c.fstype)
 	if err != nil {
 		return err
-	}
-	acked, err := strconv.Atoi(params["acked."+c.fstype])
-	if err != nil {
-		return fmt.Errorf("parameter acked.%s: %w", c.fstype, err)
 	}
 	if err := c.recover(acked); err != nil {
 		return err
@@ -293,22 +274,18 @@ func powerCutWrite(m *machine) error {
 // powerCutCheck checks what the last power cuts left of the volumes that
 // there are, and that they can be detached cleanly.
 func powerCutCheck(m *machine) error {
-	params, err := kernelParameters()
-	if err != nil {
-		return err
-	}
 	checked := 0
 	for _, fstype := range []string{"ext4", "xfs"} {
-		if !slices.Contains(strings.Split(params["fs"], ","), fstype) {
+		if !slices.Contains(strings.Split(m.params["fs"], ","), fstype) {
 			continue
 		}
-		c, err := m.cutVolume(params, fstype)
+		c, err := m.cutVolume(fstype)
 		if err != nil {
 			return err
 		}
-		acked, err := strconv.Atoi(params["acked."+fstype])
+		acked, err := m.number("acked." + fstype)
 		if err != nil {
-			return fmt.Errorf("parameter acked.%s: %w", fstype, err)
+			return err
 		}
 		if err := c.recover(acked); err != nil {
 			return err

@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -46,16 +45,9 @@ func rootPrepare(m *machine) error {
 	return err
 }
 
-// rootServer is the server of the root file system, as its control socket and
-// /proc show it.
-type rootServer struct {
-	PID    int `json:"pid"`
-	Keeper int `json:"keeper"`
-}
-
 // checkRootServer checks that the root is on a volume, whose server came from
 // the initramfs, and that it has left that behind.
-func (m *machine) checkRootServer() (s rootServer, err error) {
+func (m *machine) checkRootServer() (s volumeStatus, err error) {
 	mounts, err := os.ReadFile("/proc/mounts")
 	if err != nil {
 		return s, err
@@ -66,14 +58,11 @@ func (m *machine) checkRootServer() (s rootServer, err error) {
 	m.disk = diskBySerial("volume")
 	// All of it is on the volume, and read for the first time: where the emulator is slow,
 	// a server has taken longer than the 3 s that status waits for.
-	out, err := m.run("hostcryptd", "status", m.disk, "--json")
+	s, err = m.status()
 	for begun := time.Now(); err != nil && time.Since(begun) < time.Minute; time.Sleep(time.Second) {
-		out, err = m.run("hostcryptd", "status", m.disk, "--json")
+		s, err = m.status()
 	}
 	if err != nil {
-		return s, err
-	}
-	if err := json.Unmarshal([]byte(out), &s); err != nil {
 		return s, err
 	}
 	for _, pid := range []int{s.PID, s.Keeper} {

@@ -222,16 +222,12 @@ func churn(dir string, seed uint64, end <-chan struct{}) (n int, err error) {
 // stress does random operations on files and folders of ext4 and xfs on a volume
 // with discards, for a time, and compares with what they must hold.
 func stress(m *machine) error {
-	params, err := kernelParameters()
-	if err != nil {
-		return err
-	}
-	limit, err := time.ParseDuration(params["time"])
+	limit, err := time.ParseDuration(m.params["time"])
 	if err != nil {
 		return fmt.Errorf("parameter time: %w", err)
 	}
 	for _, fstype := range []string{"ext4", "xfs"} {
-		c, err := m.cutVolume(params, fstype)
+		c, err := m.cutVolume(fstype)
 		if err != nil {
 			return err
 		}

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -35,32 +34,22 @@ func (m *machine) swapOn(protected bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !s.running() {
-		return nil, fmt.Errorf("hostcryptd serve ended with exit code %d: %s", s.code, s.log.String())
-	}
 	if _, err := m.run("mkswap", s.dev); err != nil {
 		return nil, err
 	}
-	m.typed("swapon", s.dev)
-	name, err := unix.BytePtrFromString(s.dev)
-	if err != nil {
-		return nil, err
-	}
-	if _, _, errno := unix.Syscall(unix.SYS_SWAPON, uintptr(unsafe.Pointer(name)), 0, 0); errno != 0 {
-		return nil, fmt.Errorf("swapon %s: %w", s.dev, errno)
-	}
-	return s, nil
+	return s, m.swapCall("swapon", unix.SYS_SWAPON, s.dev)
 }
 
-func (m *machine) swapOff(dev string) error {
-	m.typed("swapoff", dev)
+// swapCall is swapon or swapoff, without flags.
+func (m *machine) swapCall(op string, trap uintptr, dev string) error {
+	m.typed(op, dev)
 	begun := time.Now()
 	name, err := unix.BytePtrFromString(dev)
 	if err != nil {
 		return err
 	}
-	if _, _, errno := unix.Syscall(unix.SYS_SWAPOFF, uintptr(unsafe.Pointer(name)), 0, 0); errno != 0 {
-		return fmt.Errorf("swapoff %s: %w", dev, errno)
+	if _, _, errno := unix.Syscall(trap, uintptr(unsafe.Pointer(name)), 0, 0); errno != 0 {
+		return fmt.Errorf("%s %s: %w", op, dev, errno)
 	}
 	m.exited(0, begun)
 	return nil
@@ -76,12 +65,8 @@ func swapControl(m *machine) error { return m.swapScenario(false) }
 
 func (m *machine) swapScenario(protected bool) error {
 	m.reconnects = protected
-	params, err := kernelParameters()
-	if err != nil {
-		return err
-	}
-	percent, err1 := strconv.Atoi(params["percent"])
-	seconds, err2 := strconv.Atoi(params["seconds"])
+	percent, err1 := m.number("percent")
+	seconds, err2 := m.number("seconds")
 	if err := errors.Join(err1, err2); err != nil {
 		return err
 	}
@@ -196,7 +181,7 @@ func (m *machine) swapScenario(protected bool) error {
 			return fmt.Errorf("the server was replaced %d times by a reload, want 1", n)
 		}
 	}
-	if err := m.swapOff(s.dev); err != nil {
+	if err := m.swapCall("swapoff", unix.SYS_SWAPOFF, s.dev); err != nil {
 		return err
 	}
 	return s.detach()
@@ -204,20 +189,8 @@ func (m *machine) swapScenario(protected bool) error {
 
 // checkSwapSafe asks the server.
 func (m *machine) checkSwapSafe() error {
-	out, err := command("hostcryptd", "status", m.disk, "--json").Output()
+	s, err := m.status()
 	if err != nil {
-		return fmt.Errorf("hostcryptd status: %w", err)
-	}
-	var s struct {
-		Swap struct {
-			Safe     bool     `json:"safe"`
-			Problems []string `json:"problems"`
-		} `json:"swap"`
-		Memory struct {
-			Resident float64 `json:"resident"`
-		} `json:"memory"`
-	}
-	if err := json.Unmarshal(out, &s); err != nil {
 		return err
 	}
 	if !s.Swap.Safe {

@@ -1,13 +1,15 @@
 // Package report is what the guest program says to the host while a scenario
 // runs: a stream of events, one JSON object per line.
 //
-// A [Writer] writes events and may be used by several goroutines. [Decode]
-// reads one line. The last event of a stream is of kind [Done]; a stream
+// A [Writer] writes events and may be used by several goroutines. [Read] reads a
+// stream, [Decode] one line. The last event of a stream is of kind [Done]; a stream
 // without it means that the guest died.
 package report
 
 import (
+	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -73,6 +75,29 @@ func Decode(line []byte) (Event, error) {
 		return Event{}, fmt.Errorf("report: decoding %.200q: no kind", line)
 	}
 	return e, nil
+}
+
+// Read reads a stream to its end and calls show with each event. It returns the
+// error of the scenario, or one that says that there is no end.
+func Read(r io.Reader, show func(Event)) error {
+	end := errors.New("report: nothing was reported")
+	scan := bufio.NewScanner(r)
+	for scan.Scan() {
+		e, err := Decode(scan.Bytes())
+		switch {
+		case err != nil:
+			end = err
+			continue
+		case e.Kind != Done:
+			end = fmt.Errorf("report: no end after: %s", e)
+		case e.Text != "":
+			end = errors.New(e.Text)
+		default:
+			end = nil
+		}
+		show(e)
+	}
+	return errors.Join(end, scan.Err())
 }
 
 // A Writer writes events. It is safe for concurrent use.

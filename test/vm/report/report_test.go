@@ -38,6 +38,26 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
+func TestRead(t *testing.T) {
+	const figure = `{"kind":"figure","name":"copy"}` + "\n"
+	for _, tt := range []struct {
+		name, in, want string // want is of the error, "" for none
+		shown          int
+	}{
+		{"passes", figure + `{"kind":"done"}` + "\n", "", 2},
+		{"fails", figure + `{"kind":"done","text":"a file has changed"}`, "a file has changed", 2},
+		{"dies", figure, "no end after", 1},
+		{"dies in a line", figure + `{"kind":"do`, "decoding", 1},
+		{"says nothing", "", "nothing was reported", 0},
+	} {
+		shown := 0
+		err := Read(strings.NewReader(tt.in), func(Event) { shown++ })
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) || shown != tt.shown {
+			t.Errorf("%s: %v after %d events, want %q after %d", tt.name, err, shown, tt.want, tt.shown)
+		}
+	}
+}
+
 func TestDecodeRefuses(t *testing.T) {
 	for _, line := range []string{"", "{", `{"text":"no kind"}`, "[    1.2] a console line"} {
 		if e, err := Decode([]byte(line)); err == nil {

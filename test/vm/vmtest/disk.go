@@ -12,7 +12,6 @@ type Disk struct {
 	NVMe     bool   // instead of a virtio disk: it has writes with FUA
 	Path     string // of a raw image
 	Socket   string // instead of Path: Unix socket of an NBD server
-	Export   string // name of the export on Socket
 	ReadOnly bool
 }
 

@@ -1,16 +1,12 @@
 package vmtest
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"time"
-
-	"hostcryptd/test/vm/report"
 )
 
 // modules that a guest loads, in this order, each after what it needs. A
@@ -31,12 +27,6 @@ type Lab struct {
 	Kernel     *Kernel
 	Initrd     string
 	Hostcryptd string // the program under test, on the host
-
-	// BootLimit is how long one boot may take; 4 minutes if zero.
-	BootLimit time.Duration
-
-	// MemoryMB is what the machine has; 1024 if zero.
-	MemoryMB int
 }
 
 // NewLab fetches the kernel of a series, see [Series], builds the programs,
@@ -82,24 +72,8 @@ func (l *Lab) Config(scenario string, params map[string]string, disks ...Disk) C
 	}
 	return Config{
 		Name: scenario, Dir: l.Dir, Kernel: l.Kernel, Initrd: l.Initrd,
-		Append: words, Disks: disks, MemoryMB: l.MemoryMB, Timeout: cmp.Or(l.BootLimit, 4*time.Minute),
+		Append: words, Disks: disks, Timeout: BootLimit,
 	}
-}
-
-// Boot runs one scenario and waits for its end.
-func (l *Lab) Boot(ctx context.Context, scenario string, params map[string]string, onEvent func(report.Event), disks ...Disk) (*Result, error) {
-	c := l.Config(scenario, params, disks...)
-	c.OnEvent = onEvent
-	return c.Run(ctx)
-}
-
-// Run starts QEMU and waits for its end.
-func (c Config) Run(ctx context.Context) (*Result, error) {
-	v, err := Start(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	return v.Wait()
 }
 
 // Programs builds hostcryptd and the guest program into dir, static, and

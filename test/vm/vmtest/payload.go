@@ -23,6 +23,9 @@ type Tree struct {
 	Bytes int64             // sum of the sizes of the files
 }
 
+// Disk gives the archive to a guest.
+func (t *Tree) Disk() Disk { return Disk{Serial: "payload", Path: t.Path, ReadOnly: true} }
+
 // Sums is the name of the last file of a [Payload]: the SHA-256 of every
 // other file, in the form of sha256sum.
 const Sums = "SHA256SUMS"

@@ -2,6 +2,7 @@ package vmtest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,11 +27,23 @@ type Config struct {
 	Disks    []Disk
 	TPM      string        // folder with the state of a TPM 2.0, which the first boot makes; "" for none
 	Network  string        // of user-mode networking, see [Network]; none if empty
-	Timeout  time.Duration // after which the guest is killed; 3 minutes if zero
+	Timeout  time.Duration // after which the guest is killed; BootLimit if zero
 
 	// OnEvent, if not nil, is called for each event of the guest by the
 	// goroutine that is in Wait.
 	OnEvent func(report.Event)
+}
+
+// BootLimit is how long a boot of most scenarios may take.
+const BootLimit = 4 * time.Minute
+
+// Run starts QEMU and waits for its end.
+func (c Config) Run(ctx context.Context) (*Result, error) {
+	v, err := Start(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	return v.Wait()
 }
 
 // A VM is one running QEMU.
@@ -55,7 +68,6 @@ type VM struct {
 type Result struct {
 	Wall    time.Duration // from the start of QEMU to its end
 	Boot    time.Duration // from the start of the guest's kernel to its first event
-	Release string        // of the guest's kernel
 	Events  []report.Event
 	Figures map[string]report.Event
 }
@@ -100,10 +112,7 @@ func Start(ctx context.Context, c Config) (*VM, error) {
 	if v.events, err = os.Create(eventLog); err != nil {
 		return nil, fmt.Errorf("vmtest: boot %s: %w", c.Name, err)
 	}
-	timeout := c.Timeout
-	if timeout == 0 {
-		timeout = 3 * time.Minute
-	}
+	timeout := cmp.Or(c.Timeout, BootLimit)
 	ctx, v.kill = context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no end after %s", timeout))
 	v.killed = func() error { return context.Cause(ctx) }
 	cmd := exec.CommandContext(ctx, qemu, args...)
@@ -174,10 +183,6 @@ func accelerator(version string) string {
 
 // arguments is QEMU's command line without its name.
 func (c *Config) arguments(accel, serial, events string) []string {
-	memory := c.MemoryMB
-	if memory == 0 {
-		memory = 1024
-	}
 	// A hung task and a panic end the guest at once: panic=-1 resets it and
 	// -no-reboot makes that the end of QEMU. A healthy guest, emulated on a
 	// busy host, may keep a task waiting for long.
@@ -192,7 +197,7 @@ func (c *Config) arguments(accel, serial, events string) []string {
 		// QEMU 7.2 computes the upper half of a 256-bit vaesenc from the lower half of
 		// the state: with qemu-x86_64 -cpu max, the vectors of IEEE 1619 fail on ymm.
 		"-M", "q35", "-accel", accel, "-cpu", "max,vaes=off", "-smp", "2",
-		"-m", fmt.Sprintf("%dM", memory),
+		"-m", fmt.Sprintf("%dM", cmp.Or(c.MemoryMB, 1024)),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "file:" + escape(serial),
 		"-kernel", c.Kernel.Image, "-initrd", c.Initrd,
@@ -209,9 +214,6 @@ func (c *Config) arguments(accel, serial, events string) []string {
 		source := "driver=raw,node-name=" + node + ",file.driver=file,file.filename=" + escape(d.Path)
 		if d.Socket != "" {
 			source = "driver=nbd,node-name=" + node + ",server.type=unix,server.path=" + escape(d.Socket)
-			if d.Export != "" {
-				source += ",export=" + escape(d.Export)
-			}
 		}
 		if d.ReadOnly {
 			source += ",read-only=on"
@@ -308,7 +310,6 @@ func (r *Result) take(e report.Event) {
 	switch e.Kind {
 	case report.Ready:
 		r.Boot = time.Duration(e.Time * float64(time.Second))
-		r.Release = e.Text
 	case report.Figure:
 		r.Figures[e.Name] = e
 	}

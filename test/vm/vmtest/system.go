@@ -1,20 +1,18 @@
 package vmtest
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
-
-	"hostcryptd/test/vm/report"
 )
 
 // systemPackages are installed in the root file system of a [System], with
@@ -102,8 +100,6 @@ type SystemBoot struct {
 	Files    *Image            // to put over the root: see [NewFiles]
 	Append   []string          // further words of the kernel command line
 	MemoryMB int
-	Timeout  time.Duration // 4 minutes if zero
-	OnEvent  func(report.Event)
 	Disks    []Disk // one of them is from [System.NewRoot]
 	TPM      string // see [Config]
 }
@@ -160,44 +156,19 @@ func (s *System) NewRoot(name string) (Disk, error) {
 	return Disk{Serial: rootSerial, Path: name}, CopySparse(name, s.root)
 }
 
-// Start starts a machine.
-func (s *System) Start(ctx context.Context, b SystemBoot) (*VM, error) {
-	if b.Name == "" {
-		b.Name = b.Scenario
-	}
-	initrd := filepath.Join(s.lab.Dir, b.Name+".initramfs.cpio")
-	if err := s.writeInitrd(initrd, b.Files); err != nil {
-		return nil, err
-	}
-	words := []string{"hostcryptd.scenario=" + b.Scenario, "hostcryptd.root=" + rootSerial, "systemd.show_status=1"}
-	for _, key := range slices.Sorted(maps.Keys(b.Params)) {
-		words = append(words, "hostcryptd."+key+"="+b.Params[key])
-	}
-	if b.Timeout == 0 {
-		b.Timeout = 4 * time.Minute
-	}
-	return Start(ctx, Config{
-		Name: b.Name, Dir: s.lab.Dir, Kernel: s.lab.Kernel, Initrd: initrd, Append: append(words, b.Append...),
-		MemoryMB: b.MemoryMB, Disks: b.Disks, TPM: b.TPM, Timeout: b.Timeout, OnEvent: b.OnEvent,
-	})
-}
-
-// Boot starts a machine and waits until it has powered itself off.
-func (s *System) Boot(ctx context.Context, b SystemBoot) (*Result, error) {
-	v, err := s.Start(ctx, b)
-	if err != nil {
-		return nil, err
-	}
-	return v.Wait()
-}
-
-func (s *System) writeInitrd(name string, files *Image) error {
+// Config writes the initramfs of a boot, and returns the rest of what it takes.
+func (s *System) Config(b SystemBoot) (Config, error) {
+	c := s.lab.Config(b.Scenario, b.Params, b.Disks...)
+	c.Name = cmp.Or(b.Name, b.Scenario)
+	c.Append = slices.Concat(c.Append, []string{"hostcryptd.root=" + rootSerial, "systemd.show_status=1"}, b.Append)
+	c.MemoryMB, c.TPM = b.MemoryMB, b.TPM
+	c.Initrd = filepath.Join(c.Dir, c.Name+".initramfs.cpio")
 	im := s.init.clone()
 	im.addBelow(Overlay, s.base)
-	if files != nil {
-		im.addBelow(Overlay, files)
+	if b.Files != nil {
+		im.addBelow(Overlay, b.Files)
 	}
-	return im.WriteFile(name)
+	return c, im.WriteFile(c.Initrd)
 }
 
 // fetchRoot returns the image of the root file system for a kernel.

@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
-	"strings"
 )
 
 // A RootTree is the root file system of a [System] as a folder, so that a program of
@@ -57,18 +55,12 @@ func (t *RootTree) Run(ctx context.Context, command string) ([]byte, error) {
 }
 
 // CopyOut copies a file of the tree to the host.
-func (t *RootTree) CopyOut(ctx context.Context, name, to string) (err error) {
-	f, err := os.OpenFile(to, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+func (t *RootTree) CopyOut(ctx context.Context, name, to string) error {
 	b, err := asRoot(ctx, "cat", filepath.Join(t.Dir, name))
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, strings.NewReader(string(b)))
-	return err
+	return os.WriteFile(to, b, 0o644)
 }
 
 // Image writes the tree as an ext4 file system of so many bytes.

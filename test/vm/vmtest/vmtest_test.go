@@ -154,7 +154,7 @@ func TestWait(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if r.Boot != 2500*time.Millisecond || r.Release != "6.12" || r.Figures["write"].Value != 17 {
+				if r.Boot != 2500*time.Millisecond || r.Figures["write"].Value != 17 {
 					t.Errorf("result = %+v", r)
 				}
 				return
@@ -202,9 +202,9 @@ func TestErrorShowsTrouble(t *testing.T) {
 	playTools(t)
 	t.Setenv("QEMU_OOPS", "[    2.487130] Oops: 0000 [#1] PREEMPT SMP NOPTI")
 	l := &Lab{Dir: t.TempDir(), Kernel: &Kernel{}}
-	_, err := l.Boot(t.Context(), "s", nil, nil)
+	_, err := l.Config("s", nil).Run(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "s.serial.log:\n[    2.487130] Oops: 0000") || strings.Contains(err.Error(), "early line") {
-		t.Errorf("Boot: %v, want the log from the trouble on", err)
+		t.Errorf("Run: %v, want the log from the trouble on", err)
 	}
 }
 
@@ -229,7 +229,7 @@ func TestArguments(t *testing.T) {
 		Disks: []Disk{
 			{Serial: "volume", Path: "/tmp/a,b.img"},
 			{Serial: "payload", Path: "/p", ReadOnly: true},
-			{Serial: "nbd", Socket: "/run/s", Export: "e"},
+			{Serial: "nbd", Socket: "/run/s"},
 		},
 	}
 	args := c.arguments("tcg,thread=multi", "/s.log", "/e.jsonl")
@@ -250,7 +250,7 @@ func TestArguments(t *testing.T) {
 	has("-blockdev", "driver=raw,node-name=disk0,file.driver=file,file.filename=/tmp/a,,b.img")
 	has("-device", "virtio-blk-pci,drive=disk0,serial=volume")
 	has("-blockdev", "file.filename=/p,read-only=on")
-	has("-blockdev", "driver=nbd,node-name=disk2,server.type=unix,server.path=/run/s,export=e")
+	has("-blockdev", "driver=nbd,node-name=disk2,server.type=unix,server.path=/run/s")
 	if slices.Contains(args, "-enable-kvm") {
 		t.Error("KVM is on")
 	}
