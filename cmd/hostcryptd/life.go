@@ -130,6 +130,8 @@ type keyHost struct {
 	header *headerFault
 	look   *headerLook // that is under way, or nil
 
+	apart bool // a change of the header is under way, see changeApart
+
 	// expires is when the vault keys of the tokens expire, by a token's text, as
 	// the last looks have shown.
 	expires map[string]time.Time
@@ -502,20 +504,61 @@ func (h *keyHost) rewrap(ctx context.Context, flag, task string, fields ...zap.F
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), controlEnv+"="+h.d.opts.control)
-	begun := time.Now()
-	before := h.d.volume.Known()
-	out, err := cmd.CombinedOutput()
-	fields = append(fields, zap.String("task", task), zap.Duration("took", time.Since(begun)), zap.String("output", strings.TrimSpace(string(out))))
-	if err != nil && ctx.Err() != nil {
-		h.d.log.Warn("rewrap was interrupted; "+h.leftHeader(before), fields...)
-		return lifecycle.Outcome{Kind: lifecycle.Transient, Text: "rewrap was interrupted"}
+	cmd.WaitDelay = time.Second // it may leave a process that has its output
+	return h.changeApart(ctx, func() lifecycle.Outcome {
+		begun := time.Now()
+		before := h.d.volume.Known()
+		out, err := cmd.CombinedOutput()
+		if errors.Is(err, exec.ErrWaitDelay) {
+			err = nil // it has succeeded, and somebody has its output still
+		}
+		fields := append(fields, zap.String("task", task), zap.Duration("took", time.Since(begun)), zap.String("output", strings.TrimSpace(string(out))))
+		if err != nil && ctx.Err() != nil {
+			h.d.log.Warn("rewrap was interrupted; "+h.leftHeader(before), fields...)
+			return lifecycle.Outcome{Kind: lifecycle.Transient, Text: "rewrap was interrupted"}
+		}
+		if err != nil {
+			h.d.log.Error("rewrap failed; "+h.leftHeader(before), append(fields, zap.Error(err))...)
+			return rewrapOutcome(cmd.ProcessState.ExitCode())
+		}
+		h.d.log.Info("rewrap is done", fields...)
+		return lifecycle.Outcome{Kind: lifecycle.Success}
+	})
+}
+
+// changeApart is change, which ends soon after ctx unless it is in the hands of a disk
+// that doesn't answer: no signal ends a process there. That must keep nobody from
+// looking at the KEK, nor from stopping the volume, so it is waited for no longer than
+// a second after ctx. There is one change at a time, also if it hangs.
+func (h *keyHost) changeApart(ctx context.Context, change func() lifecycle.Outcome) lifecycle.Outcome {
+	h.mu.Lock()
+	hangs := h.apart
+	h.apart = true
+	h.mu.Unlock()
+	if hangs {
+		h.d.log.Warn("the change of the header before still waits for the disk, so no other is begun")
+		return lifecycle.Outcome{Kind: lifecycle.Transient, Text: "the change of the header before hasn't ended"}
 	}
-	if err != nil {
-		h.d.log.Error("rewrap failed; "+h.leftHeader(before), append(fields, zap.Error(err))...)
-		return rewrapOutcome(cmd.ProcessState.ExitCode())
+	done := make(chan lifecycle.Outcome, 1)
+	go func() {
+		o := change()
+		h.mu.Lock()
+		h.apart = false
+		h.mu.Unlock()
+		done <- o
+	}()
+	select {
+	case o := <-done:
+		return o
+	case <-ctx.Done():
 	}
-	h.d.log.Info("rewrap is done", fields...)
-	return lifecycle.Outcome{Kind: lifecycle.Success}
+	select {
+	case o := <-done:
+		return o
+	case <-time.After(time.Second):
+	}
+	h.d.log.Warn("a change of the header has to end, and doesn't: it waits for the disk; the volume goes on without it", zap.String("device", h.d.opts.device))
+	return lifecycle.Outcome{Kind: lifecycle.Transient, Text: "the disk doesn't answer"}
 }
 
 // leftHeader says what is known of the header after a process that was to change it

@@ -208,6 +208,56 @@ func TestHangingHeader(t *testing.T) {
 	}
 }
 
+// A hangingRewrap is a keyHost whose rewraps are in the hands of a disk.
+type hangingRewrap struct {
+	*keyHost
+	disk interface{ Sync() error }
+}
+
+func (h hangingRewrap) Rotate(ctx context.Context) lifecycle.Outcome {
+	return h.changeApart(ctx, func() lifecycle.Outcome { return outcomeOf(h.disk.Sync()) })
+}
+
+// TestHangingRewrap: a disk that hangs while the header is changed on it keeps nobody
+// from stopping the volume, and isn't given another change.
+func TestHangingRewrap(t *testing.T) {
+	_, v := openVolume(t)
+	disk := sectortest.New(1 << 20)
+	syncs, answers := make(chan bool, 100), make(chan bool)
+	disk.Fail(func(sectortest.Op, int, int64, int) error {
+		syncs <- true
+		<-answers
+		return nil
+	})
+	h := hangingRewrap{&keyHost{d: &daemon{volume: v, log: zap.NewNop(), opts: serveOptions{keys: keyFlags{auditLog: "none"}}}}, disk}
+	c := lifecycle.Config{Rotation: time.Second}
+	if err := c.Check(); err != nil {
+		t.Fatal(err)
+	}
+	runner := lifecycle.RestoreRunner(c, lifecycle.Snapshot{State: lifecycle.Unlocked}, false, h)
+	go runner.Run(t.Context())
+	<-syncs
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := runner.Lock(ctx); err != nil {
+		t.Fatalf("a lock while the disk hangs: %v", err)
+	}
+	if s := runner.Snapshot(); !s.Wiped || !v.Suspended() {
+		t.Errorf("%+v, keys wiped: %v", s, v.Suspended())
+	}
+	if o := h.Rotate(t.Context()); o.Kind != lifecycle.Transient || len(syncs) != 0 {
+		t.Errorf("another change while one hangs: %+v", o)
+	}
+	close(answers)
+	for begun := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		if o := h.Rotate(t.Context()); o.Kind == lifecycle.Success {
+			break
+		} else if time.Since(begun) > 20*time.Second {
+			t.Fatalf("a change when the disk is back: %+v", o)
+		}
+	}
+}
+
 // TestStopFrozen: a lock and an erase end the wait of requests for a key that nobody
 // asks for any more.
 func TestStopFrozen(t *testing.T) {
