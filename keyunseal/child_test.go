@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -445,5 +446,49 @@ func TestChildByHand(t *testing.T) {
 	var v verdict
 	if err := json.Unmarshal(out, &v); err != nil || v.Error == nil || v.Error.Class != ClassInternal.String() {
 		t.Errorf("verdict %s, want an error", out)
+	}
+}
+
+// lockAndShow locks the memory of a process, without the capability for it if that is
+// so, and shows the kernel's account of the process.
+func lockAndShow(capable bool) error {
+	runtime.LockOSThread() // capabilities are a thread's
+	if !capable {
+		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var data [2]unix.CapUserData
+		l := unix.Rlimit{Cur: 64 << 10, Max: 64 << 10}
+		if err := errors.Join(unix.Setrlimit(unix.RLIMIT_MEMLOCK, &l), unix.Capset(&hdr, &data[0])); err != nil {
+			return err
+		}
+	}
+	LockMemory()
+	runtime.KeepAlive(make([]byte, 64<<20)) // what would fail
+	status, err := os.ReadFile("/proc/self/status")
+	os.Stdout.Write(status)
+	return err
+}
+
+// TestLockMemory: a process locks its memory where nothing limits that, as in the
+// unit, which has no capability, and goes on where something does.
+func TestLockMemory(t *testing.T) {
+	const lock = 1 << unix.CAP_IPC_LOCK
+	for _, tt := range []struct {
+		capabilities uint32
+		limit        uint64
+		may          bool
+	}{{lock, 0, true}, {0, unix.RLIM_INFINITY, true}, {0, 8 << 20, false}, {^uint32(lock), 1 << 40, false}} {
+		if got := mayLock(tt.capabilities, tt.limit); got != tt.may {
+			t.Errorf("capabilities %x, limit %d: %v", tt.capabilities, tt.limit, got)
+		}
+	}
+	for arg, want := range map[string]bool{"capable": os.Geteuid() == 0, "limited": false} {
+		out, err := exec.CommandContext(t.Context(), "/proc/self/exe", "locks", arg).CombinedOutput()
+		_, rest, ok := strings.Cut(string(out), "\nVmLck:")
+		if err != nil || !ok {
+			t.Fatalf("%s: %v: %s", arg, err, out)
+		}
+		if locked := !strings.HasPrefix(strings.TrimSpace(rest), "0 kB"); locked != want {
+			t.Errorf("%s: locked is %v", arg, locked)
+		}
 	}
 }

@@ -116,12 +116,29 @@ func serveRequest(rt http.RoundTripper, log *zap.Logger, v *verdict) error {
 func hardenProcess() {
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 	_ = unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
+	LockMemory()
+}
 
-	// Only with the capability: without it MCL_FUTURE makes later allocations of
-	// the Go runtime fail at RLIMIT_MEMLOCK, and that ends the process.
+// LockMemory keeps what a process holds that ends soon out of swap, where it may
+// lock all of it: with CAP_IPC_LOCK, or without a limit, as in a service with
+// LimitMEMLOCK=infinity. With a limit MCL_FUTURE makes later allocations of the Go
+// runtime fail, and that ends the process.
+func LockMemory() {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if unix.Capget(&hdr, &data[0]) == nil && data[0].Effective&(1<<unix.CAP_IPC_LOCK) != 0 {
+	var (
+		data  [2]unix.CapUserData
+		limit unix.Rlimit
+	)
+	// What can't be read is zero: no capability, and nothing may be locked.
+	_ = unix.Capget(&hdr, &data[0])
+	_ = unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit)
+	if mayLock(data[0].Effective, limit.Cur) {
 		_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
 	}
+}
+
+// mayLock tells whether a process with these capabilities and this RLIMIT_MEMLOCK
+// may lock all of its memory.
+func mayLock(capabilities uint32, limit uint64) bool {
+	return capabilities&(1<<unix.CAP_IPC_LOCK) != 0 || limit == unix.RLIM_INFINITY
 }

@@ -63,6 +63,12 @@ func TestMain(m *testing.M) {
 			go io.Copy(os.Stdout, c)
 			io.Copy(c, os.Stdin)
 			os.Exit(0)
+		case "locks":
+			if err := lockAndShow(os.Args[2] == "capable"); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			os.Exit(0)
 		case "parent":
 			parentOfHangingChild()
 			os.Exit(0)

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/keyunseal"
 	"hostcryptd/sector"
 )
 
@@ -122,6 +123,7 @@ func deriveMain() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
+	keyunseal.LockMemory()
 	fingerprint, err := deriveFrom(os.Stdin, os.NewFile(3, "volume key"), os.NewFile(4, "data key"))
 	v := deriveVerdict{Fingerprint: fingerprint}
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 )
 
 const lockedVariable = "HOSTCRYPTD_TEST_LOCKED"
@@ -60,6 +61,39 @@ func TestLockMemory(t *testing.T) {
 	}
 	if rss-resident > 32<<10 {
 		t.Errorf("%d kB besides the program are in memory, want 32 MiB at most", rss-resident)
+	}
+}
+
+// TestDeriveLocksMemory: the child that computes with the volume key has locked its
+// memory before it reads it.
+func TestDeriveLocksMemory(t *testing.T) {
+	if os.Geteuid() != 0 {
+		return // an ordinary user may lock some megabytes only, and the child doesn't try
+	}
+	keyIn, keyOut, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keyIn.Close()
+	defer keyOut.Close()
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", deriveArg)
+	cmd.ExtraFiles = []*os.File{keyIn, keyOut} // it waits for a key that never comes
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	for begun := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, rest, ok := strings.Cut(string(status), "\nVmLck:"); ok && !strings.HasPrefix(strings.TrimSpace(rest), "0 kB") {
+			return
+		}
+		if time.Since(begun) > 20*time.Second {
+			t.Fatalf("it has locked nothing: %s", status)
+		}
 	}
 }
 
