@@ -325,7 +325,7 @@ func TestTwoChanges(t *testing.T) {
 			_, err := DropRetired(context.Background(), d, unseal, time.Now().Add(time.Hour), OpenOptions{})
 			return err
 		}, beside: remove(2, true), tokens: 1},
-		{name: "something else", keks: []*kek{a, b, c}, recovery: true, command: remove(2, false), beside: remove(1, false), tokens: 1, slots: 1},
+		{name: "something else", keks: []*kek{a, b, c}, command: remove(2, false), beside: remove(1, false), tokens: 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
