@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"debug/elf"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -230,6 +231,9 @@ func (a *app) keep(swap bool, inherited []net.Listener, stored map[string]*os.Fi
 	}
 	if k.program, err = copyProgram("/proc/self/exe"); err != nil {
 		return fmt.Errorf("copying the program to memory: %w", err)
+	}
+	if interp := k.program.interpreter(); interp != "" {
+		k.log.Warn("this program is linked dynamically: what starts it must not be on a volume, or no server can be started in place of one that has died; 'make build' makes one that needs nothing", zap.String("interpreter", interp))
 	}
 	return k.run()
 }
@@ -1131,6 +1135,23 @@ func copyProgram(name string) (_ *program, err error) {
 	p := &program{f: ro, size: int(n)}
 	p.lock()
 	return p, nil
+}
+
+// interpreter is the program that the kernel has to load in order to start this one,
+// and "" if there is none. The copy in memory doesn't hold it, nor what it loads.
+func (p *program) interpreter() string {
+	f, err := elf.NewFile(p.f)
+	if err != nil {
+		return ""
+	}
+	for _, part := range f.Progs {
+		if part.Type != elf.PT_INTERP || part.Filesz > unix.PathMax {
+			continue
+		}
+		name, _ := io.ReadAll(part.Open())
+		return strings.TrimRight(string(name), "\x00")
+	}
+	return ""
 }
 
 // lock keeps a program in memory, as long as this process doesn't execute

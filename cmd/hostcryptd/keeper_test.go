@@ -439,6 +439,27 @@ func TestKeeperPinned(t *testing.T) {
 	}
 }
 
+// TestProgramInterpreter tells a program that needs others to start from one that
+// doesn't, which what is installed has to be.
+func TestProgramInterpreter(t *testing.T) {
+	static := filepath.Join(t.TempDir(), "hostcryptd")
+	build := exec.Command("go", "build", "-o", static, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for name, needs := range map[string]bool{static: false, "/bin/sh": true} {
+		p, err := copyProgram(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.close()
+		if got := p.interpreter(); strings.HasPrefix(got, "/") != needs {
+			t.Errorf("%s: interpreter %q; want one: %v", name, got, needs)
+		}
+	}
+}
+
 // TestKeeperReloadWhileDead asks a keeper whose server has died for the program that is
 // installed, which can't be read before there is a server again.
 func TestKeeperReloadWhileDead(t *testing.T) {
