@@ -212,6 +212,10 @@ func (o *OpenOptions) checkOrigin(volume string, got opened) error {
 	if err := o.checkSignature(volume, got); err != nil {
 		return err
 	}
+	return o.checkPin(volume, got)
+}
+
+func (o *OpenOptions) checkPin(volume string, got opened) error {
 	if o.Pins == nil {
 		return nil
 	}
@@ -232,6 +236,23 @@ func (o *OpenOptions) checkOrigin(volume string, got opened) error {
 		return fmt.Errorf("%w: the header is of generation %d, and this host has seen generation %d of volume %s: an older header was put back; if that was meant, 'hostcryptd header accept' says so", ErrAuth, got.generation, p.Generation, volume)
 	}
 	return nil
+}
+
+// CheckPin compares the header that is known with what this host remembers, of which
+// the process that opened the volume may have had an old copy, and notes it there. An
+// error is as of [Open], but that a host which remembers nothing has nothing to object;
+// a warning is that it couldn't be noted.
+func (v *Volume) CheckPin(o OpenOptions) (warning string, err error) {
+	k := v.Known()
+	if k == nil {
+		return "", nil
+	}
+	got := opened{fingerprint: k.Fingerprint, generation: k.Generation}
+	o.RequirePin = false
+	if err := o.checkPin(v.uuid, got); err != nil {
+		return "", err
+	}
+	return o.raise(v.uuid, got), nil
 }
 
 // raise notes a header that is good, and returns a warning if it couldn't.

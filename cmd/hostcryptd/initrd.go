@@ -183,21 +183,23 @@ func notifyManager(states ...string) error {
 }
 
 // liveOn makes a process that --initrd started outlive the initramfs. As long as
-// it is there, $HOSTCRYPTD_INITRD is set. Other processes are left as they are.
-func liveOn(log *zap.Logger) error {
+// it is there, $HOSTCRYPTD_INITRD is set; moved is closed when it has gone to the real
+// root. Other processes are left as they are, and moved is nil.
+func liveOn(log *zap.Logger) (moved <-chan struct{}, err error) {
 	if os.Getenv(lockEnv) != "" {
 		if err := lockMemory(); err != nil {
 			log.Warn("this process can be swapped out; a swap file on the volume that it serves is not safe", zap.Error(err))
 		}
 	}
 	if os.Getenv(initrdEnv) == "" {
-		return nil
+		return nil, nil
 	}
 	// The mount of /proc is moved away from under us, to where PID 1 goes.
 	proc, err := os.OpenFile("/proc", unix.O_PATH|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	done := make(chan struct{})
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
 		log.Warn("the kernel may kill this process when memory is short", zap.Error(err))
 	}
@@ -212,11 +214,12 @@ func liveOn(log *zap.Logger) error {
 			if moved {
 				log.Info("moved to the real root")
 				os.Unsetenv(initrdEnv) // a server that a keeper starts later begins there
+				close(done)
 				return
 			}
 		}
 	}()
-	return nil
+	return done, nil
 }
 
 // tabEnv has the line of hostcrypttab that a process has found which starts

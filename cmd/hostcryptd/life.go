@@ -130,6 +130,10 @@ type keyHost struct {
 	header *headerFault
 	look   *headerLook // that is under way, or nil
 
+	// distrusted is set while the header that the volume was opened by is not the one
+	// that this host remembers, see checkPin.
+	distrusted bool
+
 	apart bool // a change of the header is under way, see changeApart
 
 	// expires is when the vault keys of the tokens expire, by a token's text, as
@@ -317,6 +321,16 @@ func (h *keyHost) lookAtHeader(ctx context.Context, v *sector.Volume) ([]sector.
 		lookCtx, l.cancel = context.WithCancel(ctx)
 		go func() {
 			l.list, l.err = v.Tokens(lookCtx, h.d.opts.keys.unsealer(h.d.log), h.openOptions())
+			h.mu.Lock()
+			distrusted := h.distrusted
+			h.mu.Unlock()
+			if l.err == nil && distrusted {
+				if _, l.err = v.CheckPin(h.openOptions()); l.err == nil {
+					h.mu.Lock()
+					h.distrusted = false
+					h.mu.Unlock()
+				}
+			}
 			if l.err != nil && errors.Is(lookCtx.Err(), context.Canceled) {
 				l.err = context.Canceled // which says nothing of the header
 			}
@@ -380,11 +394,16 @@ func (h *keyHost) judgeHeader(err error) {
 		now = &headerFault{"is gone: the volume goes on, and won't open again without a backup of the header", err}
 	case !errors.Is(err, sector.ErrAuth) && (o.Kind == lifecycle.Transient || o.Kind == lifecycle.Denied):
 		now = &headerFault{"is not the one that is known, and can't be authenticated now", err}
+	case h.isDistrusted():
+		now = &headerFault{"is not the one that this host remembers: the initramfs has opened the volume by what it remembered when it was made; make it anew once the header is the right one", err}
 	default:
 		now = &headerFault{"is not authentic: the volume goes on, and won't open again before the header is restored", err}
 	}
 	h.mu.Lock()
 	before := h.header
+	if h.distrusted && now == nil {
+		now = before // the next look compares it anew
+	}
 	h.header = now
 	h.mu.Unlock()
 	switch {
@@ -396,6 +415,34 @@ func (h *keyHost) judgeHeader(err error) {
 		d.record(audit.Record{Event: audit.Header, Outcome: audit.Failed, Class: outcomeOf(err).Class, Detail: "the header on the disk " + now.what + ": " + err.Error()})
 		d.notify(systemd.Status("the header on the disk %s", now.what))
 	}
+}
+
+// checkPin compares the header that a volume was opened by in an initramfs with what
+// the host remembers, once that can be read. The initramfs holds what was remembered
+// when it was made; since then a way in may have been removed, which an older header
+// has still. That raises the alarm and stops nothing, as of tokens.
+func (h *keyHost) checkPin() {
+	warning, err := h.d.volume.CheckPin(h.openOptions())
+	if errors.Is(err, sector.ErrNoPins) {
+		h.d.log.Warn("the header is not compared with what this host remembers", zap.Error(err))
+		return
+	}
+	if warning != "" { // the root is not writable yet; the next change of the header notes it
+		h.d.log.Warn(warning)
+	}
+	if err == nil {
+		return
+	}
+	h.mu.Lock()
+	h.distrusted = true
+	h.mu.Unlock()
+	h.judgeHeader(err)
+}
+
+func (h *keyHost) isDistrusted() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.distrusted
 }
 
 // headerProblem is what status says of the header, or "".
@@ -793,6 +840,19 @@ func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serv
 			case <-runCtx.Done():
 			}
 		})
+	}
+	if d.moved != nil {
+		// Not waited for: it reads the volume that is served here.
+		go func() {
+			for _, c := range []<-chan struct{}{h.opened, d.moved} {
+				select {
+				case <-c:
+				case <-runCtx.Done():
+					return
+				}
+			}
+			h.checkPin()
+		}()
 	}
 	stop = func() { cancel(); <-ended; watching.Wait() }
 

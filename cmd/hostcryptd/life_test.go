@@ -208,6 +208,63 @@ func TestHangingHeader(t *testing.T) {
 	}
 }
 
+// TestPinOfRealRoot opens a volume as an initramfs does that remembers less of it than
+// the host: once the host's pins can be read, an older header raises the alarm until it
+// is accepted, and a header that is right is noted.
+func TestPinOfRealRoot(t *testing.T) {
+	_, v := openVolume(t)
+	dir := sector.PinDir(filepath.Join(t.TempDir(), "pins"))
+	moved := make(chan struct{})
+	d := &daemon{volume: v, uuid: v.UUID(), moved: moved, log: zap.NewNop(), headerChanged: make(chan struct{}, 1),
+		opts: serveOptions{keys: keyFlags{auditLog: "none", pins: string(dir), tpm: keyunseal.NoTPM}}}
+	c := lifecycle.Config{}
+	if err := c.Check(); err != nil {
+		t.Fatal(err)
+	}
+	right := sector.Pin{Fingerprint: v.Known().Fingerprint, Generation: v.Known().Generation}
+	newer := right
+	newer.Generation += 4
+	if err := dir.Set(v.UUID(), newer); err != nil {
+		t.Fatal(err)
+	}
+	stop, err := d.startLife(t.Context(), c, &serverState{Life: lifecycle.Snapshot{State: lifecycle.Unlocked}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	h := d.lifeHost
+	if h.tokens(t.Context()); h.headerProblem() != "" {
+		t.Errorf("in the initramfs: %s", h.headerProblem())
+	}
+	close(moved)
+	const alarm = "is not the one that this host remembers"
+	for begun := time.Now(); !strings.HasPrefix(h.headerProblem(), alarm); time.Sleep(10 * time.Millisecond) {
+		if time.Since(begun) > 20*time.Second {
+			t.Fatalf("on the real root the status says %q", h.headerProblem())
+		}
+	}
+	if h.tokens(t.Context()); !strings.HasPrefix(h.headerProblem(), alarm) {
+		t.Errorf("after another look the status says %q", h.headerProblem())
+	}
+	if v.Suspended() {
+		t.Error("the volume was stopped")
+	}
+	if err := dir.Set(v.UUID(), right); err != nil {
+		t.Fatal(err)
+	}
+	if h.tokens(t.Context()); h.headerProblem() != "" {
+		t.Errorf("accepted, and the status says %q", h.headerProblem())
+	}
+
+	if _, err := dir.Remove(v.UUID()); err != nil {
+		t.Fatal(err)
+	}
+	h.checkPin()
+	if p, err := dir.Load(v.UUID()); err != nil || p == nil || *p != right || h.headerProblem() != "" {
+		t.Errorf("the host has noted %+v, %v; the status says %q", p, err, h.headerProblem())
+	}
+}
+
 // A hangingRewrap is a keyHost whose rewraps are in the hands of a disk.
 type hangingRewrap struct {
 	*keyHost

@@ -144,7 +144,8 @@ name, of processes that systemd doesn't kill.`,
 			if _, kept := os.LookupEnv(serverEnv); o.initrd && !kept && os.Getenv(initrdEnv) == "" {
 				return a.launch(args[0], o.name != "")
 			}
-			if err := liveOn(a.daemonLog(o.attach != "")); err != nil {
+			moved, err := liveOn(a.daemonLog(o.attach != ""))
+			if err != nil {
 				return err
 			}
 			link, err := openKeeperLink()
@@ -156,7 +157,7 @@ name, of processes that systemd doesn't kill.`,
 			}
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), headerChanged: make(chan struct{}, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree}
+			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), headerChanged: make(chan struct{}, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree, moved: moved}
 			signal.Notify(d.hangup(), syscall.SIGHUP)
 			var goOn *serverState
 			if link != nil {
@@ -333,6 +334,7 @@ type daemon struct {
 	keyLost  bool             // there should have been one in handover
 	stopLife func()           // ends the life of the key
 	memory   *nbd.Memory      // made by prepare, or nil
+	moved    <-chan struct{}  // see liveOn
 
 	// Of the kernel, guarded by mu.
 	kernelSockets []*nbd.Socket // in use
