@@ -152,8 +152,10 @@ func (m *machine) writeRootFile() error {
 
 // rootSecond finds what the boot before has written, on a file system that was
 // left in order: the server lived until the last write at power-off.
+// Then another server takes over below it, with which it is left in order as well.
 func rootSecond(m *machine) error {
-	if _, err := m.checkRootServer(); err != nil {
+	before, err := m.checkRootServer()
+	if err != nil {
 		return err
 	}
 	b, err := os.ReadFile(rootFile)
@@ -175,5 +177,18 @@ func rootSecond(m *machine) error {
 	if !strings.Contains(log, "moved to the real root") {
 		return errors.New("the server has not logged to the kernel that it moved to the real root")
 	}
-	return m.checkSystem()
+	if err := m.checkSystem(); err != nil {
+		return err
+	}
+	if _, err := m.run("hostcryptd", "reload", "root"); err != nil {
+		return err
+	}
+	if err := m.writeRootFile(); err != nil {
+		return fmt.Errorf("after the server of the root was replaced: %w", err)
+	}
+	after, err := m.checkRootServer()
+	if err == nil && after.PID == before.PID {
+		err = fmt.Errorf("the root still has the server %d", before.PID)
+	}
+	return err
 }
