@@ -192,9 +192,9 @@ func Restore(c Config, s Snapshot, wiped bool, now time.Time) *Machine {
 	if !wiped {
 		m.planRotate(now)
 	}
-	if s.Denials == 0 && !m.stopsAt.IsZero() {
-		m.offline = true
-	}
+	// Before Grace, only MaxOffline sets when it stops; a denial that isn't confirmed
+	// changes nothing of that.
+	m.offline = s.State != Grace && !m.stopsAt.IsZero()
 	atMost := func(t *time.Time, limit time.Time) {
 		if t.After(limit) {
 			*t = limit

@@ -54,6 +54,7 @@ func TestRestoreClockSetBack(t *testing.T) {
 	}{
 		{"unlocked", Snapshot{State: Unlocked, LastGood: ahead, NextTry: ahead}, false, 20 * time.Minute, 0},
 		{"offline", Snapshot{State: Degraded, LastGood: ahead, NextTry: ahead, StopsAt: ahead.Add(time.Hour)}, false, 20 * time.Minute, 3 * time.Hour},
+		{"denied once", Snapshot{State: Degraded, Denials: 1, LastGood: now.Add(-time.Hour), NextTry: now, StopsAt: now.Add(2 * time.Hour)}, false, 0, 2 * time.Hour},
 		{"grace", Snapshot{State: Grace, Denials: 3, LastGood: ahead, AccessLost: ahead, NextTry: ahead, StopsAt: ahead.Add(time.Hour)}, false, 20 * time.Minute, time.Hour},
 		{"revoked", Snapshot{State: Revoked, Wiped: true, Stopped: ahead, NextTry: ahead}, true, 20 * time.Minute, 0},
 	} {
