@@ -440,7 +440,9 @@ func (v *Volume) write(p []byte, e extent, write writeFunc) (rest extent, err er
 		if err != nil {
 			return e, err
 		}
-		v.parts.Add(1)
+		if p == nil {
+			v.parts.Add(1)
+		}
 		e = rest
 	}
 	return e, nil
