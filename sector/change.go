@@ -212,7 +212,7 @@ func ReplaceToken(ctx context.Context, b Backing, unseal Unsealer, id int, rewra
 		}
 		if keep <= 0 {
 			delete(h.Tokens, id)
-		} else if h.Tokens[id], err = retired(h.Tokens[id], now, keep); err != nil {
+		} else if h.Tokens[id], err = retired(old, now, keep); err != nil {
 			return err
 		}
 		h.Tokens[newID] = t
