@@ -76,7 +76,7 @@ func TestSecurity(t *testing.T) {
 		{"vault", "hostcryptd@.service", askDialer, "17"},
 		{"swap", "hostcryptd@.service", askDialer + openSwap, "20"},
 		{"tcp", "hostcryptd@.service", askDialer + openNetwork, "22"},
-		{"dial", "hostcryptd-dial.service", "", "17"},
+		{"dial", "hostcryptd-dial.service", "", "18"},
 	} {
 		unit := filepath.Join(t.TempDir(), "hostcryptd@"+tt.name+".service")
 		b, err := os.ReadFile(tt.file)

@@ -374,7 +374,7 @@ func systemVolumes(m *machine) error {
 			return err
 		}
 	}
-	if err := m.exposure("hostcryptd-dial.service", 0); err != nil {
+	if err := m.exposure("hostcryptd-dial.service", 1.8); err != nil {
 		return err
 	}
 	if err := m.restartVolumes(); err != nil {
