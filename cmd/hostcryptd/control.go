@@ -818,9 +818,12 @@ I/O pauses for a moment, no request fails, and no key is asked for; clients of -
 and --tcp have to connect again. If the new program can't run, or can't go on with that
 state, everything stays as it was. SIGHUP to the keeper does the same.
 
-A line of hostcrypttab that was changed counts from then on, except for what would make
-another volume of the one in use: its device, random-key, read-only, discard, connections,
-and where its sockets are, stay until it's stopped and served anew.
+The volume's options stay as they are. A line of hostcrypttab that was changed counts after
+'systemctl restart' of its service, which interrupts no more than a reload does, except for
+what would make another volume of the one in use: its device, random-key, read-only, discard,
+connections, and where its sockets are, stay until it's stopped and served anew. A volume
+that the initramfs has attached has its options until the next boot, from the line that
+was there when the initramfs was made.
 
 ` + whichHelp,
 		Args: oneArg("VOLUME"),
