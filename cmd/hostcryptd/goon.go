@@ -113,7 +113,7 @@ func (d *daemon) pushState() {
 	s, known := d.left, d.index >= 0 && d.volume != nil
 	if known {
 		s.Version, s.Volume, s.Index = serverStateVersion, d.volume.State(), d.index
-		switch {
+		switch s.Requests = ""; {
 		case d.volume.Waiting():
 			s.Requests = requestsWait
 		case d.volume.Suspended():

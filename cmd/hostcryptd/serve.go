@@ -404,8 +404,8 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	switch {
 	case before != nil:
 		// No file may be read from here until the kernel's requests are served: it
-		// may be on this very volume.
-		d.left, d.index = *before, before.Index
+		// may be on this very volume. That goes for the pin on the real root, too.
+		d.left, d.index, d.moved = *before, before.Index, nil
 	case d.opts.randomKey:
 		err = d.openRandom()
 	default:
