@@ -581,8 +581,8 @@ func (c *conn) backlog() int64 {
 
 // observe notes how long a request took. The device is slow if two of some 26
 // requests in turn took long, and until 26 in turn did not. One alone may have
-// waited for a processor: on two cores with a load of 15, where one was enough, 5
-// to 15 % of the requests on tmpfs were run as on a slow device, each waking a
+// waited for a processor: on two cores with a load of 15, where one was enough, 2
+// to 13 % of the requests on tmpfs were run as on a slow device, each waking a
 // worker for nothing. Runs of both in turn gave there 1.06 to 1.1 times the reads of
 // 4 KiB with four connections, mostly as much with two, and no difference with one.
 func (c *conn) observe(took int64, length uint64) {
