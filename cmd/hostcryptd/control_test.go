@@ -111,14 +111,7 @@ func TestRefusedReloads(t *testing.T) {
 		go func() { answers <- newControlClient(d.opts.control).do(t.Context(), "POST", "/v1/reload", nil) }()
 	}
 	for asked := 0; asked < 2; {
-		var m keeperMessage
-		f, err := receivePacket(keeper, &m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if f != nil {
-			f.Close()
-		}
+		m := nextMessage(t, keeper)
 		if m.Reload {
 			asked++
 		}

@@ -21,6 +21,19 @@ import (
 	"hostcryptd/sector"
 )
 
+// nextMessage returns what a server says next at the other end of its link.
+func nextMessage(t *testing.T, keeper *net.UnixConn) (m keeperMessage) {
+	t.Helper()
+	f, err := receivePacket(keeper, &m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f != nil {
+		f.Close()
+	}
+	return m
+}
+
 // leavingServer returns a daemon that serves a random key's volume, and the other end
 // of its link to a keeper.
 func leavingServer(t *testing.T) (d *daemon, keeper *net.UnixConn) {
@@ -110,17 +123,10 @@ func TestLeaveFrozen(t *testing.T) {
 		left <- err
 	}()
 	for {
-		var m keeperMessage
 		if err := keeper.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
-		f, err := receivePacket(keeper, &m)
-		if err != nil {
-			t.Fatalf("the server has not left: %v", err)
-		}
-		if f != nil {
-			f.Close()
-		}
+		m := nextMessage(t, keeper)
 		if strings.HasPrefix(m.Hold, heldKernel) {
 			t.Error("it gave the socket away, on which a request waits")
 		}
@@ -259,14 +265,7 @@ func TestPushState(t *testing.T) {
 	}
 	last := 0
 	for n := 0; n < pushes*each; {
-		var m keeperMessage
-		f, err := receivePacket(keeper, &m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if f != nil {
-			f.Close()
-		}
+		m := nextMessage(t, keeper)
 		s, err := parseState(m.State)
 		if err != nil {
 			t.Fatal(err)

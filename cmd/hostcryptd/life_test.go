@@ -395,20 +395,14 @@ func TestGoOnRequests(t *testing.T) {
 		}
 		var last *serverState
 		for {
-			var m keeperMessage
-			f, err := receivePacket(keeper, &m)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if f != nil {
-				f.Close()
-			}
+			m := nextMessage(t, keeper)
 			if m.Reload {
 				return last
 			}
 			if m.State == nil {
 				continue
 			}
+			var err error
 			if last, err = parseState(m.State); err != nil {
 				t.Fatal(err)
 			}
