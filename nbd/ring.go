@@ -33,6 +33,14 @@ const (
 	// encrypts and decrypts too, and others wait meanwhile.
 	asyncMax = chunkSize
 
+	// submitEvery is after how many requests that were begun the kernel is told of
+	// them, so that the device works while the next ones are encrypted and made
+	// into I/O. Against telling it of all at once, of 32 reads of 4 KiB on a virtio
+	// disk there were 1.07 times as many in a second, of writes 1.23 to 1.25; with 4
+	// it was 1.03 to 1.05 and 1.15 to 1.17, with 1 it was 1.02 to 1.19 and 1.15 to
+	// 1.19.
+	submitEvery = 2
+
 	// What completions carry that don't belong to a request.
 	tagReadable = 1<<32 + iota
 	tagWritable
@@ -459,14 +467,14 @@ func (l *ringLoop) recv() error {
 	return c.received()
 }
 
-// start begins what can be begun. It reports whether there is something to
-// submit.
+// start begins what can be begun, and submits most of it. It reports whether there
+// is something left to submit.
 func (l *ringLoop) start() bool {
 	c := l.c
-	added := false
+	added := 0
 	for r := l.again.pop(); r != nil; r = l.again.pop() {
 		l.submit(r)
-		added = true
+		added++
 	}
 	c.mu.Lock()
 	for l.onDevice+l.begin.n < c.s.cfg.InFlight {
@@ -481,7 +489,9 @@ func (l *ringLoop) start() bool {
 		l.onDevice++
 		if l.prepare(r) {
 			l.submit(r)
-			added = true
+			if added++; added%submitEvery == 0 {
+				l.enter(false)
+			}
 		} else {
 			l.aside.push(r)
 		}
@@ -492,7 +502,7 @@ func (l *ringLoop) start() bool {
 		c.wakeOne()
 		c.mu.Unlock()
 	}
-	return added
+	return added%submitEvery != 0
 }
 
 // prepare does what comes before the I/O. It returns false if a worker has to
