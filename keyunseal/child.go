@@ -105,9 +105,9 @@ type wireError struct {
 	Kind       string        `json:"kind,omitempty"` // the cause is one of wireKinds
 }
 
-// wireKinds are errors that callers look for in a chain.
+// wireKinds are errors that are looked for in a chain.
 var wireKinds = map[string]error{
-	"current": ErrCurrent, "no status": ErrNoStatus, "not exist": fs.ErrNotExist, "permission": fs.ErrPermission,
+	"refused": errRefused, "current": ErrCurrent, "no status": ErrNoStatus, "not exist": fs.ErrNotExist, "permission": fs.ErrPermission,
 }
 
 // A kindError has the text of an error that came from a child, and its kind.

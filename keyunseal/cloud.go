@@ -74,8 +74,8 @@ func (o Options) site(id keyURL) (*site, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the private cloud: %w", err)
 	}
-	label, suffix, _ := strings.Cut(id.host, ".")
-	if suffix != f.Suffix && suffix != f.HSMSuffix {
+	label, ok := f.cut(id.host)
+	if !ok {
 		return nil, fmt.Errorf("host %q is neither in a domain of Key Vault or Managed HSM (%s) nor in the private cloud's %s (%s)",
 			id.host, strings.Join(slices.Concat(vaultSuffixes, hsmSuffixes), ", "), f.Suffix, o.cloud())
 	}
@@ -89,6 +89,19 @@ func (o Options) site(id keyURL) (*site, error) {
 		}
 	}
 	return s, nil
+}
+
+// cut splits the host of a vault or managed HSM of the cloud into the vault's name and
+// the domain.
+func (f *cloudFile) cut(host string) (label string, ok bool) {
+	label, suffix, _ := strings.Cut(host, ".")
+	return label, suffix != "" && (suffix == f.Suffix || suffix == f.HSMSuffix)
+}
+
+// has tells whether a host is one of the cloud's.
+func (f *cloudFile) has(host string) bool {
+	label, ok := f.cut(host)
+	return ok && checkVaultName(label) == nil || strings.EqualFold(f.Authority, "https://"+host+"/")
 }
 
 func readCloud(path string) (*cloudFile, error) {

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -39,21 +41,71 @@ const maxDials = 64
 const dialTimeout = 8 * time.Second
 
 type dialerAnswer struct {
-	Error string `json:"error,omitempty"`
+	Error   string `json:"error,omitempty"`
+	Refused bool   `json:"refused,omitempty"` // it didn't try
 }
 
-// mayDial tells whether a dialer connects to an address. Vaults, login hosts and their
-// private clouds have TLS and no other port, see parseKeyURL; the two endpoints without
-// are those of the SDK for the identity of a machine.
-func mayDial(address string) error {
+// errRefused is in the chain of errors of what a dialer doesn't permit. It's a reason to
+// look at this host's configuration, and no denial of a vault's.
+var errRefused = errors.New("refused by the dialer")
+
+// machineEndpoints give tokens for the identity of a machine, without TLS.
+var machineEndpoints = []string{"169.254.169.254:80", "127.0.0.1:40342", "localhost:40342"}
+
+// loginHosts are those of [authorities], and their other names by the login library
+// (its known_metadata.go), to which one of them may send on.
+var loginHosts = []string{
+	"login.microsoftonline.com", "login.windows.net", "login.microsoft.com", "sts.windows.net",
+	"login.chinacloudapi.cn", "login.partner.microsoftonline.cn",
+	"login.microsoftonline.us", "login.usgovcloudapi.net",
+}
+
+// MayDial says, by an error, to whom a dialer doesn't connect. It permits the endpoints
+// for the identity of a machine, and on port 443, which all others have (see
+// parseKeyURL), the hosts that are in only; if that is empty, the vaults, Managed HSMs
+// and login hosts of the public clouds and of those that the files of clouds describe.
+// clouds is asked for other hosts than those of the public clouds, each time: what it
+// returns are paths as of [Options.Cloud], and with an error those that are known.
+//
+// What is trusted is in the program and in root's files. The header isn't: it says which
+// vault a volume needs, and who can write to the disk can write that. Nor is who asks: a
+// server that was broken into asks as it likes, and its unit lets it write none of those
+// files, short of the disk below them. Two things stay open: such a server can reach
+// vaults of others in the public clouds, unless only names this host's; and who answers
+// this host's name lookups decides which address a name has. That the other end is the
+// right one, who asks sees by TLS.
+func MayDial(address string, only []string, clouds func() ([]string, error)) error {
+	if slices.Contains(machineEndpoints, address) {
+		return nil
+	}
 	host, port, err := net.SplitHostPort(address)
-	switch {
+	switch label, _, public := cutPublic(host); {
 	case err != nil:
 		return err
-	case host == "", port != "443" && address != "169.254.169.254:80" && address != "127.0.0.1:40342" && address != "localhost:40342":
-		return errors.New("neither HOST:443 nor an endpoint for the identity of a machine")
+	case port != "443":
+		return errors.New("it is neither on port 443 nor an endpoint for the identity of a machine")
+	case len(only) > 0 && slices.Contains(only, host):
+		return nil
+	case len(only) > 0:
+		return errors.New("the unit of hostcryptd-dial names the hosts that it connects to, and this one isn't among them")
+	case public && checkVaultName(label) == nil, slices.Contains(loginHosts, host):
+		return nil
 	}
-	return nil
+	files, err := clouds()
+	for _, file := range files {
+		f, ferr := readCloud(file)
+		switch {
+		case ferr == nil && f.has(host):
+			return nil
+		case ferr != nil && !(file == DefaultCloud && errors.Is(ferr, fs.ErrNotExist)):
+			err = errors.Join(err, ferr)
+		}
+	}
+	text := fmt.Sprintf("it is no vault, Managed HSM or login host of a public cloud, nor of a private one that %s describes, or a file that cloud= in /etc/hostcrypttab names", DefaultCloud)
+	if err != nil {
+		return fmt.Errorf("%s: %w", text, err)
+	}
+	return errors.New(text)
 }
 
 // dial connects for directTransport.
@@ -91,6 +143,8 @@ func dialThrough(ctx context.Context, socket, address string) (net.Conn, error) 
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("the process that connects to the network gave no answer: %w", err)
+	case a.Refused:
+		return nil, &kindError{a.Error, errRefused}
 	case a.Error != "":
 		return nil, errors.New(a.Error)
 	case f == nil:
@@ -114,13 +168,10 @@ func passedFile(oob []byte) *os.File {
 }
 
 // ServeDialer connects for who asks at l, a SOCK_SEQPACKET socket, until l is closed or
-// ctx ends. Only processes of its own user are answered. It allocates little and logs
-// nothing: the log may be on a volume that waits for its key.
-func ServeDialer(ctx context.Context, l *net.UnixListener) error {
-	return serveDialer(ctx, l, mayDial)
-}
-
-func serveDialer(ctx context.Context, l *net.UnixListener, may func(address string) error) error {
+// ctx ends, to what may has no error for; [MayDial] is such a function. may is called
+// by several goroutines at once. Only processes of its own user are answered. It
+// allocates little and logs nothing: the log may be on a volume that waits for its key.
+func ServeDialer(ctx context.Context, l *net.UnixListener, may func(address string) error) error {
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	free := make(chan struct{}, maxDials)
 	for {
@@ -165,6 +216,7 @@ func answerDial(ctx context.Context, c *net.UnixConn, may func(address string) e
 		}()
 		address := string(b[:n])
 		if err := may(address); err != nil {
+			a.Refused = true
 			return nil, fmt.Errorf("no connection is made to %q: %w", address, err)
 		}
 		return (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", address)

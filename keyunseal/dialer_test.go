@@ -12,22 +12,79 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"hostcryptd/keyunseal/vaulttest"
 )
 
 func TestMayDial(t *testing.T) {
-	for address, ok := range map[string]bool{
-		"v.vault.azure.net:443": true, "[2001:db8::1]:443": true, "169.254.169.254:80": true, "127.0.0.1:40342": true, "localhost:40342": true,
-		"v.vault.azure.net:80": false, "169.254.169.254:8080": false, "10.0.0.1:40342": false, "127.0.0.1:22": false, ":443": false, "443": false, "": false,
-		"a:https": false, "\x00:44": false,
+	private := writeFile(t, "cloud.json", 0o644, []byte(privateCloudFile))
+	open := writeFile(t, "open.json", 0o644, []byte(strings.ReplaceAll(privateCloudFile, "cloud.example", "open.example")))
+	if err := os.Chmod(open, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	// Nothing is read for the public clouds: a file may be on what waits for its key.
+	unread := func() ([]string, error) {
+		t.Error("asked for the files of private clouds")
+		return nil, nil
+	}
+	none := func() ([]string, error) { return []string{DefaultCloud}, nil }
+	described := func() ([]string, error) { return []string{DefaultCloud, "/nonexistent.json", open, private}, nil }
+	broken := func() ([]string, error) { return nil, errors.New("no table") }
+	for _, tt := range []struct {
+		address string
+		only    []string
+		clouds  func() ([]string, error)
+		want    string // of the error
+	}{
+		{"unit.vault.azure.net:443", nil, unread, ""},
+		{"unit.managedhsm.usgovcloudapi.net:443", nil, unread, ""},
+		{"login.microsoftonline.com:443", nil, unread, ""},
+		{"login.chinacloudapi.cn:443", nil, unread, ""},
+		{"login.microsoftonline.us:443", nil, unread, ""},
+		{"169.254.169.254:80", nil, unread, ""},
+		{"127.0.0.1:40342", nil, unread, ""},
+		{"localhost:40342", nil, unread, ""},
+		{"unit.vault.cloud.example:443", nil, described, ""},
+		{"unit.managedhsm.cloud.example:443", nil, described, ""},
+		{"login.cloud.example:443", nil, described, ""},
+		{"unit.vault.cloud.example:443", nil, none, DefaultCloud},
+		{"unit.vault.cloud.example:443", nil, broken, "no table"},
+		{"unit.vault.open.example:443", nil, described, "others may write"},
+		{"evil.example:443", nil, described, "/nonexistent.json"},
+		{"vault.cloud.example:443", nil, described, "cloud="},
+		{"a.unit.vault.cloud.example:443", nil, described, "cloud="},
+		{"cloud.example:443", nil, described, "cloud="},
+		{"unit:443", nil, described, "cloud="},
+		{"unit.vault.azure.net.evil.example:443", nil, none, "cloud="},
+		{"evilvault.azure.net:443", nil, none, "cloud="},
+		{"a.b.vault.azure.net:443", nil, none, "cloud="},
+		{"a.login.microsoftonline.com:443", nil, none, "cloud="},
+		{"unit.vault.azure.net:80", nil, unread, "port 443"},
+		{"unit.vault.azure.net:https", nil, unread, "port 443"},
+		{"169.254.169.254:443", nil, none, "cloud="},
+		{"169.254.169.254:8080", nil, unread, "port 443"},
+		{"[2001:db8::1]:443", nil, none, "cloud="},
+		{"10.0.0.1:40342", nil, unread, "port 443"},
+		{"127.0.0.1:22", nil, unread, "port 443"},
+		{":443", nil, none, "cloud="}, {"443", nil, unread, "port"}, {"", nil, unread, "port"}, {"\x00:44", nil, unread, "port 443"},
+
+		// A unit that names the hosts.
+		{"unit.vault.azure.net:443", []string{"unit.vault.azure.net"}, unread, ""},
+		{"169.254.169.254:80", []string{"unit.vault.azure.net"}, unread, ""},
+		{"login.elsewhere.example:443", []string{"unit.vault.azure.net", "login.elsewhere.example"}, unread, ""},
+		{"other.vault.azure.net:443", []string{"unit.vault.azure.net"}, unread, "names the hosts"},
+		{"login.microsoftonline.com:443", []string{"unit.vault.azure.net"}, unread, "names the hosts"},
+		{"unit.vault.azure.net:80", []string{"unit.vault.azure.net"}, unread, "port 443"},
 	} {
-		if err := mayDial(address); (err == nil) != ok {
-			t.Errorf("mayDial(%q) = %v", address, err)
+		err := MayDial(tt.address, tt.only, tt.clouds)
+		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("MayDial(%q, %q) = %v, want %q", tt.address, tt.only, err, tt.want)
 		}
 	}
 }
 
-// startDialer serves a dialer that lets all addresses pass but one.
-func startDialer(t *testing.T, never string) (stop func()) {
+// startDialer serves a dialer that connects to what may permits.
+func startDialer(t *testing.T, may func(address string) error) (stop func()) {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "dial")
 	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: socket, Net: "unixpacket"})
@@ -36,14 +93,7 @@ func startDialer(t *testing.T, never string) (stop func()) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() {
-		ended <- serveDialer(ctx, l, func(address string) error {
-			if address == never {
-				return errors.New("not this one")
-			}
-			return nil
-		})
-	}()
+	go func() { ended <- ServeDialer(ctx, l, may) }()
 	stop = func() {
 		cancel()
 		if err := <-ended; err != nil {
@@ -63,7 +113,12 @@ func TestDialer(t *testing.T) {
 	gone := httptest.NewServer(nil)
 	gone.Close()
 	address := func(s *httptest.Server) string { return strings.TrimPrefix(s.URL, "http://") }
-	stop := startDialer(t, "127.0.0.1:22")
+	stop := startDialer(t, func(address string) error {
+		if address == "127.0.0.1:22" {
+			return errors.New("not this one")
+		}
+		return nil
+	})
 	tr := directTransport(nil)
 	defer tr.CloseIdleConnections()
 	client := newHTTPClient(tr, nil)
@@ -101,6 +156,40 @@ func TestDialer(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.Close()
+}
+
+// TestDialerRefuses: what a dialer doesn't permit reaches who asked, as nobody's denial
+// and nothing of the network, and is tried again.
+func TestDialerRefuses(t *testing.T) {
+	s, url := newDouble(t, vaulttest.Options{})
+	cert, file := newCertificate(t, time.Now().AddDate(1, 0, 0))
+	clientID := randomUUID()
+	s.AddIdentity(vaulttest.Identity{ClientID: clientID, Certificate: cert}, allPermissions...)
+	tr := s.Transport()
+	t.Cleanup(tr.CloseIdleConnections)
+	token := mustSeal(t, Options{Transport: tr}, url, randomKey(t))
+	startDialer(t, func(string) error { return errors.New("not in this test") })
+	// The identity's endpoints through the dialer, and the vault without.
+	direct := directTransport(nil)
+	mixed := roundTripFunc(func(r *http.Request) (*http.Response, error) {
+		if strings.HasSuffix(r.URL.Host, ".vault.azure.net") {
+			return tr.RoundTrip(r)
+		}
+		return direct.RoundTrip(r)
+	})
+	var key [KeySize]byte
+	for host, err := range map[string]error{
+		"unit.vault.azure.net:443": (&Child{}).Unseal(t.Context(), Options{}, token, testVolume, &key),
+		// Tokens of managed identities are cached for the whole process, by client id.
+		"169.254.169.254:80": Unseal(t.Context(), Options{Transport: mixed, Identity: "managed:" + randomUUID()}, token, testVolume, &key),
+		"login.microsoftonline.com:443": Unseal(t.Context(), Options{Transport: mixed,
+			Identity: "certificate:" + vaulttest.DefaultTenant + ":" + clientID + ":" + file}, token, testVolume, &key),
+	} {
+		e := wantClass(t, err, map[bool]Class{true: ClassUnreachable, false: ClassIdentity}[strings.HasPrefix(host, "unit.")])
+		if text := e.Error(); !strings.HasSuffix(text, "no connection is made to \""+host+"\": not in this test") || !e.Transient() || e.Denied() {
+			t.Errorf("%s: transient %v, denied %v: %s", host, e.Transient(), e.Denied(), text)
+		}
+	}
 }
 
 // TestDialerSilent has a dialer that gives no answer.

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,10 +22,10 @@ import (
 // dialCommand is what hostcryptd-dial.service runs.
 func (a *app) dialCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:    "dial SOCKET",
-		Short:  "connect to vaults for the servers of volumes",
+		Use:    "dial SOCKET [HOST...]",
+		Short:  "connect to vaults for the servers of volumes, if there are HOSTs to these alone",
 		Hidden: true,
-		Args:   oneArg("SOCKET"),
+		Args:   cobra.MatchAll(cobra.MinimumNArgs(1), notEmpty),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
@@ -46,7 +48,55 @@ func (a *app) dialCommand() *cobra.Command {
 			if err := systemd.Notify(systemd.Ready); err != nil {
 				log.Warn("service manager was not notified", zap.Error(err))
 			}
-			return keyunseal.ServeDialer(ctx, l)
+			return keyunseal.ServeDialer(ctx, l, mayDial(args[1:], tabFile))
 		},
 	}
+}
+
+// mayDial permits what volumes of a table may need, see [keyunseal.MayDial]. The service
+// manager is told of the last refusal: who asked may be one who has broken in.
+func mayDial(only []string, tab string) func(address string) error {
+	clouds := func() ([]string, error) {
+		files := []string{keyunseal.DefaultCloud}
+		entries, _, err := readTab(tab)
+		if errors.Is(err, fs.ErrNotExist) {
+			return files, nil
+		}
+		for _, e := range entries {
+			for _, f := range e.flags {
+				if f.name == "cloud" {
+					files = append(files, f.value)
+				}
+			}
+		}
+		return files, err
+	}
+	return func(address string) error {
+		err := keyunseal.MayDial(address, only, clouds)
+		if err != nil {
+			systemd.Notify(systemd.Status("refused last: %q: %v", address, err))
+		}
+		return err
+	}
+}
+
+// dialerSocket is that of hostcryptd-dial.service.
+const dialerSocket = "/run/hostcryptd/dial"
+
+// dialAsService has this process and its children connect as the service of a volume
+// does: through the dialer or, where that doesn't run, by its rules.
+func dialAsService(ctx context.Context) (runs bool, err error) {
+	if os.Getenv(keyunseal.DialerEnv) != "" {
+		return true, nil
+	}
+	if _, err := os.Stat(dialerSocket); err == nil {
+		return true, os.Setenv(keyunseal.DialerEnv, dialerSocket)
+	}
+	name := "@hostcryptd-" + rand.Text() // of no file, so nothing is left of it
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: name, Net: "unixpacket"})
+	if err != nil {
+		return false, err
+	}
+	go keyunseal.ServeDialer(ctx, l, mayDial(nil, tabFile))
+	return false, os.Setenv(keyunseal.DialerEnv, name)
 }

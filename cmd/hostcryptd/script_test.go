@@ -189,9 +189,11 @@ func forge(ts *testscript.TestScript, file string, change func(h *luks2.Header))
 // waitfor SOCKET waits until somebody listens on a socket.
 func cmdWaitFor(ts *testscript.TestScript, neg bool, args []string) {
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if c, err := net.Dial("unix", ts.MkAbs(args[0])); err == nil {
-			c.Close()
-			return
+		for _, network := range []string{"unix", "unixpacket"} {
+			if c, err := net.Dial(network, ts.MkAbs(args[0])); err == nil {
+				c.Close()
+				return
+			}
 		}
 	}
 	ts.Fatalf("nobody listens on %s", args[0])

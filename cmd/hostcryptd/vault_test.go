@@ -77,7 +77,7 @@ func TestVaultInside(t *testing.T) {
 	p.Setup = func(env *testscript.Env) error {
 		// Each script has a key of its own name.
 		url := vaultKey + "-" + strings.TrimPrefix(filepath.Base(env.WorkDir), "script-")
-		for _, url := range []string{url, url + "-other"} {
+		for _, url := range []string{url, url + "-other", strings.Replace(url, "testvault.vault.azure.net/keys/disks-", "unit.vault.cloud.example/keys/", 1)} {
 			if _, err := double.AddKey(url, 2048); err != nil {
 				return err
 			}
@@ -123,8 +123,12 @@ func enterNetwork(t *testing.T, ca []byte) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		t.Fatal(err)
 	}
+	// A dialer of this host's has its network.
+	if err := unix.Mount("none", "/run", "tmpfs", 0, "mode=755"); err != nil {
+		t.Fatal(err)
+	}
 	for target, content := range map[string]string{
-		"/etc/hosts":                         "127.0.0.1 localhost testvault.vault.azure.net login.microsoftonline.com\n",
+		"/etc/hosts":                         "127.0.0.1 localhost testvault.vault.azure.net login.microsoftonline.com unit.vault.cloud.example\n",
 		"/etc/resolv.conf":                   "",
 		"/etc/ssl/certs/ca-certificates.crt": string(ca),
 	} {
