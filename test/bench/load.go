@@ -40,6 +40,9 @@ const (
 	// receiveBuffer holds what one read from the socket may return. Larger
 	// ones fall out of the cache of the core.
 	receiveBuffer = 512 << 10
+
+	// answerMax is how long a server may answer nothing: it must not hang the run.
+	answerMax = 10 * time.Second
 )
 
 // A load is what a client asks of a server.
@@ -117,16 +120,9 @@ func dial(socket string) (fd int, size int64, err error) {
 	if fd, err = unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0); err != nil {
 		return -1, 0, err
 	}
-	// A server that answers nothing must not hang the run.
-	for _, e := range []error{
-		unix.SetNonblock(fd, false),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 10}),
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 4<<20),
-	} {
-		if e != nil {
-			unix.Close(fd)
-			return -1, 0, e
-		}
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 4<<20); err != nil {
+		unix.Close(fd)
+		return -1, 0, err
 	}
 	return fd, size, nil
 }
@@ -380,28 +376,17 @@ func (c *client) run(ctx context.Context, start time.Time, d time.Duration) erro
 		if err != nil {
 			return err
 		}
-		// With nothing left to send there is nothing to do but wait.
-		flags := 0
-		if len(pending) > 0 {
-			flags = unix.MSG_DONTWAIT
-		}
-		n, err := receive(c.fd, c.in[have:], flags)
-		if err == unix.EAGAIN && flags != 0 {
-			if !sent {
-				p := []unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN | unix.POLLOUT}}
-				if n, err := unix.Poll(p, 10000); err == nil && n == 0 {
-					return errors.New("no answer for 10 s")
+		n, errno := receive(c.fd, c.in[have:])
+		switch {
+		case errno == unix.EAGAIN:
+			if !sent || len(pending) == 0 {
+				if err := wait(c.fd, len(pending) > 0); err != nil {
+					return err
 				}
 			}
 			continue
-		}
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err == unix.EAGAIN:
-			return errors.New("no answer for 10 s")
-		case err != nil:
-			return fmt.Errorf("receive: %w", err)
+		case errno != 0:
+			return fmt.Errorf("receive: %w", errno)
 		case n == 0:
 			return errors.New("server closed the connection")
 		}
@@ -528,13 +513,30 @@ func (c *client) send(pending *[]unix.Iovec) (progress bool, err error) {
 	return progress, nil
 }
 
-func receive(fd int, p []byte, flags int) (int, error) {
-	// Even if it blocks, the scheduler isn't told: it would give the processor
-	// to somebody else and have the thread wait for one when it comes back, which
-	// cost half of the requests with two connections.
-	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)), uintptr(flags), 0, 0)
-	if errno != 0 {
-		return 0, errno
+// receive takes what has come, which may be nothing (EAGAIN).
+func receive(fd int, p []byte) (int, unix.Errno) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)), unix.MSG_DONTWAIT, 0, 0)
+	return int(n), errno
+}
+
+// wait waits for the server: for an answer, or also for room in the socket. Who
+// waits in recv(2) is woken for nothing whenever the server has taken requests, at
+// the cost of the server: 5 to 9 µs for each batch, where the two are on different
+// cores. libnbd waits in poll(2) too.
+func wait(fd int, room bool) error {
+	p := unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	if room {
+		p.Events |= unix.POLLOUT
 	}
-	return int(n), nil
+	// It blocks, but the scheduler isn't told: it would give the processor to
+	// somebody else and have the thread wait for one when it comes back, which cost
+	// half of the requests with two connections.
+	n, _, errno := unix.RawSyscall(unix.SYS_POLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(answerMax/time.Millisecond))
+	if n == 0 && errno == 0 {
+		return fmt.Errorf("no answer for %v", answerMax)
+	}
+	if errno != 0 && errno != unix.EINTR {
+		return fmt.Errorf("poll: %w", errno)
+	}
+	return nil
 }
