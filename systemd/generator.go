@@ -34,6 +34,9 @@ type Volume struct {
 // VolumeDir holds a link to the kernel device of each volume that has a name.
 const VolumeDir = "/dev/hostcryptd"
 
+// DialerSocket is that of hostcryptd-dial.service.
+const DialerSocket = "/run/hostcryptd/dial"
+
 // Generate writes what orders the service of each volume among the other
 // units into dir, the first argument of systemd.generator(7). source is the
 // table, for who asks where a unit comes from.
@@ -75,8 +78,7 @@ const (
 	openImage = `TimeoutStopSec=90
 SendSIGKILL=no
 `
-	askDialer = `Environment=HOSTCRYPTD_DIALER=/run/hostcryptd/dial
-`
+	askDialer   = "Environment=HOSTCRYPTD_DIALER=" + DialerSocket + "\n"
 	openNetwork = `RestrictAddressFamilies=AF_INET AF_INET6
 IPAddressDeny=
 `

@@ -49,6 +49,9 @@ func TestUnit(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if listens := strings.Contains(string(b), "\nExecStart=/usr/sbin/hostcryptd dial "+DialerSocket+"\n"); listens != (file == "hostcryptd-dial.service") {
+			t.Errorf("%s listens on %s: %v", file, DialerSocket, listens)
+		}
 		// The program need not be installed to check the unit.
 		unit := filepath.Join(t.TempDir(), name)
 		text := strings.ReplaceAll(string(b), "/usr/sbin/hostcryptd", "/bin/true")

@@ -80,17 +80,14 @@ func mayDial(only []string, tab string) func(address string) error {
 	}
 }
 
-// dialerSocket is that of hostcryptd-dial.service.
-const dialerSocket = "/run/hostcryptd/dial"
-
 // dialAsService has this process and its children connect as the service of a volume
 // does: through the dialer or, where that doesn't run, by its rules.
 func dialAsService(ctx context.Context) (runs bool, err error) {
 	if os.Getenv(keyunseal.DialerEnv) != "" {
 		return true, nil
 	}
-	if _, err := os.Stat(dialerSocket); err == nil {
-		return true, os.Setenv(keyunseal.DialerEnv, dialerSocket)
+	if _, err := os.Stat(systemd.DialerSocket); err == nil {
+		return true, os.Setenv(keyunseal.DialerEnv, systemd.DialerSocket)
 	}
 	name := "@hostcryptd-" + rand.Text() // of no file, so nothing is left of it
 	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: name, Net: "unixpacket"})
