@@ -107,7 +107,7 @@ type wireError struct {
 
 // wireKinds are errors that are looked for in a chain.
 var wireKinds = map[string]error{
-	"refused": errRefused, "current": ErrCurrent, "no status": ErrNoStatus, "not exist": fs.ErrNotExist, "permission": fs.ErrPermission,
+	"dialer": errDialer, "current": ErrCurrent, "no status": ErrNoStatus, "not exist": fs.ErrNotExist, "permission": fs.ErrPermission,
 }
 
 // A kindError has the text of an error that came from a child, and its kind.

@@ -45,9 +45,9 @@ type dialerAnswer struct {
 	Refused bool   `json:"refused,omitempty"` // it didn't try
 }
 
-// errRefused is in the chain of errors of what a dialer doesn't permit. It's a reason to
-// look at this host's configuration, and no denial of a vault's.
-var errRefused = errors.New("refused by the dialer")
+// errDialer is in the chain of errors of a dialer that isn't there or doesn't permit a
+// connection. They are a reason to look at this host's configuration, not at the network.
+var errDialer = errors.New("the dialer")
 
 // machineEndpoints give tokens for the identity of a machine, without TLS.
 var machineEndpoints = []string{"169.254.169.254:80", "127.0.0.1:40342", "localhost:40342"}
@@ -119,8 +119,11 @@ func dial(ctx context.Context, network, address string) (net.Conn, error) {
 // dialThrough has the dialer at socket connect.
 func dialThrough(ctx context.Context, socket, address string) (net.Conn, error) {
 	c, err := (&net.Dialer{}).DialContext(ctx, "unixpacket", socket)
+	if err != nil && ctx.Err() == nil {
+		return nil, &kindError{fmt.Sprintf("the process that connects to the network isn't there ('systemctl status hostcryptd-dial' says why): %v", err), errDialer}
+	}
 	if err != nil {
-		return nil, fmt.Errorf("the process that connects to the network isn't there ('systemctl status hostcryptd-dial' says why): %w", err)
+		return nil, context.Cause(ctx)
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
@@ -144,7 +147,7 @@ func dialThrough(ctx context.Context, socket, address string) (net.Conn, error) 
 	case err != nil:
 		return nil, fmt.Errorf("the process that connects to the network gave no answer: %w", err)
 	case a.Refused:
-		return nil, &kindError{a.Error, errRefused}
+		return nil, &kindError{a.Error, errDialer}
 	case a.Error != "":
 		return nil, errors.New(a.Error)
 	case f == nil:

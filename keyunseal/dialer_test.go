@@ -168,7 +168,7 @@ func TestDialerRefuses(t *testing.T) {
 	tr := s.Transport()
 	t.Cleanup(tr.CloseIdleConnections)
 	token := mustSeal(t, Options{Transport: tr}, url, randomKey(t))
-	startDialer(t, func(string) error { return errors.New("not in this test") })
+	stop := startDialer(t, func(string) error { return errors.New("not in this test") })
 	// The identity's endpoints through the dialer, and the vault without.
 	direct := directTransport(nil)
 	mixed := roundTripFunc(func(r *http.Request) (*http.Response, error) {
@@ -189,6 +189,11 @@ func TestDialerRefuses(t *testing.T) {
 		if text := e.Error(); !strings.HasSuffix(text, "no connection is made to \""+host+"\": not in this test") || !e.Transient() || e.Denied() {
 			t.Errorf("%s: transient %v, denied %v: %s", host, e.Transient(), e.Denied(), text)
 		}
+	}
+	stop()
+	err := (&Child{}).Unseal(t.Context(), Options{}, token, testVolume, &key)
+	if e := wantClass(t, err, ClassUnreachable); !strings.HasSuffix(e.Error(), "no such file or directory") || !strings.Contains(e.Error(), "hostcryptd-dial") {
+		t.Errorf("without a dialer: %v", e)
 	}
 }
 

@@ -204,7 +204,7 @@ const anotherToken = "'hostcryptd rewrap' seals to what is there now if another 
 
 // hint says what to look at, for the classes where something is known.
 func (e *Error) hint() string {
-	if errors.Is(e.Err, errRefused) {
+	if errors.Is(e.Err, errDialer) {
 		return "" // it says so itself
 	}
 	switch e.Class {
