@@ -72,7 +72,8 @@ type Config struct {
 	StallTimeout time.Duration
 
 	// TLS, if not nil, is offered to clients by STARTTLS. It says by ClientAuth
-	// whether they have to show certificates.
+	// whether they have to show certificates. Where ClientCAs is set, clients that
+	// use GnuTLS show none with an RSA key; VerifyConnection can check them instead.
 	TLS *tls.Config
 
 	// RequireTLS refuses everything to clients before STARTTLS. With TLS set,

@@ -42,11 +42,30 @@ func loadTLS(dir string) (*tls.Config, error) {
 		return nil, fmt.Errorf("%s holds no certificate", ca)
 	}
 	return &tls.Config{
-		MinVersion:   tls.VersionTLS12,
-		Certificates: []tls.Certificate{pair},
-		ClientAuth:   tls.RequireAndVerifyClientCert,
-		ClientCAs:    roots,
+		MinVersion:       tls.VersionTLS12,
+		Certificates:     []tls.Certificate{pair},
+		ClientAuth:       tls.RequireAnyClientCert,
+		VerifyConnection: func(cs tls.ConnectionState) error { return verifyClient(roots, cs.PeerCertificates) },
 	}, nil
+}
+
+// verifyClient checks the certificates of a client, of a resumed session too, as
+// tls.RequireAndVerifyClientCert does. That would also send the names of the CAs with
+// TLS 1.3, and GnuTLS 3.7.9 (libnbd, QEMU) then has no certificate to show where its
+// key is RSA, which is certtool's default.
+func verifyClient(roots *x509.CertPool, certs []*x509.Certificate) error {
+	if len(certs) == 0 {
+		return errors.New("the client showed no certificate")
+	}
+	between := x509.NewCertPool()
+	for _, c := range certs[1:] {
+		between.AddCert(c)
+	}
+	_, err := certs[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	if err != nil {
+		return &tls.CertificateVerificationError{UnverifiedCertificates: certs, Err: err}
+	}
+	return nil
 }
 
 // certificateFiles are the files of --tls-certificates, which are read by a goroutine: a
