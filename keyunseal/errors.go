@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -267,6 +268,9 @@ func (e *Error) hint() string {
 		case errors.Is(e.Err, fs.ErrNotExist):
 			return "is the TPM on in the firmware, and its driver loaded? a volume without TPM has the key host-key"
 		case errors.Is(e.Err, fs.ErrPermission):
+			if os.Geteuid() == 0 {
+				return "it belongs to another user, and this process has not root's CAP_DAC_OVERRIDE; the unit that hostcryptd installs does"
+			}
 			return "only root may use the TPM"
 		}
 		if strings.HasSuffix(e.Op, " pin") {

@@ -462,17 +462,37 @@ func TestManagedSource(t *testing.T) {
 	}
 }
 
+// unitCapabilities are what the service of a volume can do, in the form of setpriv(1).
+func unitCapabilities(t *testing.T) string {
+	t.Helper()
+	unit, err := os.ReadFile("../systemd/hostcryptd@.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(unit)) {
+		if list, ok := strings.CutPrefix(line, "CapabilityBoundingSet="); ok {
+			return strings.Join(append([]string{"-all"}, strings.Fields(strings.ReplaceAll(strings.ToLower(list), "cap_", "+"))...), ",")
+		}
+	}
+	t.Fatal("the unit has no CapabilityBoundingSet=")
+	return ""
+}
+
 // TestArc opens a vault with the identity of the Azure Arc agent, in a process
-// that sees the agent's files where they belong.
+// that sees the agent's files where they belong, and has the service's capabilities.
+// The agent's folder is closed to others.
 func TestArc(t *testing.T) {
 	dir := t.TempDir()
+	if err := errors.Join(os.Chown(dir, 12345, 12345), os.Chmod(dir, 0o770)); err != nil {
+		t.Fatal(err)
+	}
 	s, url := newDouble(t, vaulttest.Options{ArcKeys: dir})
 	plain := childWithDouble(t, s, nil)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := append([]string{"unshare", "-m", self, "child-on-arc", dir}, plain.Args[2:]...)
+	args := append([]string{"setpriv", "--bounding-set=" + unitCapabilities(t), "unshare", "-m", self, "child-on-arc", dir}, plain.Args[2:]...)
 	onArc := &Child{Args: args}
 	key := randomKey(t)
 	token, err := onArc.Seal(t.Context(), Options{Identity: "arc"}, url, testVolume, key)
@@ -522,7 +542,7 @@ func TestArc(t *testing.T) {
 	if err := errors.Join(
 		os.Symlink(secret, in("link.key")), os.Link(secret, in("hard.key")), os.Mkdir(in("dir.key"), 0o755),
 		os.WriteFile(in("large.key"), make([]byte, 4097), 0o600),
-		os.WriteFile(in("other.key"), []byte("x"), 0o600), os.Chown(in("other.key"), 12345, 12345),
+		os.WriteFile(in("other.key"), []byte("x"), 0o600), os.Chown(in("other.key"), 54321, 54321),
 		os.WriteFile(in("loose.key"), []byte("x"), 0o600), os.Chmod(in("loose.key"), 0o666),
 	); err != nil {
 		t.Fatal(err)

@@ -70,7 +70,7 @@ const (
 	generated    = "# Made of %s by hostcryptd-generator.\n"
 )
 
-// What the template of the service closes and some volumes need.
+// What the template of the service closes and some volumes need, or the other way round.
 const (
 	// An image is on a file system, whose unmount at shutdown waits for this
 	// service. If the volume can't be unmounted in time either, that must end; the
@@ -82,6 +82,8 @@ SendSIGKILL=no
 	openNetwork = `RestrictAddressFamilies=AF_INET AF_INET6
 IPAddressDeny=
 `
+	// A key of this boot needs no TPM and no identity, and a disk is root's.
+	closeFiles = "CapabilityBoundingSet=~CAP_DAC_OVERRIDE\n"
 	// SCHED_RR and its system calls; PR_SET_IO_FLUSHER needs SYS_RESOURCE;
 	// vm.min_free_kbytes is looked at and raised; /proc/swaps says who waits.
 	openSwap = `CapabilityBoundingSet=CAP_SYS_NICE CAP_SYS_RESOURCE CAP_IPC_LOCK
@@ -150,6 +152,9 @@ func (v *Volume) generate(dir, source string) error {
 	}
 	if v.Swap {
 		b.WriteString(openSwap)
+		if !v.Vault && strings.HasPrefix(v.Device, "/dev/") {
+			b.WriteString(closeFiles)
+		}
 	}
 	err := write(dir, unit+".d", "50-hostcrypttab.conf", b.Bytes())
 

@@ -26,6 +26,7 @@ func TestGenerate(t *testing.T) {
 		{Name: "far", Device: "/dev/sdb", Attach: "auto", NetDev: true, DeviceTimeout: &forever},
 		{Name: "manual", Device: "/dev/sdc", Attach: "auto", NoAuto: true},
 		{Name: "qemu", Device: "/dev/sdd", Network: true},
+		{Name: "swapfile", Device: "/dev/sde", Attach: "auto", Swap: true, Vault: true, NoAuto: true},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -87,7 +87,9 @@ func params(dir string) testscript.Params {
 			// Also where this machine has a TPM: scripts start one of their own.
 			env.Setenv("HOSTCRYPTD_TPM", filepath.Join(env.WorkDir, "tpm.sock"))
 			env.Setenv("HOSTCRYPTD_AUDIT_LOG", filepath.Join(env.WorkDir, "audit.log"))
-			return nil
+			unit, err := filepath.Abs("../../systemd/hostcryptd@.service")
+			env.Setenv("UNIT", unit)
+			return err
 		},
 		Condition: func(cond string) (bool, error) {
 			switch cond {

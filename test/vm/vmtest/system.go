@@ -23,6 +23,7 @@ var systemPackages = []string{
 	"initramfs-tools", "dracut-core", "busybox", "zstd", // both makers of an initramfs
 	"kdump-tools", "kexec-tools", "makedumpfile", // crash dumps
 	"fio", "libnbd-bin", // load
+	"tpm-udev", // gives the TPM to a user of its own, as wherever something uses one
 }
 
 // systemOptions of mmdebstrap: what nobody reads in a test stays out.
