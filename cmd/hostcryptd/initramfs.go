@@ -286,11 +286,9 @@ func (n *initramfsNeeds) vault(e *tabEntry, h *tabTokens, identity, cloud string
 		n.warn("volume %s has a key in a vault, and no _netdev in its line: the initramfs doesn't wait for the network, and does without that key", name)
 	}
 	if identity != "" {
-		n.identity(name, identity, true)
+		n.identity(name, identity)
 	} else {
-		for _, t := range tokens {
-			n.identity(name, t.Identity, false)
-		}
+		n.identitiesOf(name, h)
 	}
 
 	private := h == nil
@@ -318,26 +316,49 @@ func (n *initramfsNeeds) vault(e *tabEntry, h *tabTokens, identity, cloud string
 	}
 }
 
-// identity adds the file that an identity logs in with. It is named by the line, or by
-// a token, beside which there may be others.
-func (n *initramfsNeeds) identity(volume, identity string, line bool) {
+// identity adds the file that the identity of a line logs in with.
+func (n *initramfsNeeds) identity(volume, identity string) {
 	file, err := keyunseal.IdentityFile(identity)
-	kind, _, _ := strings.Cut(identity, ":")
-	switch {
-	case err != nil:
+	if err != nil {
 		n.fail("volume %s: %w", volume, err)
-	case kind == "arc":
-		n.warn("volume %s: the identity is that of the Azure Arc agent, which doesn't run in an initramfs", volume)
-	case kind == "workload":
-		n.warn("volume %s: the identity is a workload's, whose token nobody renews in an initramfs", volume)
-	}
-	if file == "" {
 		return
 	}
-	if _, err := os.Stat(file); err != nil && !line {
-		n.warn("the identity of volume %s: %v", volume, err)
-	} else if n.named(volume, "the identity", file) && kind != "workload" {
+	n.warnIdentity(volume, identity)
+	if file != "" && n.named(volume, "the identity", file) && !strings.HasPrefix(identity, "workload:") {
 		n.warn("the private key of the identity of %s is in the initramfs: who has that is this identity to the vault", volume)
+	}
+}
+
+// warnIdentity says what an identity lacks in an initramfs.
+func (n *initramfsNeeds) warnIdentity(volume, identity string) {
+	switch kind, _, _ := strings.Cut(identity, ":"); kind {
+	case "arc":
+		n.warn("volume %s: the identity is that of the Azure Arc agent, which doesn't run in an initramfs", volume)
+	case "workload":
+		n.warn("volume %s: the identity is a workload's, whose token nobody renews in an initramfs", volume)
+	}
+}
+
+// identitiesOf says what the identities of a header's tokens lack, and adds none of
+// their files: nothing authenticates the header here, and who can write to the disk
+// would choose the file of root's that he then reads in /boot.
+func (n *initramfsNeeds) identitiesOf(volume string, h *tabTokens) {
+	if h == nil {
+		return
+	}
+	var missing []string
+	for _, t := range h.of(keyunseal.TypeKeyVault) {
+		n.warnIdentity(volume, t.Identity)
+		if file, err := keyunseal.IdentityFile(t.Identity); err == nil && file != "" {
+			missing = append(missing, fmt.Sprintf("a key in the header is for an identity that names the file %s, and the line has no identity=; what only the header names isn't put into an initramfs, so that key won't open the volume at boot; if this is how the host logs in, the line needs identity=%s", file, t.Identity))
+		}
+	}
+	for _, text := range missing {
+		if len(missing) == len(h.tokens) {
+			n.fail("volume %s: %s", volume, text)
+		} else {
+			n.warn("volume %s: %s", volume, text)
+		}
 	}
 }
 
