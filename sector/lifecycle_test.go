@@ -813,6 +813,26 @@ func TestForgedHeader(t *testing.T) {
 	v.Close()
 }
 
+// TestOpenAnother has two volumes of one host exchange their places: no key is asked for.
+func TestOpenAnother(t *testing.T) {
+	a := &kek{name: "a"}
+	pins := PinDir(filepath.Join(t.TempDir(), "pins"))
+	one := formatWith(t, FormatOptions{UUID: "6e0e0c1c-2d2d-4c4c-8b8b-1a1a2b2b3c3c", Seal: []Sealer{a.seal}, Pins: pins})
+	other := formatWith(t, FormatOptions{UUID: "7e0e0c1c-2d2d-4c4c-8b8b-1a1a2b2b3c3c", Seal: []Sealer{a.seal}, Pins: pins})
+	o := OpenOptions{UUID: headerOf(t, one).UUID, Pins: pins, RequirePin: true}
+	if err := opens(t, one, ring(a), o); err != nil {
+		t.Error(err)
+	}
+	asked := 0
+	unseal := func(context.Context, string, json.RawMessage, *[32]byte) error { asked++; return errors.New("asked") }
+	if _, err := Open(t.Context(), other, unseal, o); !errors.Is(err, ErrAuth) || asked != 0 {
+		t.Errorf("Open() of another volume = %v, want %v; %d tokens were tried", err, ErrAuth, asked)
+	}
+	if r, err := Verify(t.Context(), other, ring(a).unseal, o); err != nil || r.Opens || len(r.Findings) != 1 {
+		t.Errorf("Verify() of another volume = %+v, %v", r, err)
+	}
+}
+
 // TestReplay puts an older header back, whole.
 func TestReplay(t *testing.T) {
 	a, b := &kek{name: "a"}, &kek{name: "b"}

@@ -19,6 +19,10 @@ type OpenOptions struct {
 	// Derive, if not nil, keeps the keys off this process's heap.
 	Derive Deriver
 
+	// UUID, if not "", is that of the volume that is meant. Any other is refused, also
+	// one that is as authentic and as well known to this host.
+	UUID string
+
 	// Pins tells a forged or an old header from the one that this host has
 	// seen. Without it, whoever can write to the disk and wrap with the KEK can
 	// replace the whole header.
@@ -149,6 +153,9 @@ func readAndJudge(ctx context.Context, b Backing, judge func(*luks2.Header, luks
 
 func open(ctx context.Context, b Backing, h *luks2.Header, k *keys, unseal Unsealer, o OpenOptions, before func() *Known) (*Volume, opened, error) {
 	defer k.wipeRaw()
+	if err := o.CheckUUID(h); err != nil { // which unlock authenticates
+		return nil, opened{}, err
+	}
 	got, err := unlock(ctx, h, k, unseal, o)
 	if err != nil {
 		return nil, got, err
@@ -210,6 +217,15 @@ func repairHeader(ctx context.Context, b Backing, found luks2.Copies, readOnly b
 func CheckUUID(h *luks2.Header) error {
 	if !IsUUID(h.UUID) {
 		return fmt.Errorf("%w: %.40q in the header is not the UUID of a volume", ErrAuth, h.UUID)
+	}
+	return nil
+}
+
+// CheckUUID returns [ErrAuth] if a header is of another volume than the one that is
+// meant. Nothing authenticates the header here; [Open] does.
+func (o *OpenOptions) CheckUUID(h *luks2.Header) error {
+	if o.UUID != "" && h.UUID != o.UUID {
+		return fmt.Errorf("%w: the header is that of volume %s, and volume %s is meant: is another disk in its place?", ErrAuth, h.UUID, o.UUID)
 	}
 	return nil
 }

@@ -65,7 +65,7 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 	if err != nil {
 		return r, err
 	}
-	unfit := fits(b, h, v.size())
+	unfit := errors.Join(o.CheckUUID(h), fits(b, h, v.size()))
 	if unfit != nil {
 		find("%v", unfit)
 	}

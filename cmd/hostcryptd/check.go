@@ -44,6 +44,7 @@ func (a *app) checkCommand() *cobra.Command {
 	var (
 		keys       keyFlags
 		requirePin bool
+		uuid       string
 	)
 	c := &cobra.Command{
 		Use:   "check DEVICE|NAME",
@@ -78,9 +79,12 @@ something is wrong, even if the volume would open by another key.`,
 				}
 			}
 			return withHeader(device, true, func(d *sector.Device) error {
-				report, err := a.check(c.Context(), &keys, requirePin, device, d)
+				report, err := a.check(c.Context(), &keys, requirePin, uuid, device, d)
 				if err != nil {
 					return err
+				}
+				if device != args[0] && uuid == "" {
+					report.Notices = append(report.Notices, "the line doesn't say which volume it means, so another one of this host would be served if its disk were in this place; the option uuid="+report.UUID+" says it")
 				}
 				if !itself && slices.ContainsFunc(report.Tokens, func(t checkToken) bool { return t.Type == keyunseal.TypeKeyVault }) {
 					report.Notices = append(report.Notices, "hostcryptd-dial.service doesn't run here now; this was asked by its rules, not through it")
@@ -95,14 +99,15 @@ something is wrong, even if the volume would open by another key.`,
 		},
 	}
 	keys.add(c)
+	c.Flags().StringVar(&uuid, "uuid", "", "ask as for a host that wants the volume with this `UUID` on DEVICE")
 	c.Flags().BoolVar(&requirePin, "require-pin", false, "ask as for a host that serves only volumes it knows")
 	return a.jsonFlag(c)
 }
 
-func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, device string, d *sector.Device) (*checkReport, error) {
+func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, uuid, device string, d *sector.Device) (*checkReport, error) {
 	log := a.cliLog()
 	o := keys.open(log)
-	o.RequirePin, o.Retired = requirePin, retiredMayOpen
+	o.RequirePin, o.UUID, o.Retired = requirePin, uuid, retiredMayOpen
 	r, err := sector.Verify(ctx, d, keys.unsealer(log), o)
 	if err != nil {
 		return nil, err

@@ -193,7 +193,7 @@ func (h *keyHost) openOptions() sector.OpenOptions {
 	d.mu.Lock()
 	trusted := d.opts.keys.trusted
 	d.mu.Unlock()
-	return sector.OpenOptions{Derive: deriveElsewhere, Pins: d.opts.keys.pinStore(d.log), Trusted: trusted, RequirePin: d.opts.requirePin}
+	return sector.OpenOptions{Derive: deriveElsewhere, UUID: d.uuid, Pins: d.opts.keys.pinStore(d.log), Trusted: trusted, RequirePin: d.opts.requirePin}
 }
 
 func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome {

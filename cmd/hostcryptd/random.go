@@ -19,6 +19,8 @@ func (o *serveOptions) checkRandomKey(given func(flag string) bool) error {
 		return nil
 	}
 	switch {
+	case o.uuid != "":
+		return usagef("--random-key with --uuid: there is no header that would have one")
 	case o.readOnly:
 		return usagef("--random-key with --read-only: there would be nothing to read")
 	case o.sectorSize != 512 && o.sectorSize != 4096:

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/sector"
 	"hostcryptd/systemd"
 )
 
@@ -89,6 +89,7 @@ var tabWords = map[string]tabWord{
 	"size": {no: "it is in the header"}, "cipher": {no: "it is always aes-xts-plain64"}, "hash": {no: "there is no passphrase"},
 	"plain": {no: "there is no volume without a header; for a key that is drawn at each boot, the key is /dev/urandom"},
 
+	"uuid":   {flag: "uuid", value: someText},
 	"attach": {flag: "attach", value: someText}, "listen": {flag: "listen", value: someText},
 	"tcp": {flag: "tcp", value: someText}, "tls-certificates": {flag: "tls-certificates", value: someText},
 	"connections": {flag: "connections", value: someText}, "direct": {flag: "direct"},
@@ -199,7 +200,35 @@ func (e *tabEntry) parse(f []string) error {
 	for _, f := range e.flags {
 		e.unit.Network = e.unit.Network || f.name == "tcp"
 	}
+	errs = append(errs, e.bind())
 	return errors.Join(errs...)
+}
+
+// bind makes UUID= mean the volume, and not what udev or a disk says of itself: who
+// has the storage could exchange two volumes of a host.
+func (e *tabEntry) bind() error {
+	id, ok := strings.CutPrefix(e.unit.Device, byUUID)
+	given := e.flag("uuid")
+	switch {
+	case given != "" && !sector.IsUUID(given):
+		return fmt.Errorf("option \"uuid=%s\": it is not the UUID of a volume", given)
+	case !ok || !sector.IsUUID(id) || e.randomKey():
+	case given == "":
+		e.flags = append(e.flags, tabFlag{"uuid", id})
+	case given != id:
+		return fmt.Errorf("option \"uuid=%s\": the device is that of volume %s", given, id)
+	}
+	return nil
+}
+
+// flag is the value that a line gives to a flag of serve, or "".
+func (e *tabEntry) flag(name string) (value string) {
+	for _, f := range e.flags {
+		if f.name == name {
+			value = f.value
+		}
+	}
+	return value
 }
 
 // key reads the third field.
@@ -318,9 +347,7 @@ func (e *tabEntry) apply(flags *pflag.FlagSet) error {
 }
 
 // randomKey tells whether the volume has a key of this boot.
-func (e *tabEntry) randomKey() bool {
-	return slices.ContainsFunc(e.flags, func(f tabFlag) bool { return f.name == "random-key" })
-}
+func (e *tabEntry) randomKey() bool { return e.flag("random-key") != "" }
 
 // tabIndexes are the kernel devices that a table gives to volumes of other names, also
 // to those that aren't attached yet.
@@ -369,6 +396,9 @@ func lookup(file, name string) (*tabEntry, error) {
 	}
 	return nil, withCode(codeDevice, errors.Join(append([]error{fmt.Errorf("%s has no volume %q", file, name)}, bad...)...))
 }
+
+// byUUID has links to devices by the UUID that udev has found on them.
+const byUUID = "/dev/disk/by-uuid/"
 
 // tabDevice makes a path of the second field.
 func tabDevice(s string) (string, error) {
