@@ -1485,3 +1485,35 @@ func TestPinsOutOfReach(t *testing.T) {
 		t.Errorf("at first sight: %v, %v", err, pins.raised)
 	}
 }
+
+// TestPinUnreadable: a file that can't be read now says nothing of the header, and what is
+// in it does.
+func TestPinUnreadable(t *testing.T) {
+	a := &kek{name: "a"}
+	pins := PinDir(t.TempDir())
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, Pins: pins})
+	file := pins.Path(headerOf(t, d).UUID)
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		make func() error
+		want error
+	}{
+		{"can't be opened", func() error { return os.Symlink(file, file) }, ErrNoPins},
+		{"can't be read", func() error { return os.Mkdir(file, 0o700) }, ErrNoPins},
+		{"empty", func() error { return os.WriteFile(file, nil, 0o600) }, ErrAuth},
+		{"cut off", func() error { return os.WriteFile(file, content[:len(content)/2], 0o600) }, ErrAuth},
+		{"good", func() error { return os.WriteFile(file, content, 0o600) }, nil},
+	} {
+		if err := errors.Join(os.RemoveAll(file), tt.make()); err != nil {
+			t.Fatal(err)
+		}
+		err := opens(t, d, ring(a), OpenOptions{Pins: pins})
+		if !errors.Is(err, tt.want) || tt.want == ErrNoPins && errors.Is(err, ErrAuth) {
+			t.Errorf("a pin that is %s: %v, want %v", tt.name, err, tt.want)
+		}
+	}
+}

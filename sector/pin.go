@@ -59,8 +59,8 @@ const pinVersion = 1
 // Path is the file of a volume's pin.
 func (d PinDir) Path(volume string) string { return filepath.Join(string(d), volume+".json") }
 
-// Load reads the pin of a volume. A file that can't be read or is damaged is an
-// error, not a missing pin.
+// Load reads the pin of a volume. A file that can't be read now, or is damaged, is an
+// error, not a missing pin: the former with [ErrNoPins].
 func (d PinDir) Load(volume string) (*Pin, error) {
 	if !uuidForm.MatchString(volume) {
 		return nil, fmt.Errorf("pin: %q is not a UUID", volume)
@@ -70,7 +70,9 @@ func (d PinDir) Load(volume string) (*Pin, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("pin: %w", err)
+		// The process may have too many files open, or the disk have had an error: nobody
+		// has said anything of the header.
+		return nil, fmt.Errorf("%w: pin: %w", ErrNoPins, err)
 	}
 	var f pinFile
 	if err := json.Unmarshal(b, &f); err != nil {
