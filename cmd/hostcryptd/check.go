@@ -45,6 +45,7 @@ func (a *app) checkCommand() *cobra.Command {
 		keys       keyFlags
 		requirePin bool
 		uuid       string
+		expired    string
 	)
 	c := &cobra.Command{
 		Use:   "check DEVICE|NAME",
@@ -78,8 +79,11 @@ something is wrong, even if the volume would open by another key.`,
 					}
 				}
 			}
+			if err := checkExpired(expired); err != nil {
+				return err
+			}
 			return withHeader(device, true, func(d *sector.Device) error {
-				report, err := a.check(c.Context(), &keys, requirePin, uuid, device, d)
+				report, err := a.check(c.Context(), &keys, requirePin, uuid, expired, device, d)
 				if err != nil {
 					return err
 				}
@@ -100,15 +104,16 @@ something is wrong, even if the volume would open by another key.`,
 	}
 	keys.add(c)
 	c.Flags().StringVar(&uuid, "uuid", "", "ask as for a host that wants the volume with this `UUID` on DEVICE")
+	c.Flags().StringVar(&expired, "expired-key", "warn", "ask as for a host that takes this `ACTION` when the key has expired: warn or deny")
 	c.Flags().BoolVar(&requirePin, "require-pin", false, "ask as for a host that serves only volumes it knows")
 	return a.jsonFlag(c)
 }
 
-func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, uuid, device string, d *sector.Device) (*checkReport, error) {
+func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, uuid, expired, device string, d *sector.Device) (*checkReport, error) {
 	log := a.cliLog()
 	o := keys.open(log)
 	o.RequirePin, o.UUID, o.Retired = requirePin, uuid, retiredMayOpen
-	r, err := sector.Verify(ctx, d, keys.unsealer(log), o)
+	r, err := sector.Verify(ctx, d, keys.unsealerUnless(expired, log), o)
 	if err != nil {
 		return nil, err
 	}

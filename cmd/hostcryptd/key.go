@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -150,6 +151,44 @@ func (k *keyFlags) unsealer(log *zap.Logger) sector.Unsealer {
 	return func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
 		return child.Unseal(ctx, k.options(volume, log), token, volume, key)
 	}
+}
+
+// unsealerUnless is an unsealer that takes a key for denied that deniedExpired does.
+func (k *keyFlags) unsealerUnless(expired string, log *zap.Logger) sector.Unsealer {
+	unseal := k.unsealer(log)
+	return func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
+		if err := k.deniedExpired(ctx, expired, volume, token, log); err != nil {
+			return err
+		}
+		return unseal(ctx, volume, token, key)
+	}
+}
+
+// deniedExpired returns an error if the policy for expired keys takes one for a denial,
+// and that of the token has expired, or it can't be told. The vault itself unwraps with
+// it.
+func (k *keyFlags) deniedExpired(ctx context.Context, expired, volume string, token json.RawMessage, log *zap.Logger) error {
+	d, err := keyunseal.Describe(token)
+	if expired != "deny" || err != nil || d.Type != keyunseal.TypeKeyVault {
+		return nil
+	}
+	s, err := k.inspect(ctx, volume, token, log)
+	if err != nil {
+		return fmt.Errorf("--expired-key deny has to look whether the key has expired, which takes the permission get: %w", err)
+	}
+	if s.Expires.IsZero() || time.Now().Before(s.Expires) {
+		return nil
+	}
+	return &keyunseal.Error{Op: "inspect", KeyID: d.KeyID, Class: keyunseal.ClassKeyUnusable, Code: "KeyExpired",
+		Err: fmt.Errorf("the key has expired on %s, and --expired-key deny takes that for a denial", s.Expires.Format(time.DateOnly))}
+}
+
+// checkExpired checks a policy for expired keys.
+func checkExpired(action string) error {
+	if action != "warn" && action != "deny" {
+		return usagef("--expired-key is warn or deny, not %q", action)
+	}
+	return nil
 }
 
 // probe looks whether a token's KEK may still be used, inspect for a newer

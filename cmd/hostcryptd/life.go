@@ -65,8 +65,8 @@ func (l *lifeFlags) config(phase float64, bits int, remote bool) (lifecycle.Conf
 	if c.Policy, err = lifecycle.ParsePolicy(l.policy); err != nil {
 		return c, usagef("--on-revocation: %w", err)
 	}
-	if l.expired != "warn" && l.expired != "deny" {
-		return c, usagef("--expired-key is warn or deny, not %q", l.expired)
+	if err := checkExpired(l.expired); err != nil {
+		return c, err
 	}
 	switch {
 	case !remote:
@@ -153,32 +153,15 @@ func (h *keyHost) firstExpiry() (first time.Time) {
 	return first
 }
 
-// deniedExpired returns an error if the volume's policy takes an expired key
-// for a denial, and that of the token has expired, or it can't be told. The vault
-// itself unwraps with it.
+// deniedExpired is that of the volume's policy.
 func (h *keyHost) deniedExpired(ctx context.Context, volume string, token json.RawMessage) error {
-	d, err := keyunseal.Describe(token)
-	if h.d.opts.life.expired != "deny" || err != nil || d.Type != keyunseal.TypeKeyVault {
-		return nil
-	}
-	s, err := h.d.opts.keys.inspect(ctx, volume, token, h.d.log)
-	if err != nil {
-		return fmt.Errorf("--expired-key deny has to look whether the key has expired, which takes the permission get: %w", err)
-	}
-	if s.Expires.IsZero() || time.Now().Before(s.Expires) {
-		return nil
-	}
-	return &keyunseal.Error{Op: "inspect", KeyID: d.KeyID, Class: keyunseal.ClassKeyUnusable, Code: "KeyExpired",
-		Err: fmt.Errorf("the key has expired on %s, and --expired-key deny takes that for a denial", s.Expires.Format(time.DateOnly))}
+	return h.d.opts.keys.deniedExpired(ctx, h.d.opts.life.expired, volume, token, h.d.log)
 }
 
 // unsealer is the daemon's unsealer, which tells when it has a volume key.
 func (h *keyHost) unsealer(obtained func()) sector.Unsealer {
-	unseal := h.d.opts.keys.unsealer(h.d.log)
+	unseal := h.d.opts.keys.unsealerUnless(h.d.opts.life.expired, h.d.log)
 	return func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) error {
-		if err := h.deniedExpired(ctx, volume, token); err != nil {
-			return err
-		}
 		err := unseal(ctx, volume, token, key)
 		if err == nil {
 			obtained()
