@@ -703,6 +703,33 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// TestCloseWaitsForFUA: where a write with FUA is a write and a flush of all, as with a
+// page cache, it is one request, and Close waits for both.
+func TestCloseWaitsForFUA(t *testing.T) {
+	d := format(t, 4096, testVolumeSize)
+	d.Cached = true
+	v := open1(t, d, OpenOptions{})
+	slow := &slowSync{Disk: d, entered: make(chan bool), release: make(chan error)}
+	v.b = slow
+	written, closed := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := v.WriteAtFUA(make([]byte, 4096), 0)
+		written <- err
+	}()
+	<-slow.entered
+	go func() { closed <- v.Close() }()
+	select {
+	case err := <-closed:
+		t.Errorf("Close() = %v while the flush of a write with FUA was under way", err)
+		closed <- nil
+	case <-time.After(50 * time.Millisecond):
+	}
+	slow.release <- nil
+	if err := errors.Join(<-written, <-closed); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestTamper changes each thing that the header's MAC and the wrapped DEK
 // cover, and moves parts between volumes. All of it must be refused.
 func TestTamper(t *testing.T) {

@@ -349,7 +349,7 @@ func readFull(b Backing, p []byte, off int64) error {
 // WriteAt writes p at off. It is not durable before [Volume.Sync] returns. p
 // is not changed and not kept.
 func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
-	return v.writeAt(p, off, v.b.WriteAt)
+	return v.writeAt(p, off, v.b.WriteAt, false)
 }
 
 // WriteAtFUA is WriteAt, and p is durable when it returns; earlier writes need
@@ -357,17 +357,11 @@ func (v *Volume) WriteAt(p []byte, off int64) (int, error) {
 // backing device had no room for it (ENOSPC, EDQUOT).
 func (v *Volume) WriteAtFUA(p []byte, off int64) (int, error) {
 	if v.b.Direct() {
-		return v.writeAt(p, off, v.writeSync)
+		return v.writeAt(p, off, v.writeSync, false)
 	}
-	n, err := v.writeAt(p, off, v.b.WriteAt)
-	if err == nil {
-		// Not WriteAtSync: the error of its flush could be that of an earlier
-		// write, which a flush then would not be told of, see flusher.
-		if err = v.count("flush", off, v.sync()); err != nil {
-			n = 0
-		}
-	}
-	return n, err
+	// Not WriteAtSync: the error of its flush could be that of an earlier
+	// write, which a flush then would not be told of, see flusher.
+	return v.writeAt(p, off, v.b.WriteAt, true)
 }
 
 func (v *Volume) writeSync(p []byte, off int64) (int, error) {
@@ -393,7 +387,8 @@ func (v *Volume) noRoom(err error, p []byte, off int64) bool {
 	return full(err)
 }
 
-func (v *Volume) writeAt(p []byte, off int64, write writeFunc) (int, error) {
+// writeAt writes, and then, with sync, flushes.
+func (v *Volume) writeAt(p []byte, off int64, write writeFunc, sync bool) (int, error) {
 	if err := v.enter(); err != nil {
 		return 0, err
 	}
@@ -408,6 +403,11 @@ func (v *Volume) writeAt(p []byte, off int64, write writeFunc) (int, error) {
 	}
 	if err != nil {
 		return 0, v.count("write", off, err)
+	}
+	if sync {
+		if err := v.sync(); err != nil {
+			return 0, v.count("flush", off, err)
+		}
 	}
 	v.stats.bytesWritten.Add(uint64(len(p)))
 	return len(p), nil
