@@ -92,17 +92,17 @@ func (v *Volume) BeginWrite(p []byte, off int64, fua bool) (fd int, at int64, ti
 
 // EndWrite makes of the n bytes that were written, or of the error, what
 // WriteAt or WriteAtFUA would have returned. Where there was no room for a write
-// with FUA, it writes p itself once more, see noRoom.
+// with FUA, it writes p itself once more, see failedFUA.
 func (v *Volume) EndWrite(p []byte, off int64, fua bool, ticket uint64, n int, err error) (int, error) {
 	defer v.leave()
 	defer v.ranges.unlock(ticket)
 	if err == nil && n != len(p) {
 		err = fmt.Errorf("backing device took %d of %d bytes: %w", n, len(p), syscall.EIO)
 	}
+	if err != nil && fua {
+		err = v.failedFUA(err, p, v.offset+off)
+	}
 	if err != nil {
-		if fua && !v.noRoom(err, p, v.offset+off) {
-			v.flush.fail()
-		}
 		return 0, v.count("write", off, err)
 	}
 	v.stats.bytesWritten.Add(uint64(len(p)))

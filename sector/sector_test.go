@@ -560,30 +560,52 @@ func (s *slowSync) Sync() error {
 }
 
 // TestNoRoom: a write with FUA for which there was no room is an error of that
-// write. When the write itself could have been done, it was the flush after it that
-// failed, and the volume has failed.
+// write. When the write can be done after all, there is room by now, or it was the
+// flush after it that failed: another flush tells, and what that says counts.
 func TestNoRoom(t *testing.T) {
 	for _, cause := range []error{syscall.ENOSPC, syscall.EDQUOT} {
-		for _, flush := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%v/flush=%v", cause, flush), func(t *testing.T) {
+		for _, tt := range []struct {
+			name   string
+			write  func(n int) error // what the nth write ends with
+			flush  error
+			want   error // of the request
+			failed bool
+		}{
+			{name: "no room", write: func(int) error { return cause }, want: cause},
+			{name: "room meanwhile", write: func(n int) error { return map[bool]error{true: cause}[n == 1] }},
+			{name: "the flush", write: func(n int) error { return map[bool]error{true: cause}[n == 1] }, flush: cause, want: cause, failed: true},
+			{name: "another error", write: func(n int) error { return map[bool]error{true: cause, false: syscall.EIO}[n == 1] }, want: cause, failed: true},
+		} {
+			t.Run(fmt.Sprintf("%v/%s", cause, tt.name), func(t *testing.T) {
 				d := format(t, 4096, testVolumeSize)
 				v := open1(t, d, OpenOptions{})
-				p := make([]byte, 8192)
+				p := bytes.Repeat([]byte("room"), 2048)
 				d.Fail(func(op sectortest.Op, n int, _ int64, _ int) error {
-					if op == sectortest.Write && (n == 1 || !flush) {
-						return cause
+					switch op {
+					case sectortest.Write:
+						return tt.write(n)
+					case sectortest.Sync:
+						return tt.flush
 					}
 					return nil
 				})
-				if _, err := v.WriteAtFUA(p, 0); !errors.Is(err, cause) {
-					t.Errorf("write with FUA: %v, want %v", err, cause)
+				n, err := v.WriteAtFUA(p, 0)
+				if !errors.Is(err, tt.want) || (err == nil) != (tt.want == nil) || err == nil && n != len(p) {
+					t.Errorf("write with FUA: %d, %v, want %v", n, err, tt.want)
 				}
 				d.Fail(nil)
-				_, err := v.WriteAtFUA(p, 0)
-				if v.Failed() != flush || errors.Is(err, ErrFailed) != flush || !flush && err != nil {
+				if err == nil {
+					got := make([]byte, len(p))
+					after := open1(t, d.Crash(rand.New(rand.NewPCG(1, 2)), 512), OpenOptions{})
+					if _, err := after.ReadAt(got, 0); err != nil || !bytes.Equal(got, p) {
+						t.Errorf("what was answered is gone after a power cut (%v)", err)
+					}
+				}
+				_, err = v.WriteAtFUA(p, 0)
+				if v.Failed() != tt.failed || errors.Is(err, ErrFailed) != tt.failed || !tt.failed && err != nil {
 					t.Errorf("failed: %v; a later write with FUA: %v", v.Failed(), err)
 				}
-				if err := v.Sync(); errors.Is(err, ErrFailed) != flush {
+				if err := v.Sync(); errors.Is(err, ErrFailed) != tt.failed {
 					t.Errorf("a later flush: %v", err)
 				}
 			})

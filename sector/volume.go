@@ -366,25 +366,36 @@ func (v *Volume) WriteAtFUA(p []byte, off int64) (int, error) {
 
 func (v *Volume) writeSync(p []byte, off int64) (int, error) {
 	n, err := v.b.WriteAtSync(p, off)
-	if err != nil && !v.noRoom(err, p, off) {
-		v.flush.fail()
+	if err != nil {
+		if err = v.failedFUA(err, p, off); err == nil {
+			n = len(p)
+		}
 	}
 	return n, err
 }
 
-// noRoom tells whether a write with FUA of p, at off of the backing device, failed
-// with err because there was no room for it: then it is a write that failed, and
-// no flush. A write that is durable at once is a write and a flush (pwritev2 with
-// RWF_DSYNC), and the error may be that of the flush, which is told once. But a
-// flush comes only after a write that has got its room, so the write alone
-// succeeds then.
-func (v *Volume) noRoom(err error, p []byte, off int64) bool {
+// failedFUA does what is to be done when a write with FUA of p, at off of the backing
+// device, has failed with err, and returns what it has ended with then.
+//
+// A write that is durable at once is a write and a flush (pwritev2 with RWF_DSYNC), and
+// the error may be that of the flush, which is told once: then the volume has failed. But
+// where there was no room, it is most likely the write that failed, and that is no reason
+// to stop: so the write is done alone. If there is no room for that either, nothing else
+// has failed. If there is, either somebody has made room just now or it was the flush, and
+// another flush tells: a device that has no room for what is in its cache keeps it there.
+func (v *Volume) failedFUA(err error, p []byte, off int64) error {
 	full := func(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
-	if !full(err) {
-		return false
+	if full(err) {
+		n, again := v.b.WriteAt(p, off)
+		if again == nil && n == len(p) {
+			return v.sync()
+		}
+		if full(again) {
+			return err
+		}
 	}
-	_, err = v.b.WriteAt(p, off)
-	return full(err)
+	v.flush.fail()
+	return err
 }
 
 // writeAt writes, and then, with sync, flushes.
