@@ -85,6 +85,9 @@ func (v *Volume) BeginWrite(p []byte, off int64, fua bool) (fd int, at int64, ti
 		v.leave()
 		return 0, 0, 0, false
 	}
+	if fua {
+		v.flush.begin()
+	}
 	v.stats.writes.Add(1)
 	v.cipher.EncryptSectors(p, p, v.tweakAt(off), int(v.sector))
 	return v.fd, v.offset + off, ticket, true
@@ -96,6 +99,9 @@ func (v *Volume) BeginWrite(p []byte, off int64, fua bool) (fd int, at int64, ti
 func (v *Volume) EndWrite(p []byte, off int64, fua bool, ticket uint64, n int, err error) (int, error) {
 	defer v.leave()
 	defer v.ranges.unlock(ticket)
+	if fua {
+		defer v.flush.end()
+	}
 	if err == nil && n != len(p) {
 		err = fmt.Errorf("backing device took %d of %d bytes: %w", n, len(p), syscall.EIO)
 	}

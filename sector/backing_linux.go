@@ -184,6 +184,9 @@ const fenceAt = 1 << 62
 // first server, and no other than such a first Sync flushes it, so it still has to be
 // told. (What is lost is an error that was told to such a Sync whose process was
 // killed meanwhile.)
+//
+// That is the page cache's matter, so an image file's. Of a block device's flush, or a
+// write with O_DIRECT, nobody is told but who asked, see [Handover].
 func Reopen(f *os.File, name string, o DeviceOptions) (*Device, error) {
 	fi, err := f.Stat()
 	if err != nil {

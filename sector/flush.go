@@ -1,6 +1,9 @@
 package sector
 
-import "sync"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 // A flusher flushes the backing device for all who ask, one fdatasync at a
 // time: whoever asks while one runs shares the next. It is sticky: after a
@@ -10,7 +13,7 @@ import "sync"
 // for each open file, and then takes the pages for clean (fsync(2), NOTES). Of
 // two fdatasyncs on one descriptor that run at once, one gets the error of the
 // data that the other was to make durable, and the other returns success. What a
-// server is told that dies of it, see [Reopen].
+// server is told that is killed then, see [Reopen] and [Continue].
 type flusher struct {
 	mu      sync.Mutex
 	ended   sync.Cond
@@ -18,7 +21,22 @@ type flusher struct {
 	done    uint64 // the number of the last that succeeded
 	running bool
 	failed  bool
-	onFail  func() // is called when failed becomes true, or nil
+
+	underWay atomic.Int64 // flushes of the device, and writes with FUA
+	handover *Handover    // has the same, for who comes after this process; or nil
+}
+
+// begin is called before the device is told to flush, by a write with FUA too, and end
+// when how that ended is known and, if need be, fail was called. Whoever comes after a
+// process that was killed sees a failure, or that there may have been one.
+func (f *flusher) begin() {
+	f.handover.flushes(1)
+	f.underWay.Add(1)
+}
+
+func (f *flusher) end() {
+	f.underWay.Add(-1)
+	f.handover.flushes(-1)
 }
 
 // flush returns when a flush that began after the call has ended.
@@ -41,6 +59,7 @@ func (f *flusher) flush(sync func() error) error {
 		f.running = true
 		f.started++
 		number := f.started
+		f.begin()
 		f.mu.Unlock()
 		err := sync()
 		f.mu.Lock()
@@ -48,9 +67,11 @@ func (f *flusher) flush(sync func() error) error {
 		f.ended.Broadcast()
 		if err != nil {
 			f.setFailed()
+			f.end()
 			return err
 		}
 		f.done = number
+		f.end()
 	}
 }
 
@@ -63,9 +84,7 @@ func (f *flusher) fail() {
 
 func (f *flusher) setFailed() {
 	f.failed = true
-	if f.onFail != nil {
-		f.onFail()
-	}
+	f.handover.fail()
 }
 
 func (f *flusher) hasFailed() bool {

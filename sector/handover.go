@@ -16,8 +16,8 @@ import (
 
 // A Handover is secret memory that outlives the process which serves a volume:
 // another process keeps its descriptor and gives it to the next one that
-// serves. It holds the DEK as long as the volume has its keys, and whether a
-// flush has failed. It is memfd_secret(2) memory where there is such a thing,
+// serves. It holds the DEK as long as the volume has its keys, whether a flush
+// has failed, and whether one is under way. It is memfd_secret(2) memory where there is such a thing,
 // else an ordinary memfd, locked.
 //
 // What it says is true at every moment, since its owner may be killed at any:
@@ -29,13 +29,15 @@ type Handover struct {
 }
 
 // A handoverPage is the layout of that memory, the same in all versions that
-// may follow each other.
+// may follow each other. A version that doesn't know a field leaves it alone.
 type handoverPage struct {
-	magic  uint64
-	hasKey atomic.Uint32
-	failed atomic.Uint32 // a flush has failed, see ErrFailed
-	_      [48]byte
-	dek    [dekSize]byte
+	magic    uint64
+	hasKey   atomic.Uint32
+	failed   atomic.Uint32 // a flush has failed, see ErrFailed
+	flushing atomic.Int32  // flushes and writes with FUA that are under way
+	unknown  atomic.Uint32 // processes that were killed while such was under way
+	_        [40]byte
+	dek      [dekSize]byte
 }
 
 const handoverMagic = 0x31_4f_48_44_43_48 // "HCDHO1"
@@ -84,20 +86,24 @@ func OpenHandover(f *os.File) (*Handover, error) {
 
 // LockHandover keeps what is behind the descriptor of a Handover from being
 // swapped out for as long as this process lives, also while nobody serves the
-// volume. memfd_secret memory never is.
-func LockHandover(f *os.File) error {
+// volume. memfd_secret memory never is. flushing, which is not nil in any case,
+// tells whether who serves the volume waits for a flush of the backing device: if
+// it's killed then, nobody is told how that ended.
+func LockHandover(f *os.File) (flushing func() bool, err error) {
 	p, err := unix.MmapPtr(int(f.Fd()), 0, nil, uintptr(os.Getpagesize()), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
-		return fmt.Errorf("sector: memory for a handover: %w", err)
+		return func() bool { return false }, fmt.Errorf("sector: memory for a handover: %w", err)
 	}
+	page := (*handoverPage)(p)
+	flushing = func() bool { return page.magic == handoverMagic && page.flushing.Load() > 0 }
 	b := unsafe.Slice((*byte)(p), os.Getpagesize())
 	_ = unix.Madvise(b, unix.MADV_DONTDUMP)
 	_ = unix.Madvise(b, unix.MADV_DONTFORK)
 	err = unix.Mlock(b)
 	if name, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd())); err == nil || strings.HasPrefix(name, "/secretmem") {
-		return nil
+		return flushing, nil
 	}
-	return errors.Join(fmt.Errorf("sector: locking the memory for a handover: %w", err), unix.MunmapPtr(p, uintptr(os.Getpagesize())))
+	return flushing, fmt.Errorf("sector: locking the memory for a handover: %w", err)
 }
 
 // File is the descriptor to give to who keeps it.
@@ -135,6 +141,34 @@ func (h *Handover) fail() {
 	}
 }
 
+// flushes counts those that are under way.
+func (h *Handover) flushes(n int32) {
+	if h != nil {
+		h.mem.flushing.Add(n)
+	}
+}
+
+// takeFlushes sees to the flushes that were under way when the process before ended,
+// and returns in how many of all processes before some were that nobody knows the end
+// of. Where there is a cache above the device, the error of a flush comes to the next
+// one, see [Reopen].
+//
+// Linux tells an error of a disk's flush to who asked for that flush, and to nobody
+// after that (blkdev_fsync). The next flush may succeed all the same, and mostly what was
+// written is there then: a process is killed for other reasons, and this one flushes the
+// same cache again. But a disk that has lost its cache says so once. So the volume isn't
+// failed, which would stop a host for each server that is killed at the wrong moment, and
+// people are told.
+func (h *Handover) takeFlushes(direct bool) uint32 {
+	if h.mem.flushing.Load() != 0 {
+		if direct {
+			h.mem.unknown.Add(1)
+		}
+		h.mem.flushing.Store(0)
+	}
+	return h.mem.unknown.Load()
+}
+
 // A State is what [Continue] needs of a volume besides its key. It is what the
 // header said when the header was authenticated: the next server doesn't read
 // it again, so that nobody can slip it another one, and needs no vault.
@@ -160,7 +194,8 @@ func (v *Volume) State() State {
 
 // Continue makes the volume again whose State another process has left, on the
 // same backing device. Without a key in h the volume is suspended, as mode
-// says. The caller sees to it that no I/O of that process is under way any
+// says. If that process was killed while a flush of the device was under way, which may
+// have failed, the volume's Warnings say so. The caller sees to it that no I/O of that process is under way any
 // more, see [Device.Fence].
 func Continue(b Backing, s State, h *Handover, mode SuspendMode) (*Volume, error) {
 	if s.Sector != 512 && s.Sector != 4096 || s.Offset < 0 || s.Size <= 0 || s.Size%s.Sector != 0 || s.Offset > b.Size() || s.Size > b.Size()-s.Offset {
@@ -186,6 +221,9 @@ func Continue(b Backing, s State, h *Handover, mode SuspendMode) (*Volume, error
 		return nil, err
 	}
 	v.dynamic = s.Dynamic
+	if n := h.takeFlushes(b.Direct()); n > 0 {
+		v.warnings = append(v.warnings, fmt.Sprintf("a server was killed while it waited for the disk to flush its cache (%d since the volume was started), and nobody was told how that ended; if the kernel's log of that time shows that the disk failed, what was written before may be lost, though later flushes succeed", n))
+	}
 	if h.mem.failed.Load() != 0 {
 		v.flush.fail()
 	}

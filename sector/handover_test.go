@@ -13,10 +13,14 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"hostcryptd/sector/sectortest"
 )
 
 // TestHandover lets one volume take the place of another that was not closed.
@@ -109,7 +113,7 @@ func TestLockHandover(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer secret.Close()
-	if err := LockHandover(secret.File()); err != nil {
+	if _, err := LockHandover(secret.File()); err != nil {
 		t.Errorf("of a Handover: %v", err)
 	}
 	const name = "hostcryptd-locked"
@@ -122,7 +126,7 @@ func TestLockHandover(t *testing.T) {
 	if err := f.Truncate(int64(os.Getpagesize())); err != nil {
 		t.Fatal(err)
 	}
-	if err := LockHandover(f); err != nil {
+	if _, err := LockHandover(f); err != nil {
 		t.Fatal(err)
 	}
 	b, err := os.ReadFile("/proc/self/smaps")
@@ -176,10 +180,12 @@ func TestFence(t *testing.T) {
 	}
 }
 
-// TestFlushErrorOfServerBefore: a flush fails for what could not be written, also if
-// only a process was told that is dead. The device's page cache is written to memory
-// that is sealed, which is an I/O error.
-func TestFlushErrorOfServerBefore(t *testing.T) {
+// TestWritebackErrorOfServerBefore: behind a page cache, as an image file is, a flush
+// fails for what could not be written, also if only a process was told that is dead. The
+// page cache is a device's here, and is written to memory that is sealed, which is an
+// I/O error. Without a page cache, as block devices are, nobody is told: see
+// TestKilledInFlush.
+func TestWritebackErrorOfServerBefore(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Fatal("this test makes a loop device, which takes root")
 	}
@@ -240,6 +246,139 @@ func TestFlushErrorOfServerBefore(t *testing.T) {
 		t.Errorf("the first flush of the server that goes on: %v, want %v", err, unix.EIO)
 	}
 	d.Close()
+}
+
+// TestKilledInFlush lets a volume take the place of one whose server was killed, as the
+// kernel kills one: in the middle of a flush, which then ends with an error that nobody
+// is told. That can't be found out any more, but it is said, also by who comes later.
+func TestKilledInFlush(t *testing.T) {
+	blocks := func(d *sectortest.Disk, v *Volume, request func()) (end func(error)) {
+		slow := &slowSync{Disk: d, entered: make(chan bool), release: make(chan error)}
+		v.b = slow
+		ended := make(chan bool)
+		go func() { request(); close(ended) }()
+		<-slow.entered
+		return func(err error) { slow.release <- err; <-ended }
+	}
+	flush := func(d *sectortest.Disk, v *Volume) (end func(error)) {
+		return blocks(d, v, func() { v.Sync() })
+	}
+	for _, tt := range []struct {
+		name    string
+		begin   func(*sectortest.Disk, *Volume) (end func(error))
+		cached  bool
+		unknown bool
+	}{
+		{name: "idle", begin: func(*sectortest.Disk, *Volume) func(error) { return nil }},
+		{name: "after a flush and FUA", begin: func(_ *sectortest.Disk, v *Volume) func(error) {
+			_, err := testVolume{v}.WriteAtFUA(alignedBytes(4096), 0)
+			if err := errors.Join(err, v.Sync()); err != nil {
+				t.Error(err)
+			}
+			return nil
+		}},
+		{name: "write", begin: func(_ *sectortest.Disk, v *Volume) func(error) {
+			p := alignedBytes(4096)
+			_, _, ticket, _ := v.BeginWrite(p, 0, false)
+			return func(err error) { v.EndWrite(p, 0, false, ticket, 0, err) }
+		}},
+		{name: "flush", begin: flush, unknown: true},
+		{name: "flush of a page cache", begin: flush, cached: true},
+		{name: "FUA", begin: func(d *sectortest.Disk, v *Volume) func(error) {
+			entered, release, ended := make(chan bool), make(chan error), make(chan bool)
+			d.Fail(func(op sectortest.Op, _ int, _ int64, _ int) error { close(entered); return <-release })
+			go func() { v.WriteAtFUA(alignedBytes(4096), 0); close(ended) }()
+			<-entered
+			return func(err error) { release <- err; <-ended; d.Fail(nil) }
+		}, unknown: true},
+		{name: "FUA in halves", begin: func(_ *sectortest.Disk, v *Volume) func(error) {
+			p := alignedBytes(4096)
+			_, _, ticket, ok := v.BeginWrite(p, 0, true)
+			if !ok {
+				t.Fatal("the write is refused")
+			}
+			return func(err error) { v.EndWrite(p, 0, true, ticket, 0, err) }
+		}, unknown: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h, err := NewHandover()
+			if err != nil {
+				t.Fatal(err)
+			}
+			flushing, err := LockHandover(h.File())
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := format(t, 4096, testVolumeSize)
+			d.Cached = tt.cached
+			killed := open1(t, d, OpenOptions{Handover: h})
+			end := tt.begin(d, killed.Volume)
+			state := killed.State()
+			// What the keeper holds is what there is when the process is gone.
+			left := h.mem.flushing.Load()
+			if waits := tt.unknown || tt.cached; flushing() != waits || killed.Flushing() != waits {
+				t.Errorf("the keeper sees a flush: %v, the server: %v", flushing(), killed.Flushing())
+			}
+			if end != nil {
+				end(syscall.EIO)
+			}
+			if failed := end != nil && tt.name != "write"; flushing() || killed.Flushing() || killed.Failed() != failed {
+				t.Errorf("afterwards a flush is under way: %v, %v; failed: %v", flushing(), killed.Flushing(), killed.Failed())
+			}
+			h.mem.flushing.Store(left)
+			h.mem.failed.Store(0)
+			for n := range 3 { // the next server, and those after it
+				v, err := Continue(d, state, h, SuspendRefuse)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if told := strings.Contains(strings.Join(v.Warnings(), ""), "killed while it waited for the disk to flush its cache (1 since"); told != tt.unknown || len(v.Warnings()) > 1 {
+					t.Errorf("server %d says %q", n, v.Warnings())
+				}
+				if err := v.Sync(); err != nil || v.Failed() || flushing() {
+					t.Errorf("its flush: %v, failed %v", err, v.Failed())
+				}
+				if err := v.Leave(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// TestHandoverLayout: versions that follow each other have to find what they know.
+func TestHandoverLayout(t *testing.T) {
+	var p handoverPage
+	if got, want := [...]uintptr{unsafe.Offsetof(p.magic), unsafe.Offsetof(p.hasKey), unsafe.Offsetof(p.failed), unsafe.Offsetof(p.flushing), unsafe.Offsetof(p.unknown), unsafe.Offsetof(p.dek)},
+		[...]uintptr{0, 8, 12, 16, 20, 64}; got != want {
+		t.Errorf("offsets %d, want %d", got, want)
+	}
+}
+
+// TestFlushMarkLasts: the mark that a flush is under way goes when its failure is in the
+// handover, and not before: a server may be killed at any moment.
+func TestFlushMarkLasts(t *testing.T) {
+	h, err := NewHandover()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := format(t, 4096, testVolumeSize)
+	v := open1(t, d, OpenOptions{Handover: h})
+	slow := &slowSync{Disk: d, entered: make(chan bool), release: make(chan error)}
+	v.b = slow
+	ended := make(chan error)
+	go func() { ended <- v.Sync() }()
+	<-slow.entered
+	v.flush.mu.Lock() // what the flush has ended with can't be noted
+	slow.release <- syscall.EIO
+	time.Sleep(20 * time.Millisecond)
+	if h.mem.flushing.Load() != 1 || h.mem.failed.Load() != 0 {
+		t.Errorf("before it is noted: %d flushes under way, failed: %d", h.mem.flushing.Load(), h.mem.failed.Load())
+	}
+	v.flush.mu.Unlock()
+	if err := <-ended; !errors.Is(err, syscall.EIO) || h.mem.flushing.Load() != 0 || h.mem.failed.Load() != 1 {
+		t.Errorf("afterwards: %v, %d flushes under way, failed: %d", err, h.mem.flushing.Load(), h.mem.failed.Load())
+	}
 }
 
 // handoverVolume makes a volume whose key goes to h.

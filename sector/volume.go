@@ -52,9 +52,9 @@ type Volume struct {
 	keys   *keys // nil while the volume is suspended
 	cipher *xts.Cipher
 
-	stats      stats
-	parts      atomic.Uint64 // see Long
-	discarding atomic.Int64
+	stats stats
+	parts atomic.Uint64 // see Long
+	calls atomic.Int64  // the same
 }
 
 // newVolume makes a volume of what Open has found; made is the size of the
@@ -74,7 +74,7 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 		readOnly: o.ReadOnly, discard: o.Discard, fd: -1,
 		keys: k, cipher: c, secretMemory: k.mem.kind, handover: o.Handover,
 	}
-	v.flush.onFail = v.handover.fail
+	v.flush.handover = v.handover
 	v.token.Store(int64(token))
 	if d, ok := b.(descriptor); ok {
 		v.fd = d.Descriptor()
@@ -212,10 +212,16 @@ func (v *Volume) Stats() Stats {
 // Long shows how the requests get on that may take hours, up to 4 GiB of zeros and
 // discards, to who sees nothing of them but their ends: parts counts the buffers that
 // were written and the parts that were discarded, and only ever grows. Of such a part, of
-// up to 1 GiB, nothing is seen; discarding tells whether the backing device has one to do.
-func (v *Volume) Long() (parts uint64, discarding bool) {
-	return v.parts.Load(), v.discarding.Load() > 0
+// up to 1 GiB, nothing is seen, nor of a flush, which a disk with errors may try for
+// minutes: waits tells whether a call of the backing device for one of these has not
+// returned.
+func (v *Volume) Long() (parts uint64, waits bool) {
+	return v.parts.Load(), v.calls.Load() > 0
 }
+
+// Flushing tells whether a flush or a write with FUA is under way on the backing
+// device, also one that somebody else does, see [Volume.BeginWrite].
+func (v *Volume) Flushing() bool { return v.flush.underWay.Load() > 0 }
 
 // enter begins a request. Each ends with leave. It waits while the volume is
 // suspended with [SuspendWait].
@@ -365,7 +371,11 @@ func (v *Volume) WriteAtFUA(p []byte, off int64) (int, error) {
 }
 
 func (v *Volume) writeSync(p []byte, off int64) (int, error) {
+	v.flush.begin()
+	defer v.flush.end()
+	v.calls.Add(1)
 	n, err := v.b.WriteAtSync(p, off)
+	v.calls.Add(-1)
 	if err != nil {
 		if err = v.failedFUA(err, p, off); err == nil {
 			n = len(p)
@@ -586,9 +596,9 @@ func (v *Volume) trim(e extent) error {
 			return err // without one the rest is a hint that isn't followed
 		}
 		end := min(to, (v.offset+from)/discardPart*discardPart+discardPart-v.offset)
-		v.discarding.Add(1)
+		v.calls.Add(1)
 		err := v.b.Discard(v.offset+from, end-from)
-		v.discarding.Add(-1)
+		v.calls.Add(-1)
 		if errors.Is(err, errors.ErrUnsupported) {
 			return nil
 		}
@@ -615,7 +625,13 @@ func (v *Volume) Sync() error {
 	return v.count("flush", 0, v.sync())
 }
 
-func (v *Volume) sync() error { return v.flush.flush(v.b.Sync) }
+func (v *Volume) sync() error { return v.flush.flush(v.flushDevice) }
+
+func (v *Volume) flushDevice() error {
+	v.calls.Add(1)
+	defer v.calls.Add(-1)
+	return v.b.Sync()
+}
 
 // Close waits for the requests under way, wipes the keys and frees the memory.
 // It does not flush: who has to, calls Sync before. Requests after it fail

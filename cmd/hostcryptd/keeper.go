@@ -147,7 +147,10 @@ type keeper struct {
 	alarm   *time.Timer // then wake is due
 	wake    func()
 	deaths  []time.Time
-	failed  string // why a reload came to nothing that had begun, until the next server serves
+
+	flushing func() bool // the server waits for a flush of the device; nil if no key is held
+
+	failed string // why a reload came to nothing that had begun, until the next server serves
 
 	stop   os.Signal    // that it was told to stop by, or nil; each server is told
 	wanted wish         // as soon as one serves, and no other is to
@@ -445,7 +448,8 @@ func (k *keeper) hold(name string, f *os.File) {
 	}
 	k.held[name] = f
 	if name == heldKey {
-		if err := sector.LockHandover(f); err != nil {
+		var err error
+		if k.flushing, err = sector.LockHandover(f); err != nil {
 			k.log.Warn("while no server runs, the volume's key could be swapped out", zap.Error(err))
 		}
 	}
@@ -500,6 +504,13 @@ func (k *keeper) waitLeft() {
 	k.after(leaveTimeout, func() {
 		if why := k.active.pinned; why != "" {
 			k.log.Warn("the server can't leave yet", zap.String("why", why))
+			k.waitLeft()
+			return
+		}
+		if k.flushing != nil && k.flushing() {
+			// It would have to be waited for anyway, see sector.Device.Fence. A server
+			// that hangs itself is found by its own watchdog.
+			k.log.Warn("the server can't leave yet", zap.String("why", "it waits for a flush of the disk; if it were killed, nobody would be told how that ended"))
 			k.waitLeft()
 			return
 		}

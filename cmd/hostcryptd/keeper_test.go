@@ -28,6 +28,7 @@ import (
 	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/sector"
+	"hostcryptd/sector/sectortest"
 	"hostcryptd/systemd"
 )
 
@@ -193,6 +194,28 @@ func fakeServer() error {
 	if behave == "pins" && count == 1 {
 		pin()
 	}
+	flushed := make(chan error, 1)
+	flushed <- nil
+	if behave == "flushes" && count == 1 {
+		// A volume that waits for its disk.
+		h, err := sector.NewHandover()
+		if err != nil {
+			return err
+		}
+		v, err := sector.OpenRandom(&untilUnpinned{sectortest.New(1 << 20)}, sector.RandomOptions{SectorSize: 4096, Handover: h})
+		if err != nil {
+			return err
+		}
+		if err := link.send(keeperMessage{Hold: heldKey}, h.File()); err != nil {
+			return err
+		}
+		<-flushed
+		go func() { flushed <- v.Sync() }()
+		for !v.Flushing() {
+			time.Sleep(time.Millisecond)
+		}
+		fmt.Println("flushes")
+	}
 	select {
 	case <-link.leaving():
 		if behave == "stays" {
@@ -200,6 +223,9 @@ func fakeServer() error {
 		}
 		if behave == "pins late" {
 			pin()
+		}
+		if err := <-flushed; err != nil {
+			return err
 		}
 		f, err := sockets[0].File()
 		if err != nil {
@@ -209,6 +235,16 @@ func fakeServer() error {
 	case <-ctx.Done():
 		return link.send(keeperMessage{Over: true}, nil)
 	}
+}
+
+// An untilUnpinned is a disk whose flushes end when there is the file unpin.
+type untilUnpinned struct{ *sectortest.Disk }
+
+func (d *untilUnpinned) Sync() error {
+	for !isFile(filepath.Join(os.Getenv("FAKE_DIR"), "unpin")) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	return d.Disk.Sync()
 }
 
 // A keeperRun is a running keeper.
@@ -417,15 +453,19 @@ func TestKeeperStored(t *testing.T) {
 }
 
 // TestKeeperPinned: a server that can't be replaced is not told to leave, and one that
-// was told just before is not killed for taking its time.
+// was told just before is not killed for taking its time, nor is one whose disk takes it
+// for a flush.
 func TestKeeperPinned(t *testing.T) {
-	for behave, waits := range map[string]string{"pins": "the reload waits", "pins late": "the server can't leave yet"} {
+	for behave, waits := range map[string]string{"pins": "the reload waits", "pins late": "the server can't leave yet", "flushes": "it waits for a flush of the disk"} {
 		t.Run(behave, func(t *testing.T) {
 			t.Parallel()
 			k := startKeeper(t, behave, func(c *exec.Cmd) { c.Env = append(c.Env, "FAKE_LEAVE_TIMEOUT=3s") })
 			k.serves(1, true)
 			if behave == "pins" {
 				k.line("the server can't be replaced now")
+			}
+			if behave == "flushes" {
+				k.line("flushes")
 			}
 			k.kill(k.cmd.Process.Pid, unix.SIGHUP)
 			k.line(waits)

@@ -21,7 +21,9 @@ import (
 // believed about itself. The kernel counts requests that were answered, though, and one
 // of zeros is up to 4 GiB (from Linux 6.12), a minute's work for a disk of 70 MB/s: with
 // several side by side, none is answered for long. Of these the parts count that were
-// written, and a discard is the disk's matter.
+// written, and a discard is the disk's matter. So is a flush, which a disk that reads may
+// try for minutes: a server that is killed meanwhile never learns that it has failed, the
+// next one has to wait for it all the same, and is told by another flush that all is well.
 //
 // A disk that hangs is no reason to be replaced: the next server would have to
 // wait for the same disk. So before I/O that stands still is held against this
@@ -38,7 +40,7 @@ const hungAfter = time.Minute
 // A watchdog judges progress. One goroutine uses it.
 type watchdog struct {
 	progress func() (inFlight int, done uint64, err error) // of the kernel's requests
-	long     func() (parts uint64, discarding bool)        // see sector.Volume.Long
+	long     func() (parts uint64, waits bool)             // see sector.Volume.Long
 	excused  func() bool                                   // requests wait because they are meant to
 	disk     func() error
 
@@ -51,9 +53,9 @@ type watchdog struct {
 // works looks once.
 func (w *watchdog) works(now time.Time) bool {
 	inFlight, done, err := w.progress()
-	parts, discarding := w.long()
+	parts, waits := w.long()
 	done += parts
-	if err != nil || inFlight == 0 || done != w.done || discarding || w.excused() {
+	if err != nil || inFlight == 0 || done != w.done || waits || w.excused() {
 		w.done, w.moved, w.alive = done, now, false
 		return true
 	}
@@ -114,7 +116,7 @@ func (d *daemon) progress() (int, uint64, error) {
 	return nbdnl.Progress(index)
 }
 
-func (d *daemon) long() (parts uint64, discarding bool) {
+func (d *daemon) long() (parts uint64, waits bool) {
 	d.mu.Lock()
 	v := d.volume
 	d.mu.Unlock()
@@ -134,7 +136,8 @@ func (d *daemon) excused() bool {
 	return v == nil || v.Suspended() || !device.Direct()
 }
 
-// readDisk reads a block of the backing device.
+// readDisk reads a block of the backing device. If a write with FUA is under way it has a
+// flush done, too: on a disk that can't write through its cache, that write ends with one.
 func (d *daemon) readDisk() error {
 	p, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
@@ -142,8 +145,10 @@ func (d *daemon) readDisk() error {
 	}
 	defer unix.Munmap(p)
 	d.mu.Lock()
-	device := d.device
+	device, v := d.device, d.volume
 	d.mu.Unlock()
-	_, err = device.File().ReadAt(p, 0)
+	if _, err = device.File().ReadAt(p, 0); err == nil && v != nil && v.Flushing() {
+		err = v.Sync()
+	}
 	return err
 }

@@ -2,9 +2,12 @@ package main
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"hostcryptd/sector"
 	"hostcryptd/sector/sectortest"
@@ -66,7 +69,7 @@ func TestWatchdog(t *testing.T) {
 	}
 }
 
-// A slowDisk takes its time for each write and discard.
+// A slowDisk takes its time for each write, discard and flush.
 type slowDisk struct {
 	*sectortest.Disk
 	each time.Duration
@@ -82,6 +85,16 @@ func (d *slowDisk) Discard(off, length int64) error {
 	return d.Disk.Discard(off, length)
 }
 
+func (d *slowDisk) WriteAtSync(p []byte, off int64) (int, error) {
+	time.Sleep(d.each)
+	return d.Disk.WriteAtSync(p, off)
+}
+
+func (d *slowDisk) Sync() error {
+	time.Sleep(d.each)
+	return d.Disk.Sync()
+}
+
 // TestWatchdogLongRequest has requests under way that take longer than the watchdog
 // waits, of which the kernel counts nothing before their end.
 func TestWatchdogLongRequest(t *testing.T) {
@@ -94,6 +107,15 @@ func TestWatchdogLongRequest(t *testing.T) {
 		{name: "zeros", each: 10 * time.Second, request: func(v *sector.Volume, size int64) error { return v.WriteZeroes(0, size, false) }},
 		{name: "zeros that get on no more", each: 10 * hungAfter, request: func(v *sector.Volume, size int64) error { return v.WriteZeroes(0, size, false) }, hung: true},
 		{name: "discard", each: 10 * hungAfter, request: func(v *sector.Volume, size int64) error { return v.Trim(0, size, false) }},
+		{name: "flush", each: 10 * hungAfter, request: func(v *sector.Volume, _ int64) error { return v.Sync() }},
+		{name: "write with FUA", each: 10 * hungAfter, request: func(v *sector.Volume, _ int64) error {
+			_, err := v.WriteAtFUA(make([]byte, 4096), 0)
+			return err
+		}},
+		{name: "write that doesn't end", each: 10 * hungAfter, request: func(v *sector.Volume, _ int64) error {
+			_, err := v.WriteAt(make([]byte, 4096), 0)
+			return err
+		}, hung: true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -127,6 +149,74 @@ func TestWatchdogLongRequest(t *testing.T) {
 					default:
 						hung = hung || !w.works(time.Now())
 					}
+				}
+			})
+		})
+	}
+}
+
+// A slowFlush is a device whose flushes take their time.
+type slowFlush struct {
+	*sector.Device
+	each time.Duration
+}
+
+func (d slowFlush) Sync() error {
+	time.Sleep(d.each)
+	return d.Device.Sync()
+}
+
+// TestWatchdogFUA: a write with FUA that io_uring does may be with the disk or forgotten
+// here. That the disk reads doesn't tell; that it flushes does.
+func TestWatchdogFUA(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		each time.Duration
+		hung bool
+	}{
+		{name: "the disk hangs", each: 20 * hungAfter},
+		{name: "the server hangs", each: time.Second, hung: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			name := filepath.Join(t.TempDir(), "disk")
+			if err := errors.Join(os.WriteFile(name, nil, 0o600), os.Truncate(name, 1<<20)); err != nil {
+				t.Fatal(err)
+			}
+			device, err := sector.OpenDevice(name, sector.DeviceOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer device.Close()
+			synctest.Test(t, func(t *testing.T) {
+				v, err := sector.OpenRandom(slowFlush{device, tt.each}, sector.RandomOptions{SectorSize: 4096})
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := make([]byte, 8192)
+				p = p[-uintptr(unsafe.Pointer(&p[0]))%4096:][:4096]
+				_, _, ticket, ok := v.BeginWrite(p, 0, true)
+				if !ok {
+					t.Fatal("the write doesn't begin")
+				}
+				d := &daemon{volume: v, device: device}
+				begun := time.Now()
+				w := &watchdog{
+					progress: func() (int, uint64, error) { return 1, 7, nil },
+					long:     d.long, excused: func() bool { return false }, disk: d.readDisk, moved: begun,
+				}
+				hung := false
+				for !hung && time.Since(begun) < 10*hungAfter {
+					time.Sleep(10 * time.Second)
+					synctest.Wait()
+					hung = !w.works(time.Now())
+				}
+				if hung != tt.hung {
+					t.Errorf("found to hang: %v, want %v", hung, tt.hung)
+				}
+				time.Sleep(time.Hour) // the probe ends
+				_, err = v.EndWrite(p, 0, true, ticket, len(p), nil)
+				if err := errors.Join(err, v.Close()); err != nil {
+					t.Error(err)
 				}
 			})
 		})
