@@ -743,11 +743,14 @@ var errStopping = fmt.Errorf("server is stopping: %w", syscall.ESHUTDOWN)
 type kernelDevice struct {
 	conn  *nbdnl.Conn
 	index int
+	room  int // in each of its sockets, see nbdnl.Room
 }
 
 // maxRequest is the longest request of the kernel, in bytes. The defaults are 128
 // KiB with Linux 6.1 and 1280 KiB with 6.12. A server takes a write that is longer
-// than this in pieces (see the package nbd), and not with the others.
+// than this in pieces (see the package nbd), and not with the others. It is less where
+// that doesn't fit into the socket, see nbdnl.Room: the service of the unit may not have
+// larger buffers than net.core.wmem_max, whose default makes it 256 KiB.
 const maxRequest = 512 << 10
 
 // attachKernel makes the volume a kernel device, with one server per socket.
@@ -792,7 +795,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		return nil, conn.Close()
 	}
 	d.tellUdev()
-	k := &kernelDevice{conn: conn, index: d.index}
+	k := &kernelDevice{conn: conn, index: d.index, room: maxRequest}
 	again := d.index >= 0
 	shown := uint64(size)
 	if again {
@@ -842,7 +845,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 	}
 	if d.opts.swap {
 		err = d.tuneSwap(k.index)
-	} else if _, terr := nbdnl.SetMaxRequest(k.index, maxRequest); terr != nil {
+	} else if _, terr := nbdnl.SetMaxRequest(k.index, uint64(k.room)); terr != nil {
 		d.log.Warn("the kernel's requests have the size that is its default", zap.Error(terr))
 	}
 	if err != nil {
@@ -871,6 +874,12 @@ func (d *daemon) connect(ctx context.Context, k *kernelDevice, cfg nbdnl.Config,
 			return err
 		}
 		kernelEnds = append(kernelEnds, kernel)
+		room, err := nbdnl.Room(kernel)
+		if err != nil {
+			server.Close()
+			return err
+		}
+		k.room = min(k.room, room)
 		d.serveKernel(ctx, server, serving, failed)
 	}
 	k.index, err = k.conn.Connect(cfg, kernelEnds...)

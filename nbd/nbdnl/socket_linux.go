@@ -3,6 +3,7 @@ package nbdnl
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 	"net"
 	"os"
 
@@ -12,8 +13,8 @@ import (
 // socketBuffer is the size asked for the buffers of a socket pair, in bytes. A
 // sender whose buffer is full waits in the middle of a message; kernels before
 // 6.14 can't take a signal there without sending the request twice ("nbd: fix
-// partial sending"). A request of the size that is usual on swap and file
-// systems fits at one go.
+// partial sending"). So the kernel's requests should be no longer than fits at one go,
+// see Room.
 const socketBuffer = 4 << 20
 
 // Socketpair makes a connection between the kernel and a server in this
@@ -44,8 +45,8 @@ func Socketpair() (kernel *os.File, server *net.UnixConn, err error) {
 }
 
 // enlarge gives a socket the largest buffers it may have up to socketBuffer:
-// beyond net.core.wmem_max if CAP_NET_ADMIN allows. A smaller buffer costs
-// speed only, so errors don't matter.
+// beyond net.core.wmem_max if CAP_NET_ADMIN allows. Errors don't matter: Room tells
+// what it has got.
 func enlarge(fd int) {
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer) != nil {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer)
@@ -53,6 +54,25 @@ func enlarge(fd int) {
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer) != nil {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer)
 	}
+}
+
+// Room is the size in bytes of the largest request, a power of two, that goes into the
+// kernel's end of a socket pair at one go if nothing else is in there.
+//
+// The size of a socket's buffer counts what the kernel needs to keep track of it, too:
+// with pages sent one by one, 425984 bytes, which is what net.core.wmem_max allows by
+// default, took 360476 (Linux 6.18).
+func Room(kernel *os.File) (int, error) {
+	rc, err := kernel.SyscallConn()
+	if err != nil {
+		return 0, fmt.Errorf("nbdnl: %w", err)
+	}
+	var size int
+	cerr := rc.Control(func(fd uintptr) { size, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF) })
+	if err = errors.Join(cerr, err); err != nil {
+		return 0, fmt.Errorf("nbdnl: size of a socket's buffer: %w", err)
+	}
+	return 1 << (bits.Len(uint(size/4*3)) - 1), nil
 }
 
 // HungUp tells whether the other end of a socket is closed, also when there is

@@ -78,6 +78,51 @@ func TestSocketpair(t *testing.T) {
 	}
 }
 
+// TestRoom: a request of the size that there is said to be room for goes in at one go,
+// its header and page after page, as the kernel sends it.
+func TestRoom(t *testing.T) {
+	for _, size := range []int{0, 2 << 20, 1 << 20, 212992, 64 << 10, 16 << 10, 1} { // 212992: net.core.wmem_max if nobody has changed it
+		kernel, server, err := Socketpair()
+		if err != nil {
+			t.Fatal(err)
+		}
+		rc, err := kernel.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := rc.Control(func(fd uintptr) {
+			if size > 0 {
+				if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, size); err != nil {
+					t.Error(err)
+				}
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		room, err := Room(kernel)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := map[int]int{212992: 256 << 10, 64 << 10: 64 << 10, 16 << 10: 16 << 10}[size]; room < 1024 || want != 0 && room != want {
+			t.Errorf("with a buffer of twice %d bytes there is room for %d, want %d", size, room, want)
+		}
+		if err := rc.Control(func(fd uintptr) {
+			left := room + 28
+			for n := 28; left > 0; n = min(left, 4096) {
+				if got, err := unix.SendmsgN(int(fd), make([]byte, n), nil, nil, unix.MSG_DONTWAIT); got != n || err != nil {
+					t.Errorf("with a buffer of twice %d bytes, of a request of %d bytes %d didn't go in: %d, %v", size, room, left, got, err)
+					break
+				}
+				left -= n
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		kernel.Close()
+		server.Close()
+	}
+}
+
 func TestParsePath(t *testing.T) {
 	for _, path := range []string{"/dev/nbd0", "nbd0", "/dev/nbd15", "nbd2147483647"} {
 		index, err := ParsePath(path)

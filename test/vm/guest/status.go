@@ -13,13 +13,14 @@ import (
 // A volumeStatus is what hostcryptd status says of a volume, as far as scenarios
 // ask.
 type volumeStatus struct {
-	UUID    string
-	PID     int
-	Keeper  int
-	Version string
-	State   string
-	Key     keyStatus
-	Memory  struct {
+	UUID     string
+	PID      int
+	Keeper   int
+	Version  string
+	State    string
+	Attached string
+	Key      keyStatus
+	Memory   struct {
 		Resident float64
 		Peak     float64
 	}

@@ -368,6 +368,14 @@ func systemVolumes(m *machine) error {
 		if name == "swap" && !status.Swap.Safe {
 			return fmt.Errorf("swap is not safe: %+v", status.Swap)
 		}
+		// What fits into a socket whose owner can't have more than net.core.wmem_max.
+		kb, err := os.ReadFile("/sys/block/" + filepath.Base(status.Attached) + "/queue/max_sectors_kb")
+		if err != nil {
+			return err
+		}
+		if want := cmp.Or(map[string]string{"swap": "128"}[name], "256"); strings.TrimSpace(string(kb)) != want {
+			return fmt.Errorf("the kernel's requests to %s are up to %s KiB, want %s", name, kb, want)
+		}
 		warnings, err := exec.Command("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "hostcryptd@"+name+".service", "-g", `"level":"(warn|error)"`).Output()
 		if len(warnings) > 0 {
 			m.say("%s warns: %s", name, warnings)
