@@ -638,6 +638,9 @@ func (h *keyHost) Halt(policy lifecycle.Policy) {
 		err = v.Suspend(sector.SuspendRefuse)
 	case lifecycle.Freeze:
 		err = v.Suspend(sector.SuspendWait)
+		if d.ending.Load() {
+			err = errors.Join(err, v.Suspend(sector.SuspendRefuse))
+		}
 	case lifecycle.ReadOnly:
 		v.Restrict(true)
 		err = v.Sync()

@@ -337,6 +337,7 @@ type daemon struct {
 	leaving  bool             // another server goes on
 	parked   bool             // requests waited for a key when it left
 	keyLost  bool             // there should have been one in handover
+	ending   atomic.Bool      // it stops, and nobody is going to ask for the key again
 	stopLife func()           // ends the life of the key
 	memory   *nbd.Memory      // made by prepare, or nil
 	moved    <-chan struct{}  // see liveOn
@@ -629,8 +630,10 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		// moment must reach the disk.
 		d.setState(stateStopping, "")
 		d.notify(systemd.Stopping, systemd.Status("stopping"))
+		d.ending.Store(true)
 		if d.volume.Suspended() {
-			// Nothing waits for a key any more that nobody is going to ask for.
+			// Nothing waits for a key any more that nobody is going to ask for. If the
+			// key goes from here on, Halt does the same.
 			_ = d.volume.Suspend(sector.SuspendRefuse)
 		}
 		if k != nil {

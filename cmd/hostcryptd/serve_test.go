@@ -1,15 +1,21 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"io"
+	"net"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/nbd"
+	"hostcryptd/nbd/nbdtest"
 )
 
 // A writeLog notes the lengths of writes.
@@ -64,5 +70,83 @@ func TestMaxRequest(t *testing.T) {
 	if want := []int{4096, maxRequest, maxRequest}; !slices.Equal(log.lengths, want) {
 		t.Errorf("writes of %d, want %d", log.lengths, want)
 	}
+	_ = d.volume.Close()
+}
+
+// A slowWrite is a volume whose writes begin when they are let.
+type slowWrite struct {
+	nbd.Device
+	entered, begin chan bool
+}
+
+func (v *slowWrite) WriteAt(p []byte, off int64) (int, error) {
+	v.entered <- true
+	<-v.begin
+	return v.Device.WriteAt(p, off)
+}
+
+// TestFrozenWhileStopping: a server that stops waits for what clients have asked for. If
+// the key is revoked by then, with the policy that requests wait for it, nobody asks for
+// it any more: they are refused, and the server ends.
+func TestFrozenWhileStopping(t *testing.T) {
+	d, _ := leavingServer(t)
+	d.opts.attach, d.opts.listen = "", filepath.Join(t.TempDir(), "socket")
+	v := &slowWrite{d.volume, make(chan bool), make(chan bool)}
+	var err error
+	if d.server, err = nbd.New(d.serverConfig(), nbd.Export{Name: d.exportName(), Device: v, BlockSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- d.serve(ctx) }()
+	connected := func() net.Conn {
+		c, _ := net.Dial("unix", d.opts.listen)
+		return c
+	}
+	until := func(what string, is func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); !is(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal(what)
+			}
+		}
+	}
+	var conn net.Conn
+	until("nobody listens", func() bool { conn = connected(); return conn != nil })
+	defer conn.Close()
+	client, err := nbdtest.Dial(conn, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan bool, 1)
+	go func() {
+		errno, err := client.Write(make([]byte, 4096), 0, 0)
+		written <- errno == 0 && err == nil
+	}()
+	<-v.entered
+	stop()
+	until("it doesn't stop", func() bool {
+		c := connected()
+		if c == nil {
+			return true
+		}
+		c.Close()
+		return false
+	})
+	d.lifeHost.Halt(lifecycle.Freeze)
+	close(v.begin)
+	select {
+	case err := <-served:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("the server doesn't end")
+		_ = d.volume.Close() // lets the request go
+	}
+	if <-written {
+		t.Error("the write succeeded without a key")
+	}
+	d.stopLife()
 	_ = d.volume.Close()
 }
