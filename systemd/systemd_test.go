@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -65,6 +66,21 @@ func TestUnit(t *testing.T) {
 		if err != nil || strings.Contains(string(out), "hostcryptd") {
 			t.Errorf("systemd-analyze verify: %v\n%s", err, out)
 		}
+	}
+}
+
+// TestTasksMax: the unit's limit of threads lies above what the server may need, so that
+// it isn't what ends it.
+func TestTasksMax(t *testing.T) {
+	b, err := os.ReadFile("hostcryptd@.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(b), "\nTasksMax=")
+	text, _, _ = strings.Cut(text, "\n")
+	const inFlight, clients, kernelSockets = 64, 128, 64 // of nbd.Config and --connections
+	if n, err := strconv.Atoi(text); err != nil || n < inFlight*(clients+kernelSockets)+1000 {
+		t.Errorf("TasksMax=%s", text)
 	}
 }
 
