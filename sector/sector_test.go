@@ -687,24 +687,80 @@ func TestDeviceErrors(t *testing.T) {
 	}
 }
 
-// TestClose closes a volume under load: every request either succeeds or says
-// that the volume is closed, and none touches freed memory.
-func TestClose(t *testing.T) {
-	v, err := Open(t.Context(), format(t, 4096, testVolumeSize), testUnseal, OpenOptions{})
-	if err != nil {
-		t.Fatal(err)
+// A closedDisk takes a while for everything, and notes what had not ended when it was
+// closed.
+type closedDisk struct {
+	*sectortest.Disk
+	closed atomic.Bool
+	late   atomic.Int64
+}
+
+func (d *closedDisk) op(n int, err error) (int, error) {
+	time.Sleep(20 * time.Millisecond)
+	if d.closed.Load() {
+		d.late.Add(1)
 	}
-	var wg sync.WaitGroup
-	for g := range 8 {
+	return n, err
+}
+
+func (d *closedDisk) ReadAt(p []byte, off int64) (int, error)  { return d.op(d.Disk.ReadAt(p, off)) }
+func (d *closedDisk) WriteAt(p []byte, off int64) (int, error) { return d.op(d.Disk.WriteAt(p, off)) }
+func (d *closedDisk) WriteAtSync(p []byte, off int64) (int, error) {
+	return d.op(d.Disk.WriteAtSync(p, off))
+}
+
+func (d *closedDisk) Sync() error {
+	_, err := d.op(0, d.Disk.Sync())
+	return err
+}
+
+func (d *closedDisk) Discard(off, length int64) error {
+	_, err := d.op(0, d.Disk.Discard(off, length))
+	return err
+}
+
+// TestClose closes a volume under load, of each kind of request by itself, as one that
+// is waited for would hide another: every request either succeeds or says that the volume
+// is closed, none touches freed memory, and none does anything with the device afterwards.
+func TestClose(t *testing.T) {
+	of := func(_ int, err error) error { return err }
+	for name, request := range map[string]func(v testVolume, p []byte, off int64) error{
+		"read":            func(v testVolume, p []byte, off int64) error { return of(v.ReadAt(p, off)) },
+		"read of a part":  func(v testVolume, p []byte, off int64) error { return of(v.ReadAt(p[1:], off)) },
+		"write":           func(v testVolume, p []byte, off int64) error { return of(v.WriteAt(p, off)) },
+		"write of a part": func(v testVolume, p []byte, off int64) error { return of(v.WriteAt(p[1:], off)) },
+		"FUA":             func(v testVolume, p []byte, off int64) error { return of(v.WriteAtFUA(p, off)) },
+		"FUA of a part":   func(v testVolume, p []byte, off int64) error { return of(v.WriteAtFUA(p[1:], off)) },
+		"zeroes":          func(v testVolume, p []byte, off int64) error { return v.WriteZeroes(off, int64(len(p)), false) },
+		"zeroes, FUA":     func(v testVolume, p []byte, off int64) error { return v.WriteZeroes(off, int64(len(p)), true) },
+		"trim":            func(v testVolume, p []byte, off int64) error { return v.Trim(off, int64(len(p)), false) },
+		"trim, FUA":       func(v testVolume, p []byte, off int64) error { return v.Trim(off, int64(len(p)), true) },
+		"flush":           func(v testVolume, _ []byte, _ int64) error { return v.Sync() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			disk := format(t, 4096, testVolumeSize)
+			for _, cached := range []bool{false, true} {
+				d := &closedDisk{Disk: disk}
+				d.Cached = cached
+				testClose(t, d, request)
+			}
+		})
+	}
+}
+
+func testClose(t *testing.T, d *closedDisk, request func(v testVolume, p []byte, off int64) error) {
+	const workers = 4
+	v := open1(t, d, OpenOptions{Discard: true})
+	var wg, begun sync.WaitGroup
+	begun.Add(workers)
+	for g := range int64(workers) {
 		wg.Go(func() {
-			p := make([]byte, 10000)
-			for i := int64(0); ; i++ {
-				var err error
-				if g%2 == 0 {
-					_, err = v.WriteAt(p, i%90*10000)
-				} else {
-					_, err = v.ReadAt(p, i%90*10000)
-				}
+			first := sync.OnceFunc(begun.Done)
+			defer first()
+			p := alignedBytes(12288)
+			for i := g; ; i += workers {
+				err := request(v, p, i%80*12288)
 				if errors.Is(err, ErrClosed) && errors.Is(err, syscall.ESHUTDOWN) {
 					return
 				}
@@ -712,14 +768,20 @@ func TestClose(t *testing.T) {
 					t.Error(err)
 					return
 				}
+				first()
 			}
 		})
 	}
-	time.Sleep(20 * time.Millisecond)
+	begun.Wait()
+	time.Sleep(3 * time.Millisecond)
 	if err := v.Close(); err != nil {
 		t.Error(err)
 	}
+	d.closed.Store(true)
 	wg.Wait()
+	if n := d.late.Load(); n > 0 {
+		t.Errorf("cached: %v: %d operations of the device had not ended when Close returned", d.Cached, n)
+	}
 	if err := v.Close(); err != nil {
 		t.Errorf("second Close() = %v", err)
 	}
@@ -1003,19 +1065,26 @@ func TestRecoveryKeyForm(t *testing.T) {
 func TestSteadyStateAllocations(t *testing.T) {
 	v := open1(t, &nullBacking{*sectortest.New(0), format(t, 4096, testVolumeSize).Bytes()}, OpenOptions{})
 	p := alignedBytes(8192)
-	for name, f := range map[string]func(){
-		"read":             func() { v.ReadAt(p, 0) },
-		"read of a part":   func() { v.ReadAt(p[1:2000], 3) },
-		"write":            func() { v.WriteAt(p, 4096) },
-		"write of a part":  func() { v.WriteAt(p[1:2000], 3) },
-		"write and flush":  func() { v.WriteAt(p, 0); v.Sync() },
-		"write of zeroes":  func() { v.WriteZeroes(0, 100_000, false) },
-		"trim":             func() { v.Trim(0, 100_000, false) },
-		"write, flushed":   func() { v.WriteAtFUA(p, 0) },
-		"read all at once": func() { v.ReadAt(p[:4096], 0) },
+	of := func(_ int, err error) error { return err }
+	for name, f := range map[string]func() error{
+		"read":             func() error { return of(v.ReadAt(p, 0)) },
+		"read of a part":   func() error { return of(v.ReadAt(p[1:2000], 3)) },
+		"write":            func() error { return of(v.WriteAt(p, 4096)) },
+		"write of a part":  func() error { return of(v.WriteAt(p[1:2000], 3)) },
+		"flush":            func() error { return v.Sync() },
+		"write of zeroes":  func() error { return v.WriteZeroes(0, 100_000, false) },
+		"trim":             func() error { return v.Trim(0, 100_000, false) },
+		"write, flushed":   func() error { return of(v.WriteAtFUA(p, 0)) },
+		"read all at once": func() error { return of(v.ReadAt(p[:4096], 0)) },
 	} {
-		if n := testing.AllocsPerRun(100, f); n != 0 {
-			t.Errorf("%s: %v allocations", name, n)
+		var failed error
+		n := testing.AllocsPerRun(100, func() {
+			if err := f(); err != nil {
+				failed = err
+			}
+		})
+		if n != 0 || failed != nil {
+			t.Errorf("%s: %v allocations, error %v", name, n, failed)
 		}
 	}
 }
@@ -1058,8 +1127,9 @@ func TestExtent(t *testing.T) {
 			t.Fatalf("pieces of %d bytes at %d are %d bytes", length, off, pieces)
 		}
 		from, to := e.within(size)
-		if from < off && from != to || to > off+length && from != to || from%size != 0 || to%size != 0 {
-			t.Fatalf("within of %d bytes at %d = %d to %d", length, off, from, to)
+		first, last := (off+size-1)/size, (off+length)/size // the sectors inside
+		if first < last && (from != first*size || to != last*size) || first >= last && from != to {
+			t.Fatalf("within of %d bytes at %d = %d to %d, want sectors %d to %d", length, off, from, to, first, last)
 		}
 	}
 }

@@ -34,6 +34,20 @@ func testSuspend(t *testing.T, mode SuspendMode) {
 	const workers, block = 4, 4096
 	disk := format(t, 4096, testVolumeSize)
 	v := open1(t, disk, OpenOptions{})
+	// With another key there is all that a header says of a volume, but for that.
+	other := sectortest.New(disk.Size())
+	if _, err := Format(t.Context(), other, FormatOptions{SectorSize: 4096, UUID: v.UUID(), Seal: []Sealer{testSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	setHeader := func(of []byte) {
+		t.Helper()
+		if _, err := disk.WriteAt(of[:2*copySize], 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ours, theirs := alignedBytes(2*copySize), alignedBytes(2*copySize)
+	copy(ours, disk.Bytes())
+	copy(theirs, other.Bytes())
 	var written [workers][testVolumeSize / workers / block]atomic.Uint32 // what was answered, by block
 	var refused atomic.Int64
 	stop := make(chan struct{})
@@ -111,6 +125,11 @@ func testSuspend(t *testing.T, mode SuspendMode) {
 				}
 			}
 		}
+		setHeader(theirs)
+		if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); !errors.Is(err, ErrAuth) || !v.Suspended() {
+			t.Fatalf("Resume() with another key = %v, suspended: %v", err, v.Suspended())
+		}
+		setHeader(ours)
 		if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); err != nil {
 			t.Fatal(err)
 		}
