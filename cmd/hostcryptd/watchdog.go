@@ -57,6 +57,11 @@ func (w *watchdog) works(now time.Time) bool {
 	done += parts
 	if err != nil || inFlight == 0 || done != w.done || waits || w.excused() {
 		w.done, w.moved, w.alive = done, now, false
+		select {
+		case <-w.probe: // of before, when the disk may have answered all
+			w.probe = nil
+		default:
+		}
 		return true
 	}
 	if w.probe == nil && !w.alive {

@@ -22,6 +22,7 @@ func TestWatchdog(t *testing.T) {
 	}
 	stuck := func(time.Duration) look { return look{inFlight: 1, done: 7} }
 	now := func() error { return nil }
+	asked := 0
 	for _, tt := range []struct {
 		name    string
 		io      func(since time.Duration) look
@@ -40,6 +41,23 @@ func TestWatchdog(t *testing.T) {
 		{name: "disk hangs for a while", io: func(d time.Duration) look {
 			return look{inFlight: 1, done: uint64(d / (5*time.Minute + 30*time.Second))}
 		}, disk: func() error { time.Sleep(5 * time.Minute); return nil }},
+		// Its first answer comes with those that were waited for, and says nothing later on.
+		{name: "disk hangs, and again", io: func(d time.Duration) look {
+			switch {
+			case d < 5*time.Minute:
+				return look{inFlight: 1, done: 7}
+			case d < 5*time.Minute+30*time.Second:
+				return look{done: 8}
+			}
+			return look{inFlight: 1, done: 8}
+		}, disk: func() error {
+			if asked++; asked == 1 {
+				time.Sleep(5*time.Minute - 10*time.Second)
+			} else {
+				time.Sleep(24 * time.Hour)
+			}
+			return nil
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
