@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,9 +11,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
 	"hostcryptd/keyunseal"
 	"hostcryptd/nbd/nbdnl"
@@ -124,7 +127,7 @@ func initramfsLines(ours, all []*tabEntry) (lines []string) {
 
 // initramfsFiles are the files of this host that serve reads for the volumes.
 func (a *app) initramfsFiles(ctx context.Context, entries []*tabEntry) ([]string, error) {
-	n := &initramfsNeeds{warn: a.initramfsWarn}
+	n := &initramfsNeeds{warn: a.initramfsWarn, usual: keyunseal.DefaultHostKey}
 	for _, e := range entries {
 		n.volume(ctx, e)
 	}
@@ -134,6 +137,7 @@ func (a *app) initramfsFiles(ctx context.Context, entries []*tabEntry) ([]string
 // initramfsNeeds collects files.
 type initramfsNeeds struct {
 	warn  func(format string, args ...any)
+	usual string // the host key file that no line names
 	files []string
 	errs  []error
 }
@@ -206,21 +210,32 @@ func (n *initramfsNeeds) volume(ctx context.Context, e *tabEntry) {
 	if err != nil {
 		n.warn("which keys volume %s has can't be read, so what opens it may be missing in the initramfs: %v", name, err)
 	}
-	n.hostKey(e, h)
+	if id := flag("uuid"); h != nil && id != "" && id != h.uuid {
+		n.fail("volume %s: on %s is volume %s, and its line means %s", name, e.unit.Device, h.uuid, id)
+		return
+	}
+	keys := keyFlags{
+		pins: cmp.Or(path("pins"), string(sector.DefaultPins)), tpm: flag("tpm"),
+		hostKey: n.usual, auditLog: flag("audit-log"), auditFailed: new(sync.Once),
+	}
+	n.hostKey(ctx, e, h, &keys)
 	n.vault(e, h, flag("identity"), path("cloud"))
-
-	keys := keyFlags{pins: cmp.Or(path("pins"), string(sector.DefaultPins)), tpm: flag("tpm")}
 	n.pins(name, h, &keys, flag("require-pin") == "true")
 }
 
 // tabTokens is what a header says of the keys.
 type tabTokens struct {
 	uuid   string
-	tokens []keyunseal.Description
+	tokens []tabToken
+}
+
+type tabToken struct {
+	keyunseal.Description
+	text json.RawMessage
 }
 
 // of are the tokens of a type.
-func (h *tabTokens) of(typ string) (list []keyunseal.Description) {
+func (h *tabTokens) of(typ string) (list []tabToken) {
 	if h == nil {
 		return nil
 	}
@@ -251,16 +266,19 @@ func readTokens(ctx context.Context, device string) (*tabTokens, error) {
 	r := &tabTokens{uuid: h.UUID}
 	for _, k := range sector.KeyTokens(h) {
 		if d, err := keyunseal.Describe(k.Text); err == nil {
-			r.tokens = append(r.tokens, d)
+			r.tokens = append(r.tokens, tabToken{d, k.Text})
 		}
 	}
 	return r, nil
 }
 
-func (n *initramfsNeeds) hostKey(e *tabEntry, h *tabTokens) {
+// hostKey adds the host key. That no line names is added if it opens the volume: who can
+// write to the disk can put a token of another volume of this host's into the header, to
+// have the key of that one where he can read it.
+func (n *initramfsNeeds) hostKey(ctx context.Context, e *tabEntry, h *tabTokens, keys *keyFlags) {
 	name := e.unit.Name
 	const who = "the host key of %s is in the initramfs: who has that, and the disk, opens the volume"
-	switch _, err := os.Stat(keyunseal.DefaultHostKey); {
+	switch _, err := os.Stat(n.usual); {
 	case e.unit.KeyFile != "":
 		if n.named(name, "the host key", e.unit.KeyFile) {
 			n.warn(who, name)
@@ -271,7 +289,18 @@ func (n *initramfsNeeds) hostKey(e *tabEntry, h *tabTokens) {
 	case err != nil:
 		n.warn("the host key of %s can't be read: %v", name, err)
 	default:
-		n.secret(keyunseal.DefaultHostKey, who, name)
+		var errs []error
+		for _, t := range h.of(keyunseal.TypeHostKey) {
+			var key [sector.VolumeKeySize]byte
+			err := keyunseal.Unseal(ctx, keys.options(h.uuid, zap.NewNop()), t.text, h.uuid, &key)
+			clear(key[:])
+			if err == nil {
+				n.secret(n.usual, who, name)
+				return
+			}
+			errs = append(errs, err)
+		}
+		n.warn("the host key %s isn't in the initramfs, as volume %s opens by none of its keys with that: %v", n.usual, name, errors.Join(errs...))
 	}
 }
 

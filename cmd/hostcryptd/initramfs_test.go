@@ -2,12 +2,20 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"hostcryptd/keyunseal"
+	"hostcryptd/sector"
+	"hostcryptd/sector/luks2"
 )
 
 // initramfsTable has the command read a table.
@@ -127,6 +135,67 @@ func TestInitramfsRefuses(t *testing.T) {
 	ask := initramfsTable(t, "a/b UUID=1 - x-initrd.attach\n")
 	if out, said, code := ask("files", "x-initrd.attach"); code != 0 || out != "" || !strings.Contains(said, `W: hostcryptd: `) || !strings.Contains(said, "no name for a volume") {
 		t.Errorf("a line without a name: exit code %d, %q, %s", code, out, said)
+	}
+}
+
+// TestInitramfsHostKey: the usual host key is copied if it opens the volume, and not
+// because somebody has put a token of another volume into its header.
+func TestInitramfsHostKey(t *testing.T) {
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	t.Setenv("HOSTCRYPTD_PINS", in("pins"))
+	t.Setenv("HOSTCRYPTD_TPM", keyunseal.NoTPM)
+	t.Setenv("HOSTCRYPTD_AUDIT_LOG", "none")
+	format := func(name, uuid, hostKey string) *luks2.Header {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(in(name), nil, 0o600), os.Truncate(in(name), 32<<20)); err != nil {
+			t.Fatal(err)
+		}
+		d, err := sector.OpenDevice(in(name), sector.DeviceOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		h, err := sector.Format(t.Context(), d, sector.FormatOptions{UUID: uuid, SectorSize: 4096, Seal: []sector.Sealer{
+			func(ctx context.Context, volume string, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
+				return keyunseal.Seal(ctx, keyunseal.Options{HostKey: in(hostKey)}, "host-key", volume, key)
+			}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h
+	}
+	data := format("data.img", "dddddddd-89ab-4def-8123-456789abcdef", "usual.key")
+	root := format("root.img", "aaaaaaaa-89ab-4def-8123-456789abcdef", "other.key")
+	ask := func(image string) (files []string, said string) {
+		t.Helper()
+		entries, bad := parseTab("root " + in(image) + " - x-initrd.attach\n")
+		n := &initramfsNeeds{usual: in("usual.key"), warn: func(format string, args ...any) { said += fmt.Sprintf(format+"\n", args...) }}
+		if n.volume(t.Context(), entries[0]); bad != nil || n.errs != nil {
+			t.Fatal(bad, n.errs)
+		}
+		return n.files, said
+	}
+	if files, said := ask("data.img"); !slices.Equal(files, []string{in("usual.key")}) || !strings.Contains(said, "the host key of root is in the initramfs") {
+		t.Errorf("files %q; %s", files, said)
+	}
+	root.Tokens[5] = data.Tokens[0]
+	f, err := os.OpenFile(in("root.img"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, off := range []uint64{0, root.Size} {
+		b, err := root.Encode(off)
+		if err == nil {
+			_, err = f.WriteAt(b, int64(off))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if files, said := ask("root.img"); len(files) > 0 || !strings.Contains(said, "opens by none of its keys") {
+		t.Errorf("with a key of another volume in the header: files %q; %s", files, said)
 	}
 }
 
