@@ -296,9 +296,8 @@ func DropRetired(ctx context.Context, b Backing, unseal Unsealer, now time.Time,
 
 var errNothing = errors.New("nothing to change")
 
-// RemoveToken removes a token. Another way in has to be left: another token that
-// isn't retired and was just shown to unseal or, if other tokens are there that don't unseal now,
-// a recovery keyslot. With force the other tokens or the keyslot are enough by
+// RemoveToken removes a token. Another has to be left that isn't retired and was just
+// shown to unseal. With force other tokens, or a recovery keyslot, are enough by
 // themselves. The error is [ErrLastWay] if that's not so; when there is neither
 // another token nor a keyslot, force changes nothing.
 //
@@ -322,7 +321,6 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 	active := o
 	active.SkipRetired = true
 	u, err := unlockHeader(ctx, b, unseal, active, id)
-	shown := err == nil
 	if err != nil {
 		switch {
 		case errors.Is(err, ErrAuth):
@@ -331,7 +329,7 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 			return fmt.Errorf("token %d: %w that stays: the others are retired; --force removes it all the same", id, ErrLastWay)
 		case !others && !force:
 			return fmt.Errorf("token %d: %w for hostcryptd: after it only the recovery key and cryptsetup open the volume; --force removes it", id, ErrLastWay)
-		case !recovery && !force:
+		case !force:
 			return fmt.Errorf("token %d: %w that is known to work: the others do not unseal now; --force removes it all the same: %w", id, ErrLastWay, err)
 		}
 		// The token itself has to give the key that the change is made with.
@@ -348,15 +346,11 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 			return err
 		}
 		delete(h.Tokens, id)
-		left, slots := keyTokens(h), len(recoverySlots(h))
 		switch {
-		case len(left) == 0 && slots == 0:
+		case len(keyTokens(h)) == 0 && len(recoverySlots(h)) == 0:
 			return fmt.Errorf("token %d: %w: %w", id, ErrLastWay, luks2.ErrChanged)
-		case force:
-		case shown:
-			return sameToken(h, u.token, u.h.Tokens[u.token])
-		case slots == 0 || !slices.ContainsFunc(left, func(t KeyToken) bool { return t.Retired.IsZero() }):
-			return fmt.Errorf("token %d: %w that is known to work: %w", id, ErrLastWay, luks2.ErrChanged)
+		case !force:
+			return sameToken(h, u.token, u.h.Tokens[u.token]) // what was shown to unseal
 		}
 		return nil
 	})

@@ -301,10 +301,10 @@ func (a *app) keyRemoveCommand() *cobra.Command {
 		Use:   "remove DEVICE TOKEN",
 		Short: "take a key from a volume",
 		Long: `remove takes the token of that number, as 'key list' shows it, out of the header.
-Another token has to unseal now; a recovery key counts too as long as there are
-other tokens. --force does without what can't be shown now, and it also removes
-the last token of a volume with a recovery key: after that only cryptsetup opens
-it. The last way in of all is never removed; 'hostcryptd erase' is for that.
+Another token has to unseal now: a recovery key doesn't count, since only
+cryptsetup opens a volume with it. --force does without what can't be shown now,
+and it also removes the last token of a volume with a recovery key. The last way in
+of all is never removed; 'hostcryptd erase' is for that.
 
 Who has a backup of the header and the key that was removed can still open the
 volume.`,
