@@ -172,7 +172,8 @@ func (a *app) recoveryTestCommand() *cobra.Command {
 		Short: "tell whether a recovery key opens a volume, and change nothing",
 		Long: `test reads a recovery key, from a file, from standard input, or typed, with or
 without dashes, and says which keyslot it opens. A group that is mistyped is named
-before anything is tried. The exit code is 2 if the key opens none.`,
+before anything is tried. The exit code is 2 if the key opens none. A file that has
+more than the key is taken, with a warning: cryptsetup --key-file doesn't take it.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withHeader(args[0], true, func(d *sector.Device) error {
@@ -227,7 +228,14 @@ func (a *app) readRecoveryKey(file string) ([]byte, error) {
 			return nil, fmt.Errorf("recovery key: %w", err)
 		}
 	}
-	return sector.ParseRecoveryKey(text[:n])
+	key, err := sector.ParseRecoveryKey(text[:n])
+	if err != nil {
+		return nil, err
+	}
+	if info, err := in.Stat(); err == nil && info.Mode().IsRegular() && in != a.stdin && !bytes.Equal(key, text[:n]) {
+		a.warnf("%s isn't the key alone as it was written, such as by a line feed at the end or without the dashes: 'cryptsetup open --key-file' doesn't take the file; without --key-file it asks for the key", file)
+	}
+	return key, nil
 }
 
 // hideInput keeps a terminal from showing what is typed.
