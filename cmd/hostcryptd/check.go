@@ -52,7 +52,7 @@ func (a *app) checkCommand() *cobra.Command {
 		Short: "tell whether a volume would open if this host rebooted now",
 		Long: `check tries every token of the volume, as a boot would, and says what each failure
 would mean. It also looks at the copies of the header, at what this host remembers
-of it, at the recovery keyslots, at when the keys expire, and where the host key
+of it, at whether the recovery keyslots can be read, at when the keys expire, and where the host key
 file is. Of a NAME in ` + tabFile + ` it takes the options that say what may
 open the volume, and asks its vault in the way of its service, by hostcryptd-dial, so this
 is the way to ask about a volume of a boot. It changes nothing, and ends with 19 if
@@ -252,6 +252,10 @@ func hostKeyPlace(hostKey, device, uuid string) string {
 	return ""
 }
 
+// slotsHint is what who hears of keyslots has to know: damage to what is in them
+// can't be seen without a recovery key.
+const slotsHint = "only 'hostcryptd recovery test' tells whether a recovery key opens one"
+
 func (a *app) printCheck(r *checkReport) {
 	line := func(format string, args ...any) { fmt.Fprintln(a.stdout, printable(fmt.Sprintf(format, args...))) }
 	line("%-15s %s on %s", "volume:", r.UUID, r.Device)
@@ -268,7 +272,7 @@ func (a *app) printCheck(r *checkReport) {
 		line("%-15s %s", "", t.Meaning)
 	}
 	if len(r.Recovery) > 0 {
-		line("%-15s keyslots %v", "recovery:", r.Recovery)
+		line("%-15s keyslots %v can be read; %s", "recovery:", r.Recovery, slotsHint)
 	}
 	for _, f := range r.Findings {
 		line("%-15s %s", "error:", f)

@@ -183,10 +183,11 @@ func (a *app) headerVerifyCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "verify DEVICE",
 		Short: "check everything in the header that can be checked",
-		Long: `verify checks both copies of the header and the keyslots, tries every token, checks
-the header's MAC and its data key with what each gives, and compares it with what
-this host has seen before. It changes nothing, and ends with 19 if it found
-something.`,
+		Long: `verify checks both copies of the header, and that the keyslots can be read, tries
+every token, checks the header's MAC and its data key with what each gives, and
+compares it with what this host has seen before. Whether a recovery key opens a
+keyslot, only 'hostcryptd recovery test' tells. verify changes nothing, and ends with
+19 if it found something.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withHeader(args[0], true, func(d *sector.Device) error {
@@ -206,6 +207,9 @@ something.`,
 					}
 					if len(r.Findings) == 0 {
 						fmt.Fprintf(a.stdout, "the header of volume %s is good\n", r.Header.UUID)
+						if len(r.Keyslots) > 0 {
+							fmt.Fprintf(a.stdout, "keyslots %v can be read, and %s\n", r.Keyslots, slotsHint)
+						}
 					}
 				}
 				return errors.Join(err, foundErrors(len(r.Findings)))
