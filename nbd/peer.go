@@ -104,9 +104,11 @@ func (s *Server) requiresTLS(conn net.Conn) bool {
 	return s.cfg.RequireTLS || s.cfg.TLS != nil && isTCP(conn.LocalAddr())
 }
 
-// closeTLS tells a TLS peer that the stream ends here and was not cut.
+// closeTLS tells a TLS peer that the stream ends here and was not cut, and takes what
+// the peer may have said of that: a TCP connection that is closed with something unread
+// is reset, and the last replies are lost.
 func closeTLS(conn net.Conn) {
-	if tc, ok := conn.(*tls.Conn); ok && tc.SetWriteDeadline(time.Now().Add(lastCalls)) == nil {
-		_ = tc.CloseWrite()
+	if tc, ok := conn.(*tls.Conn); ok && tc.SetDeadline(time.Now().Add(lastCalls)) == nil && tc.CloseWrite() == nil {
+		_, _ = tc.Read(make([]byte, 1))
 	}
 }
