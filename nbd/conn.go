@@ -78,6 +78,10 @@ const (
 	// reading of others.
 	rescueAfter = 2 * time.Millisecond
 
+	// lookAfter is how long a request has to take, in nanoseconds, for the worker to
+	// look whether the peer is still there before it begins the next.
+	lookAfter = 10_000_000
+
 	// gatherBuffer is the size of the buffer in which replies are gathered for
 	// TLS, which would make a record, and a call, of each slice.
 	gatherBuffer = 64 << 10
@@ -206,6 +210,7 @@ type conn struct {
 		waiter   waiter      // for the arena
 		starved  *time.Timer // runs while waiting for the arena
 		leaveBy  time.Time   // of a connection that is to be left: when the rest must have come
+		lost     bool        // the peer has ended the connection without DISC, or it has failed
 
 		// readv; only for sockets.
 		iovs  [2]unix.Iovec
@@ -217,9 +222,14 @@ type conn struct {
 	// socket is the connection if it is a socket that isn't encrypted. Its reader,
 	// or its ringLoop, reads from sock, which is the descriptor of socket and our
 	// own: the connection may be closed by others meanwhile, and its number be
-	// given to something else. event is an eventfd that interrupts.
+	// given to something else. event is an eventfd that interrupts. With TLS, sock is
+	// that of the socket below, to be asked whether the peer has hung up. It is -1 of
+	// what is no socket.
 	socket      *Socket
 	sock, event int
+	local       bool // sock is a Unix socket
+
+	ended chan struct{} // closed when run has returned
 
 	// Used by the sender only: the worker that has set sending.
 	sender struct {
@@ -246,6 +256,8 @@ type conn struct {
 	stopped  bool // nothing more is read
 	stopErr  error
 	failed   error         // why replies can't be sent
+	hungUp   bool          // the peer sends nothing more and may be gone, see begins
+	settled  bool          // others have waited for the end of this one, see Server.settle
 	starving bool          // the reader waits for freed
 	freed    chan struct{} // capacity 1
 	mean     int64         // nanoseconds that a request takes
@@ -270,6 +282,7 @@ func newConn(ctx context.Context, s *Server, ses session, in *input) (*conn, err
 		ses:   ses,
 		idle:  make([]*worker, 0, s.cfg.InFlight),
 		freed: make(chan struct{}, 1),
+		ended: make(chan struct{}),
 	}
 	c.parent = ctx
 	c.async, _ = c.dev.(AsyncDevice)
@@ -307,17 +320,27 @@ func newConn(ctx context.Context, s *Server, ses session, in *input) (*conn, err
 	return c, nil
 }
 
-// openSocket fills in socket, sock and event if the connection is a socket that
-// isn't encrypted, and has nc mean that from now on.
+// openSocket fills in sock, and, if the connection is a socket that isn't
+// encrypted, socket and event, and has nc mean that from now on.
 func (c *conn) openSocket() (err error) {
-	c.sock, err = duplicate(c.nc)
+	below, encrypted := c.nc, false
+	if tc, ok := c.nc.(*tls.Conn); ok {
+		below, encrypted = tc.NetConn(), true
+	}
+	c.sock, err = duplicate(below)
 	if errors.Is(err, errors.ErrUnsupported) {
-		return nil // TLS, which is not the kernel's
+		c.sock = -1
+		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if domain, err := unix.GetsockoptInt(c.sock, unix.SOL_SOCKET, unix.SO_DOMAIN); err == nil && domain == unix.AF_UNIX {
+	domain, err := unix.GetsockoptInt(c.sock, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	c.local = err == nil && domain == unix.AF_UNIX
+	if encrypted {
+		return nil
+	}
+	if c.local {
 		enlarge(c.sock)
 	}
 	if c.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
@@ -334,11 +357,14 @@ func (c *conn) openSocket() (err error) {
 func (c *conn) closeSocket() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.socket != nil {
+	switch {
+	case c.socket != nil:
 		_ = c.socket.Close()
 		unix.Close(c.event)
-		c.sock, c.event = -1, -1
+	case c.sock >= 0:
+		unix.Close(c.sock)
 	}
+	c.sock, c.event = -1, -1
 }
 
 // enlarge raises the send buffer of a socket as far as it may. A smaller one
@@ -502,6 +528,9 @@ func (c *conn) work(w *worker) {
 			if r.cmd == cmdWrite {
 				c.releaseBuf(r) // rather than when the peer has taken the reply
 			}
+			if last-start >= lookAfter {
+				c.look()
+			}
 			c.mu.Lock()
 			c.observe(last-start, r.length)
 			c.finish(r, errno)
@@ -628,6 +657,9 @@ func (c *conn) accept(err error) {
 	for r := rd.answered.pop(); r != nil; r = rd.answered.pop() {
 		c.finish(r, r.errno)
 	}
+	if c.failed != nil || c.hungUp {
+		c.callOff()
+	}
 	if c.ready.n > 0 && c.ring == nil {
 		c.guard()
 	}
@@ -635,8 +667,8 @@ func (c *conn) accept(err error) {
 		return
 	}
 
-	// The end: what was taken is run and answered, what has come in part is
-	// dropped, and the workers return when nothing is left to do.
+	// The end: what was taken is run and answered, unless the peer is gone; what has
+	// come in part is dropped; and the workers return when nothing is left to do.
 	c.stopped = true
 	if err != errDisconnect {
 		c.stopErr = err
@@ -652,9 +684,99 @@ func (c *conn) accept(err error) {
 	if rd.refused != nil {
 		c.drop(rd.refused)
 	}
+	if rd.lost {
+		c.hangUp(err)
+	}
 	for c.ring == nil && c.wakeOne() {
 	}
 }
+
+// begins reports whether a request that waits is still to be run.
+//
+// Who can't have the reply may have sent the request again, on a new connection. What
+// was begun keeps its place on the device: a [Device] lets the second wait for it, as
+// package sector does. What wasn't would be begun after the second was answered, and
+// after what was written since. So it is not begun any more once the peer is known to
+// be gone. By TCP it is known only that the peer sends nothing more: it may be gone,
+// or take replies still, so what only reads goes on. Who has sent DISC is done, and
+// sends nothing again.
+func (c *conn) begins(r *request) bool {
+	switch {
+	case c.stopped && c.stopErr == nil:
+		return true // DISC: what came before it is to be completed
+	case c.failed != nil:
+		return false
+	case c.hungUp:
+		return r.cmd == cmdRead || r.cmd == cmdFlush || r.sync
+	}
+	return true
+}
+
+// callOff refuses what waits and is not begun any more. Callers hold mu.
+func (c *conn) callOff() {
+	var stay list
+	n := c.ready.n
+	for r := c.ready.pop(); r != nil; r = c.ready.pop() {
+		if c.begins(r) {
+			stay.push(r)
+			continue
+		}
+		if r.cmd == cmdWrite {
+			c.releaseBuf(r)
+		}
+		c.finish(r, errShutdown)
+	}
+	c.ready = stay
+	switch {
+	case stay.n == n:
+	case c.ring != nil:
+		c.ring.kick()
+	default:
+		c.wakeOne() // for the replies
+	}
+}
+
+// hangup asks the kernel about the peer: whether it is gone, so that nothing can be
+// sent to it, and whether it sends nothing more and may be gone. Of a Unix socket the
+// kernel tells the one from the other (POLLHUP and POLLRDHUP of poll(2)). By TCP, a
+// peer that has closed is only known to be gone when it has refused a reply.
+func (c *conn) hangup() (gone, maybe bool) {
+	p := [1]unix.PollFd{{Fd: int32(c.sock), Events: unix.POLLRDHUP}}
+	for {
+		if _, err := unix.Poll(p[:], 0); err != unix.EINTR {
+			break
+		}
+	}
+	gone = p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
+	return gone, gone || p[0].Revents&unix.POLLRDHUP != 0 && !c.local
+}
+
+// hangUp takes note that the peer has ended the connection, or that it has failed.
+// Callers hold mu.
+func (c *conn) hangUp(err error) {
+	gone, maybe := c.hangup()
+	switch {
+	case gone, !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF):
+		c.breakOff(err)
+	case maybe, c.sock < 0:
+		c.hungUp = true
+		c.callOff()
+	}
+}
+
+// look is for when nobody may have been reading for long, as there was no room for
+// requests or payloads, or all workers had requests to run: the end of the connection
+// may have come meanwhile.
+func (c *conn) look() {
+	if gone, _ := c.hangup(); gone {
+		c.mu.Lock()
+		c.breakOff(errHungUp)
+		c.mu.Unlock()
+	}
+}
+
+// errHungUp is why a connection ends whose end was not read.
+var errHungUp = fmt.Errorf("nbd: the peer has hung up: %w", io.EOF)
 
 // drop forgets a request that won't be answered.
 func (c *conn) drop(r *request) {
@@ -720,6 +842,7 @@ func (c *conn) releaseBuf(r *request) {
 func (c *conn) breakOff(err error) {
 	if c.failed == nil {
 		c.failed = err
+		c.callOff()
 		c.abort(err)
 		_ = c.nc.SetDeadline(longAgo)
 		if c.ring != nil {
@@ -859,6 +982,7 @@ func (c *conn) readError(err error) error {
 	case err == io.EOF && (rd.piece != nil || rd.long != nil || rd.refused != nil || len(rd.in.buffered()) > 0):
 		err = io.ErrUnexpectedEOF
 	}
+	rd.lost = true
 	return fmt.Errorf("nbd: reading request: %w", err)
 }
 
@@ -1154,6 +1278,7 @@ func (c *conn) slot() *request {
 		rd.short = rd.slots.n == 0
 		if starving {
 			<-c.freed
+			c.look()
 		} else if rd.slots.n == 0 {
 			return nil
 		}
@@ -1179,6 +1304,7 @@ func (c *conn) memory(size int) (buf []byte, wait bool) {
 		c.mu.Unlock()
 		if starving {
 			<-c.freed
+			c.look()
 		}
 	}
 	if buf = c.s.arena.try(&c.reader.waiter, size); buf == nil {
@@ -1205,6 +1331,7 @@ func (c *conn) waitForArena(size int) []byte {
 	for {
 		select {
 		case <-rd.waiter.granted:
+			c.look()
 			return rd.waiter.buf
 		case <-done:
 			if c.leaving() {

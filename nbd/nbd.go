@@ -31,6 +31,30 @@
 // way at the same time, one can have won in some pieces and the other in the rest.
 // Shorter ones are one call of the device each.
 //
+// # Clients that go
+//
+// A client that has lost its connection may connect again and send again what it had
+// no reply to. What the old connection had given to the device by then has its place
+// there, and a [Device] that keeps writes in that order, as a volume of package sector
+// does, has the second wait for the first. What it had not is not begun any more:
+//
+//   - When the server learns that the peer is gone, nothing is begun of what it has
+//     sent. It learns that when it reads or sends, and when somebody connects.
+//   - By TCP, with or without TLS, a peer that has ended its side without DISC may be
+//     gone. Reads that wait are answered; what would change the device and has not begun
+//     is refused with ESHUTDOWN. On a Unix socket the kernel tells the two apart, and
+//     who has closed only the sending half is served to the end.
+//   - A new connection begins when those whose peers have hung up have ended. It waits
+//     a second at most, for a device that doesn't answer must not keep others out.
+//   - After DISC, everything before it is done, whoever is there to hear of it: who has
+//     sent that sends nothing again. Who wants it done before something else waits
+//     for the server to close the connection.
+//
+// What is not promised: a peer that has vanished without a word, as when its network
+// is cut, is there until TCP gives it up, and what it had sent is done. Nor is there
+// any order between a connection by TCP that is closed and another that was open
+// before. A client should then have waited for the replies.
+//
 // # Durability
 //
 // This package holds no data back: a write is answered after [Device.WriteAt]
@@ -78,7 +102,8 @@ import (
 // ENOMEM, EINVAL and ESHUTDOWN as themselves; everything else as EIO. The
 // connection lives on.
 type Device interface {
-	// ReadAt must not keep p. WriteAt must neither change nor keep it. p starts
+	// ReadAt must not keep p. WriteAt must neither change nor keep it. Of two writes that
+	// overlap, the one that was called first should end first, see Clients that go. p starts
 	// on a page boundary. A write longer than 512 KiB comes as several calls,
 	// from several goroutines. After Sync, all data whose WriteAt, Trim or
 	// WriteZeroes returned before Sync was called is on stable storage.

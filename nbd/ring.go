@@ -422,6 +422,9 @@ func (l *ringLoop) receive() {
 	if c.stopped { // only the loop sets it
 		return
 	}
+	if rd.short {
+		c.look()
+	}
 	var err error
 	for {
 		if err = c.parse(); err != nil || rd.short {

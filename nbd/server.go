@@ -133,6 +133,11 @@ func chooseEngine(e Engine) (Engine, error) {
 	return EnginePortable, nil
 }
 
+// settleTime is how long a new connection waits for those that are ending. What is
+// only on its way to the device, on a thread that doesn't run just now, is there long
+// before. A device that has stalled may take any time, and must not keep others out.
+const settleTime = time.Second
+
 // A Server serves exports. It is safe for concurrent use.
 type Server struct {
 	cfg     Config
@@ -145,6 +150,8 @@ type Server struct {
 
 	faults faults
 	fault  func(result int) int // if set by a test, changes what io_uring says of the device
+
+	settleTime time.Duration
 
 	mu       sync.Mutex     // guards what follows
 	open     [peerKinds]int // connections, including those in the handshake
@@ -213,8 +220,11 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 		engine:  engine,
 		procs:   runtime.GOMAXPROCS(0),
 		epoch:   time.Now(),
-		peers:   make(map[peerKey]int),
-		conns:   make(map[*conn]struct{}),
+
+		settleTime: settleTime,
+
+		peers: make(map[peerKey]int),
+		conns: make(map[*conn]struct{}),
 	}, nil
 }
 
@@ -280,6 +290,10 @@ func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
 // Serve owns every goroutine that it starts: none is left when it returns, and
 // no request of this connection is running on the device. It follows that
 // Serve hangs for as long as a device does.
+//
+// A client that goes without DISC has what it sent and was not begun dropped, or
+// refused, see Clients that go. It may take a second before the first request is served,
+// while connections whose clients have gone come to their ends.
 //
 // It returns nil after a disconnect or an aborted handshake, an error that
 // matches [io.EOF] when the client just went away, and [context.Cause] of ctx
@@ -511,16 +525,54 @@ func (s *Server) transmission(ctx context.Context, ses session, in *input) error
 	s.conns[c] = struct{}{}
 	s.mu.Unlock()
 
+	if !ses.kernel {
+		s.settle(ctx, c)
+	}
 	err = c.run(ctx)
 
 	s.mu.Lock()
 	delete(s.conns, c)
 	s.counts.merge(&c.counts)
 	s.mu.Unlock()
+	close(c.ended)
 	if ctx.Err() != nil && !(ses.kernel && context.Cause(ctx) == ErrLeave) {
 		return context.Cause(ctx)
 	}
 	return err
+}
+
+// settle has a new connection, which may be that of a client that sends again what it
+// has no reply to, begin after the connections that have failed or whose peers have
+// hung up. It waits until they have ended, for settleTime at most, and then has them
+// begin nothing more. What they still have on the device by then has long had its
+// place there.
+func (s *Server) settle(ctx context.Context, c *conn) {
+	var ending []*conn
+	s.mu.Lock()
+	for o := range s.conns {
+		o.mu.Lock()
+		if _, maybe := o.hangup(); o != c && !o.settled && (maybe || o.hungUp || o.failed != nil) {
+			ending = append(ending, o)
+		}
+		o.mu.Unlock()
+	}
+	s.mu.Unlock()
+	if len(ending) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.settleTime)
+	defer cancel()
+	for _, o := range ending {
+		select {
+		case <-o.ended:
+			continue
+		case <-ctx.Done():
+		}
+		o.mu.Lock()
+		o.hangUp(errHungUp)
+		o.settled = true
+		o.mu.Unlock()
+	}
 }
 
 // now is a clock that is cheap to read, in nanoseconds, and never 0.
