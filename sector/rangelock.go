@@ -5,12 +5,14 @@ import "sync"
 // A rangeLock keeps writes that overlap from being under way at the same time. A
 // write of a part of a sector reads the sector before it writes it, and would put
 // back what another write has just replaced. And a write of whole sectors may
-// be there twice: with several connections the kernel sends one that has taken 30 s
-// again on another (drivers/block/nbd.c, nbd_xmit_timeout). The first must have
-// ended before the second is answered, or it would end on top of what was written
-// after that. A write that has not begun, because its connection has others under
-// way or the volume is suspended, is not covered: that is why a volume that is
-// written to has one socket with the kernel.
+// be there twice: a client that has lost its connection sends it again on a new one,
+// and with several connections the kernel does so with one that has taken 30 s
+// (drivers/block/nbd.c, nbd_xmit_timeout). The first must have ended before the second
+// is answered, or it would end on top of what was written after that. So a request
+// takes its place before it waits for anything else, for the keys of a suspended volume
+// too. What a server has not given to the volume yet is not covered: package
+// nbd doesn't begin it any more when the client is gone, and a volume that is written to
+// has one socket with the kernel.
 //
 // Ranges are granted in the order in which they were asked for, so nobody
 // starves. The list is searched linearly: it is as long as there are writes

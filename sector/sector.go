@@ -17,10 +17,11 @@
 //
 // # Concurrency
 //
-// A Volume serves any number of goroutines. A write waits for those before it that
-// touch one of its sectors: a part of a sector is read, changed and written, and
-// a write that a client sends again must not be overtaken by itself. Reads are
-// not ordered with writes of the same time, as on any disk.
+// A Volume serves any number of goroutines. A write, zeros and a trim wait for those
+// before them that touch one of their sectors, also when all wait for a suspended
+// volume: a part of a sector is read, changed and written, and a write that a client
+// sends again must not be overtaken by itself. Reads are not ordered with writes of the
+// same time, as on any disk.
 //
 // # Durability
 //

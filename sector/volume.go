@@ -242,6 +242,19 @@ func (v *Volume) enter() error {
 
 func (v *Volume) leave() { v.open.RUnlock() }
 
+// place gives a request that changes length bytes at off its place among those that
+// touch the same sectors, and waits until it's its turn. It comes before enter, so that
+// requests which wait for the keys are in the order in which they came: one that is sent
+// again while the first waits would otherwise be answered and the first come then, over
+// what was written since. The ticket is for ranges.unlock, after leave.
+func (v *Volume) place(op string, off, length int64) (e extent, ticket uint64, err error) {
+	if err := v.check(off, length); err != nil {
+		return e, 0, v.count(op, off, err)
+	}
+	e = extentOf(off, length, v.sector)
+	return e, v.ranges.lock(e.from, e.to), nil
+}
+
 // count adds to the error count what a request returned, and returns it.
 func (v *Volume) count(op string, off int64, err error) error {
 	if err == nil {
@@ -410,17 +423,18 @@ func (v *Volume) failedFUA(err error, p []byte, off int64) error {
 
 // writeAt writes, and then, with sync, flushes.
 func (v *Volume) writeAt(p []byte, off int64, write writeFunc, sync bool) (int, error) {
+	e, ticket, err := v.place("write", off, int64(len(p)))
+	if err != nil {
+		return 0, err
+	}
+	defer v.ranges.unlock(ticket)
 	if err := v.enter(); err != nil {
 		return 0, err
 	}
 	defer v.leave()
 	v.stats.writes.Add(1)
-	err := v.writable()
-	if err == nil {
-		err = v.check(off, int64(len(p)))
-	}
-	if err == nil {
-		_, err = v.write(p, extentOf(off, int64(len(p)), v.sector), write)
+	if err = v.writable(); err == nil {
+		_, err = v.write(p, e, write)
 	}
 	if err != nil {
 		return 0, v.count("write", off, err)
@@ -438,12 +452,10 @@ func (v *Volume) writeAt(p []byte, off int64, write writeFunc, sync bool) (int, 
 type writeFunc func(p []byte, off int64) (int, error)
 
 // write encrypts p, or zeros if p is nil, to the sectors of e, a buffer at a
-// time. No other write comes between the buffers. Zeros can go on for hours, and who
-// stops the volume waits for this request: what is left of them is refused as others
-// are, or returned without an error, if it is to wait.
+// time. No other write comes between the buffers: callers hold the range. Zeros can go
+// on for hours, and who stops the volume waits for this request: what is left of them is
+// refused as others are, or returned without an error, if it is to wait.
 func (v *Volume) write(p []byte, e extent, write writeFunc) (rest extent, err error) {
-	ticket := v.ranges.lock(e.from, e.to)
-	defer v.ranges.unlock(ticket)
 	for e.len() > 0 {
 		if p == nil {
 			if stop, err := v.stopped(); stop {
@@ -525,53 +537,52 @@ func (v *Volume) mergeEdges(buf []byte, e extent) error {
 // when it returns. What a suspension or restriction comes upon is treated as a
 // request of its own: the rest waits or fails.
 func (v *Volume) WriteZeroes(off, length int64, fua bool) error {
+	rest, ticket, err := v.place("write zeroes", off, length)
+	if err != nil {
+		return err
+	}
+	defer v.ranges.unlock(ticket) // and not before all zeros are there, whatever they wait for
 	for {
-		left, err := v.writeZeroes(off, length, fua)
-		if left == 0 || err != nil {
+		if rest, err = v.writeZeroes(rest, fua); rest.len() == 0 || err != nil {
 			return err
 		}
-		off, length = off+length-left, left
 	}
 }
 
 // writeZeroes returns what is left when the volume is being suspended.
-func (v *Volume) writeZeroes(off, length int64, fua bool) (left int64, err error) {
+func (v *Volume) writeZeroes(e extent, fua bool) (rest extent, err error) {
 	if err := v.enter(); err != nil {
-		return 0, err
+		return e, err
 	}
 	defer v.leave()
-	err = v.writable()
-	if err == nil {
-		err = v.check(off, length)
-	}
-	if err == nil {
-		var rest extent
-		if rest, err = v.write(nil, extentOf(off, length, v.sector), v.b.WriteAt); err == nil && rest.len() > 0 {
-			return rest.len(), nil
+	if err = v.writable(); err == nil {
+		if rest, err = v.write(nil, e, v.b.WriteAt); err == nil && rest.len() > 0 {
+			return rest, nil
 		}
 	}
 	v.stats.zeroes.Add(1)
 	if err == nil && fua {
 		err = v.sync() // once, instead of with every buffer
 	}
-	return 0, v.count("write zeroes", off, err)
+	return rest, v.count("write zeroes", e.off, err)
 }
 
 // Trim tells the backing device that the content of a range is not needed. It
 // is a hint: without [OpenOptions].Discard, or where the device can't do it,
 // nothing happens. Afterwards the range reads as noise, not as zeros.
 func (v *Volume) Trim(off, length int64, fua bool) error {
+	e, ticket, err := v.place("trim", off, length)
+	if err != nil {
+		return err
+	}
+	defer v.ranges.unlock(ticket)
 	if err := v.enter(); err != nil {
 		return err
 	}
 	defer v.leave()
 	v.stats.trims.Add(1)
-	err := v.writable()
-	if err == nil {
-		err = v.check(off, length)
-	}
-	if err == nil && v.discard {
-		err = v.trim(extentOf(off, length, v.sector))
+	if err = v.writable(); err == nil && v.discard {
+		err = v.trim(e)
 	}
 	if err == nil && fua {
 		err = v.sync()
@@ -589,8 +600,6 @@ func (v *Volume) trim(e extent) error {
 	if from == to {
 		return nil
 	}
-	ticket := v.ranges.lock(from, to)
-	defer v.ranges.unlock(ticket)
 	for from < to {
 		if stop, err := v.stopped(); stop {
 			return err // without one the rest is a hint that isn't followed
