@@ -78,6 +78,10 @@ const (
 	// reading of others.
 	rescueAfter = 2 * time.Millisecond
 
+	// rescueAgain is how long a connection waits that would have had another worker
+	// go on, while all that the clients share are at work.
+	rescueAgain = 10 * time.Millisecond
+
 	// lookAfter is how long a request has to take, in nanoseconds, for the worker to
 	// look whether the peer is still there before it begins the next.
 	lookAfter = 10_000_000
@@ -251,6 +255,7 @@ type conn struct {
 	out      list       // requests to answer
 	free     list       // requests for the reader to use
 	idle     []*worker  // last in, first out: few stacks stay warm
+	busy     int        // workers that aren't idle and have not returned, see admit
 	reading  bool
 	sending  bool
 	stopped  bool // nothing more is read
@@ -393,10 +398,10 @@ func (c *conn) run(ctx context.Context) error {
 	// The workers exist from the start: none has to be made when the kernel
 	// waits for a request in order to get memory.
 	var workers sync.WaitGroup
-	for range c.s.cfg.InFlight {
-		w := &worker{wake: make(chan struct{}, 1)}
-		workers.Go(func() { c.work(w) })
-	}
+	c.mu.Lock()
+	c.hire(&workers, c.work)
+	c.wakeOne() // to be the reader
+	c.mu.Unlock()
 
 	// Cancellation interrupts the reading at once. The replies to what was
 	// taken have until the grace period ends.
@@ -417,12 +422,7 @@ func (c *conn) run(ctx context.Context) error {
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.rescue.Stop() {
-		c.rescues--
-	}
-	for c.rescues > 0 {
-		c.rescued.Wait()
-	}
+	c.endRescue()
 	return c.result(ctx)
 }
 
@@ -549,6 +549,8 @@ func (c *conn) work(w *worker) {
 			last = 0
 
 		case c.stopped:
+			c.dismiss()
+			c.wakeOne() // to return, too
 			return
 
 		case !c.reading:
@@ -562,6 +564,7 @@ func (c *conn) work(w *worker) {
 
 		default:
 			c.idle = append(c.idle, w)
+			c.dismiss()
 			c.mu.Unlock()
 			<-w.wake
 			last = 0
@@ -570,10 +573,38 @@ func (c *conn) work(w *worker) {
 	}
 }
 
-// wakeOne wakes a worker if one is idle.
+// hire makes the workers, which are idle. Callers hold mu.
+func (c *conn) hire(workers *sync.WaitGroup, work func(*worker)) {
+	for range c.s.cfg.InFlight {
+		w := &worker{wake: make(chan struct{}, 1)}
+		c.idle = append(c.idle, w)
+		workers.Go(func() { <-w.wake; work(w) })
+	}
+}
+
+// admit reports whether one more worker may be at work. Each that is may need a thread,
+// and a program that gets no more of these ends. So a client has one for itself, and
+// shares the others with all clients of the server. The kernel has its own.
+func (c *conn) admit() bool {
+	if c.busy > 0 && !c.ses.kernel && c.s.spare.Add(-1) < 0 {
+		c.s.spare.Add(1)
+		return false
+	}
+	c.busy++
+	return true
+}
+
+// dismiss undoes admit.
+func (c *conn) dismiss() {
+	if c.busy--; c.busy > 0 && !c.ses.kernel {
+		c.s.spare.Add(1)
+	}
+}
+
+// wakeOne wakes a worker if one is idle and may work.
 func (c *conn) wakeOne() bool {
 	n := len(c.idle)
-	if n == 0 {
+	if n == 0 || !c.admit() {
 		return false
 	}
 	c.idle[n-1].wake <- struct{}{}
@@ -593,8 +624,7 @@ func (c *conn) share(r *request) {
 	if c.ready.n == 0 && c.reading {
 		return // nothing is left that another could do
 	}
-	busy := cap(c.idle) - len(c.idle)
-	if c.mean >= slowOp || r.slow() || c.backlog() >= shareWork && busy < c.s.procs-1 {
+	if c.mean >= slowOp || r.slow() || c.backlog() >= shareWork && c.busy < c.s.procs-1 {
 		c.wakeOne()
 	}
 }
@@ -624,7 +654,8 @@ func (c *conn) observe(took int64, length uint64) {
 }
 
 // onRescue runs when requests were taken rescueAfter ago and none since. If
-// that's because one of them takes long, another worker goes on.
+// that's because one of them takes long, another worker goes on. If none may, see
+// admit, it tries again.
 func (c *conn) onRescue() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -632,19 +663,34 @@ func (c *conn) onRescue() {
 	if c.rescues == 0 {
 		c.rescued.Broadcast()
 	}
-	if c.stopped {
-		return // all workers are awake
+	waits := c.ready.n > 0 || !c.reading && !c.stopped
+	if c.ring != nil {
+		waits = c.ring.slow.n > 0
 	}
-	if (c.ready.n > 0 || !c.reading) && c.wakeOne() {
+	switch {
+	case !waits:
+	case c.wakeOne():
 		c.mean = max(c.mean, slowOp) // let each that is woken wake the next
-		c.guard()
+		c.guard(rescueAfter)
+	case len(c.idle) > 0:
+		c.guard(rescueAgain)
 	}
 }
 
 // guard arms the rescue timer.
-func (c *conn) guard() {
-	if !c.rescue.Reset(rescueAfter) {
+func (c *conn) guard(after time.Duration) {
+	if !c.rescue.Reset(after) {
 		c.rescues++
+	}
+}
+
+// endRescue waits until the rescue timer doesn't run any more.
+func (c *conn) endRescue() {
+	if c.rescue.Stop() {
+		c.rescues--
+	}
+	for c.rescues > 0 {
+		c.rescued.Wait()
 	}
 }
 
@@ -661,7 +707,7 @@ func (c *conn) accept(err error) {
 		c.callOff()
 	}
 	if c.ready.n > 0 && c.ring == nil {
-		c.guard()
+		c.guard(rescueAfter)
 	}
 	if err == nil {
 		return

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -305,6 +306,93 @@ func TestStalledDevice(t *testing.T) {
 		if _, err := io.ReadFull(c.Conn, make([]byte, 512)); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestThreads: requests that need a thread each, on a disk that stalls, are limited for
+// all clients together and not for the kernel; and who has had to wait goes on when
+// others are done.
+func TestThreads(t *testing.T) {
+	const clients, spare, inFlight = 5, 6, 64
+	for _, secure := range []bool{false, true} {
+		t.Run(fmt.Sprintf("TLS=%v", secure), func(t *testing.T) {
+			var running [clients + 1]atomic.Int64 // by who: each has a MiB of its own
+			var gates [clients + 1]chan struct{}
+			var open [clients + 1]func()
+			for i := range gates {
+				gates[i] = make(chan struct{})
+				open[i] = sync.OnceFunc(func() { close(gates[i]) })
+				defer open[i]()
+			}
+			dev := nbdtest.NewDevice((clients+1)<<20, false)
+			dev.Before = func(op nbdtest.Op) error {
+				if i := op.Off >> 20; op.Off&(1<<20-1) < 512<<10 {
+					running[i].Add(1)
+					<-gates[i]
+				}
+				return nil
+			}
+			all := func(of []atomic.Int64) (n int64) {
+				for i := range of {
+					n += of[i].Load()
+				}
+				return n
+			}
+			p := newPKI(t)
+			cfg, connect := nbd.Config{}, transport(byUnix)
+			if secure {
+				cfg.TLS, connect = p.server, byTLS
+			}
+			h := newHarness(t, cfg, nbd.Export{Device: dev})
+			h.spare = spare
+			h.s.SetSpareWorkers(spare)
+			var conns [clients + 1]*nbdtest.Client
+			send := func(i int) {
+				t.Helper()
+				var b []byte
+				for n := range inFlight {
+					b = nbdtest.Request{Cmd: nbdtest.WriteZeroes, Cookie: uint64(n), Off: uint64(i<<20 + n*4096), Len: 4096}.Append(b)
+				}
+				if _, err := conns[i].Conn.Write(b); err != nil {
+					t.Fatal(err)
+				}
+			}
+			answered := func(i, n int) {
+				t.Helper()
+				for range n {
+					if errno, _, err := conns[i].ReadReply(); errno != 0 || err != nil {
+						t.Fatal(errno, err)
+					}
+				}
+			}
+			for i := range clients {
+				conns[i], _, _ = connect(t, h, p)
+				send(i)
+			}
+			eventually(t, "as many run as may", func() bool { return all(running[:clients]) == clients+spare })
+			time.Sleep(50 * time.Millisecond)
+			if n := all(running[:clients]); n != clients+spare {
+				t.Errorf("%d requests of %d clients run, want %d", n, clients, clients+spare)
+			}
+
+			client, server := socketpair(t)
+			defer client.Close()
+			h.serves.Go(func() { h.s.ServeTransmission(h.ctx, server, ""); server.Close() })
+			conns[clients] = &nbdtest.Client{Conn: client}
+			send(clients)
+			eventually(t, "all of the kernel's run", func() bool { return running[clients].Load() == inFlight })
+
+			// What the first client had goes to the others, of which each has one stuck.
+			open[0]()
+			answered(0, inFlight)
+			eventually(t, "others go on", func() bool { return all(running[1:clients]) == clients-1+spare })
+			for i := range gates {
+				open[i]()
+			}
+			for i := 1; i < len(conns); i++ {
+				answered(i, inFlight)
+			}
+		})
 	}
 }
 

@@ -27,6 +27,7 @@ type harness struct {
 	cancel context.CancelCauseFunc
 	ctx    context.Context
 	serves sync.WaitGroup
+	spare  int64 // workers that clients share
 }
 
 var errTestEnds = errors.New("test ends")
@@ -41,7 +42,7 @@ func newHarness(t testing.TB, cfg nbd.Config, exports ...nbd.Export) *harness {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &harness{t: t, s: s}
+	h := &harness{t: t, s: s, spare: s.SpareWorkers()}
 	h.ctx, h.cancel = context.WithCancelCause(context.Background())
 	t.Cleanup(func() {
 		h.cancel(errTestEnds)
@@ -49,6 +50,9 @@ func newHarness(t testing.TB, cfg nbd.Config, exports ...nbd.Export) *harness {
 		st := s.Stats()
 		if st.Connections != 0 || st.InFlight != 0 || st.Arena.Used != 0 {
 			t.Errorf("after the last connection: %+v, want nothing in use", st)
+		}
+		if n := s.SpareWorkers(); n != h.spare {
+			t.Errorf("after the last connection: there are %d workers for all, want %d", n, h.spare)
 		}
 		if err := s.Close(); err != nil {
 			t.Error(err)

@@ -162,10 +162,9 @@ func (c *conn) runRing(ctx context.Context) (err error, ok bool) {
 
 	// The workers exist from the start, as in run.
 	var workers sync.WaitGroup
-	for range c.s.cfg.InFlight {
-		w := &worker{wake: make(chan struct{}, 1)}
-		workers.Go(func() { l.work(w) })
-	}
+	c.mu.Lock()
+	c.hire(&workers, l.work)
+	c.mu.Unlock()
 
 	var grace *time.Timer // guarded by mu
 	canceled := make(chan struct{})
@@ -201,11 +200,12 @@ func (c *conn) runRing(ctx context.Context) (err error, ok bool) {
 	}
 	c.mu.Unlock()
 	workers.Wait()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.endRescue()
 	if err != nil {
 		return err, true
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	return c.result(ctx), true
 }
 
@@ -217,9 +217,7 @@ func (l *ringLoop) work(w *worker) {
 	for {
 		switch r := l.slow.pop(); {
 		case r != nil:
-			if l.slow.n > 0 {
-				c.wakeOne()
-			}
+			l.wakeWorker()
 			c.mu.Unlock()
 			var errno uint32
 			if r.io.plain {
@@ -235,13 +233,24 @@ func (l *ringLoop) work(w *worker) {
 			l.ended.push(r)
 			l.kick()
 		case l.quit:
+			c.dismiss()
+			c.wakeOne() // to return, too
 			return
 		default:
 			c.idle = append(c.idle, w)
+			c.dismiss()
 			c.mu.Unlock()
 			<-w.wake
 			c.mu.Lock()
 		}
+	}
+}
+
+// wakeWorker wakes a worker if there is something for it, now or when it may work.
+func (l *ringLoop) wakeWorker() {
+	c := l.c
+	if l.slow.n > 0 && !c.wakeOne() && len(c.idle) > 0 {
+		c.guard(rescueAgain)
 	}
 }
 
@@ -502,7 +511,7 @@ func (l *ringLoop) start() bool {
 	if l.aside.n > 0 {
 		c.mu.Lock()
 		l.slow.append(&l.aside)
-		c.wakeOne()
+		l.wakeWorker()
 		c.mu.Unlock()
 	}
 	return added%submitEvery != 0

@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -41,7 +42,8 @@ type Config struct {
 	// the handshake too: three quarters of them by TCP, since anybody may begin one
 	// of those. Zero is 128. It doesn't concern ServeTransmission: the kernel has to get
 	// its connection back whoever has come first. Each connection costs 250 KiB when
-	// idle and up to 1 MiB when it has been busy, besides the arena.
+	// idle and up to 1 MiB when it has been busy, besides the arena. On a slow device,
+	// they have up to 256 threads besides, in all, of some 40 KiB each.
 	MaxConnections int
 
 	// AllowPeer reports whether a process may connect to a Unix socket. Nil
@@ -61,7 +63,9 @@ type Config struct {
 
 	// InFlight is how many requests of one connection run on the device at the
 	// same time. As many again may wait for their replies to be taken. Zero is
-	// 64.
+	// 64. Of the requests that need a thread, which are all with the portable engine,
+	// clients have 256 at the same time besides one for each connection. The kernel's
+	// don't count.
 	InFlight int
 
 	// HandshakeTimeout is how long a handshake may take. Zero is 10 s.
@@ -133,6 +137,12 @@ func chooseEngine(e Engine) (Engine, error) {
 	return EnginePortable, nil
 }
 
+// spareWorkers is how many requests of clients may be at work at the same time that need
+// a thread each, besides one of every connection. Without a limit, 128 connections with
+// 64 requests each had 8192 threads on a disk that stalls; with 1 GiB of memory, a
+// machine may have fewer, and a Go program that gets no more ends.
+const spareWorkers = 256
+
 // settleTime is how long a new connection waits for those that are ending. What is
 // only on its way to the device, on a thread that doesn't run just now, is there long
 // before. A device that has stalled may take any time, and must not keep others out.
@@ -152,6 +162,8 @@ type Server struct {
 	fault  func(result int) int // if set by a test, changes what io_uring says of the device
 
 	settleTime time.Duration
+
+	spare atomic.Int64 // workers that clients may have at work besides one each
 
 	mu       sync.Mutex     // guards what follows
 	open     [peerKinds]int // connections, including those in the handshake
@@ -212,7 +224,7 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 		}
 	}
 	a := newArena(cfg.Memory, cfg.Kernel)
-	return &Server{
+	s := &Server{
 		cfg:     cfg,
 		exports: append([]Export(nil), exports...),
 		arena:   a,
@@ -225,7 +237,9 @@ func New(cfg Config, exports ...Export) (*Server, error) {
 
 		peers: make(map[peerKey]int),
 		conns: make(map[*conn]struct{}),
-	}, nil
+	}
+	s.spare.Store(spareWorkers)
+	return s, nil
 }
 
 func orDefault[T int | int64 | time.Duration](v *T, d T) {
