@@ -202,7 +202,7 @@ func TestCanceledFlood(t *testing.T) {
 func TestCanceledLeavesKernelAlone(t *testing.T) {
 	dev, started, release := blockingDevice(1 << 20)
 	defer release()
-	h := newHarness(t, nbd.Config{}, nbd.Export{Device: dev})
+	h := newHarness(t, nbd.Config{Grace: 30 * time.Second}, nbd.Export{Device: dev})
 	client, server := socketpair(t)
 	defer client.Close()
 	result := make(chan error, 1)
