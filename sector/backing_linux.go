@@ -23,7 +23,8 @@ import (
 // device-mapper can take it, and with O_DIRECT, so that what has been answered
 // is with the disk. An image file is locked against other users by a lock that
 // QEMU knows too, and goes through the page cache unless it is opened with
-// [DeviceOptions].Direct.
+// [DeviceOptions].Direct. A file and the loop devices over it are one disk: it's in
+// use if one of them is.
 type Device struct {
 	f        *os.File
 	size     atomic.Int64 // never less than it was
@@ -102,6 +103,9 @@ func openDevice(name string, o DeviceOptions) (_ *Device, err error) {
 		err = d.probeBlock(o)
 	} else {
 		err = d.probeFile(o)
+	}
+	if err == nil && !o.Shared {
+		err = d.checkTwins(o.ReadOnly)
 	}
 	if err != nil {
 		return nil, err

@@ -588,6 +588,20 @@ func running(ctx context.Context, which string) ([]*status, error) {
 	return list, nil
 }
 
+// notServed returns an error if a server of this host serves a volume, or if that can't
+// be told. Whatever name the disk has: device-mapper has more of them than OpenDevice
+// can see through.
+func notServed(ctx context.Context, uuid string) error {
+	list, err := running(ctx, uuid)
+	if len(list) > 0 {
+		return withCode(codeBusy, fmt.Errorf("volume %s is being served from %s", uuid, list[0].Device))
+	}
+	if !errors.Is(err, errNotServed) {
+		return withCode(codeBusy, fmt.Errorf("whether volume %s is being served can't be told; 'hostcryptd status' shows which server doesn't answer: %w", uuid, err))
+	}
+	return nil
+}
+
 // theOne returns the status of the one daemon that which names.
 func theOne(ctx context.Context, which string) (*status, error) {
 	list, err := running(ctx, which)

@@ -16,10 +16,11 @@ import (
 
 func (a *app) eraseCommand() *cobra.Command {
 	var (
-		keys  keyFlags
-		yes   string
-		force bool
-		inUse bool
+		keys   keyFlags
+		yes    string
+		force  bool
+		inUse  bool
+		copied bool
 	)
 	c := &cobra.Command{
 		Use:   "erase DEVICE",
@@ -34,11 +35,17 @@ A volume that is in use is refused, unless --in-use says to stop it now, whoever
 it: its server lets requests fail, flushes what was answered, wipes the keys, and then
 erases the volume. It goes on running, and says so in its status, until it's detached.
 
+A copy of a volume, which stays, is erased with --copy: this host goes on knowing the
+volume. Where it's being served, from another device, DEVICE is refused without that.
+
 Out of its reach are backups of the header, copies and snapshots of the disk, and
 blocks that the disk itself has set aside. If there may be such, disable or delete
 the key in the vault too; for a key of the TPM, clear the TPM.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
+			if inUse && copied {
+				return usagef("--in-use is about the volume itself, --copy about a copy of it")
+			}
 			if inUse {
 				return a.eraseInUse(c.Context(), args[0], yes)
 			}
@@ -62,6 +69,11 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 			} else if err := notForeign(args[0], uuid); err != nil {
 				return err
 			}
+			if sector.IsUUID(uuid) && !copied {
+				if err := notServed(c.Context(), uuid); err != nil {
+					return fmt.Errorf("%s: nothing was changed: %w; if this is another disk, with a copy of the volume, --copy erases it", args[0], err)
+				}
+			}
 			done, err := sector.Erase(c.Context(), d, uuid, force)
 			keys.recordChange(audit.Erase, uuid, args[0], err)
 			if err != nil {
@@ -70,7 +82,7 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 			// Only a header shows that the volume named is the one that is gone now.
 			answer := &eraseAnswer{Device: args[0], UUID: done.UUID, Bytes: done.Bytes, Discarded: done.Discarded, OutOfReach: eraseOutOfReach}
 			pins := keys.pinStore(a.cliLog())
-			if done.UUID != "" {
+			if done.UUID != "" && !copied {
 				if answer.Pin, answer.Chip, err = pins.Remove(done.UUID); err != nil {
 					err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w; 'hostcryptd header forget' removes that", args[0], err)
 				}
@@ -83,6 +95,7 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 	c.Flags().StringVar(&yes, "yes-erase", "", "don't ask; erase the volume with this `UUID`")
 	c.Flags().BoolVar(&force, "force", false, "erase the place of the header though there is no readable one, as after an interrupted erase")
 	c.Flags().BoolVar(&inUse, "in-use", false, "stop the server of the volume, which may be named as for status, and erase it")
+	c.Flags().BoolVar(&copied, "copy", false, "DEVICE holds a copy of the volume, which stays: keep what this host remembers of it")
 	c.MarkFlagsMutuallyExclusive("in-use", "force")
 	keys.addPins(c)
 	return a.jsonFlag(c)
@@ -111,7 +124,9 @@ func (a *app) printErased(e *eraseAnswer) error {
 	if e.Chip {
 		fmt.Fprint(a.stdout, "\nThe TPM has forgotten it")
 	}
-	if e.Kept != "" {
+	if e.Kept != "" && e.UUID != "" {
+		fmt.Fprintf(a.stdout, "\nIt was a copy, so this host still remembers volume %s", e.Kept)
+	} else if e.Kept != "" {
 		fmt.Fprintf(a.stdout, "\nNothing there said which volume it was, so this host still remembers volume %s;\n'hostcryptd header forget %s' removes that", e.Kept, e.Kept)
 	}
 	fmt.Fprintln(a.stdout, "\nOut of reach of this command:")

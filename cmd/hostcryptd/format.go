@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -66,6 +67,10 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			if found != "" && !force {
 				return withCode(codeBusy, fmt.Errorf("%s carries %s; if that can go, use --force", device, found))
 			}
+			pins := keys.pinStore(a.cliLog())
+			if err := formatMay(c.Context(), d, pins, strings.ToLower(uuid)); err != nil {
+				return fmt.Errorf("%s: nothing was changed: %w", device, err)
+			}
 			if sectorSize != 512 && sectorSize != 4096 {
 				return usagef("--sector-size is 512 or 4096, not %d", sectorSize)
 			}
@@ -79,7 +84,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			}
 
 			o := sector.FormatOptions{
-				UUID: uuid, Label: label, SectorSize: sectorSize, Pins: keys.pinStore(a.cliLog()),
+				UUID: uuid, Label: label, SectorSize: sectorSize, Pins: pins,
 				Seal: []sector.Sealer{keys.sealer(key, a.cliLog())},
 			}
 			commitSigner := func() error { return nil }
@@ -124,6 +129,28 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 	f.BoolVar(&yes, "yes", false, "don't ask for confirmation")
 	f.BoolVar(&force, "force", false, "overwrite a device that carries a known signature")
 	return a.jsonFlag(c)
+}
+
+// formatMay returns an error if a volume would be lost that isn't what is on d, or one
+// that is served, from wherever.
+func formatMay(ctx context.Context, d *sector.Device, pins sector.Pins, uuid string) error {
+	h, _, err := sector.ReadHeader(ctx, d)
+	if err == nil && sector.IsUUID(h.UUID) {
+		if err := notServed(ctx, h.UUID); err != nil {
+			return fmt.Errorf("it holds the header of that volume: %w; if it's a copy of that, 'hostcryptd erase --copy' destroys it", err)
+		}
+	}
+	if !sector.IsUUID(uuid) || err == nil && h.UUID == uuid {
+		return nil // Format judges what is no UUID
+	}
+	if err := notServed(ctx, uuid); err != nil {
+		return err
+	}
+	known, err := pins.Load(uuid)
+	if known != nil || err != nil && !errors.Is(err, sector.ErrNoPins) {
+		return withCode(codeBusy, errors.Join(fmt.Errorf("this host knows a volume %s already, and would take that one for a forgery from now on; if it is gone, 'hostcryptd header forget %s' says so", uuid, uuid), err))
+	}
+	return nil
 }
 
 // oneArg checks for exactly one argument, and says what it should have been.

@@ -102,7 +102,17 @@ header any more, --uuid confirms which volume it was.`,
 				return err
 			}
 			defer f.Close()
-			if _, _, err := sector.ReadHeader(c.Context(), d); err != nil && !force {
+			h, _, err := sector.ReadHeader(c.Context(), d)
+			uuid := strings.ToLower(o.UUID)
+			if err == nil {
+				uuid = h.UUID
+			}
+			if sector.IsUUID(uuid) {
+				if err := notServed(c.Context(), uuid); err != nil {
+					return fmt.Errorf("%s: nothing was changed: %w; detach it first", args[0], err)
+				}
+			}
+			if err != nil && !force {
 				// No header, so what is there may be somebody else's.
 				found, serr := signatures(args[0])
 				if serr != nil {
@@ -339,12 +349,8 @@ has is trusted at first sight.`,
 			if !sector.IsUUID(uuid) {
 				return usagef("%q is not the UUID of a volume", args[0])
 			}
-			list, err := running(c.Context(), uuid)
-			if len(list) > 0 {
-				return withCode(codeBusy, fmt.Errorf("volume %s is being served from %s, so it isn't gone; nothing was changed", uuid, list[0].Device))
-			}
-			if !errors.Is(err, errNotServed) {
-				return withCode(codeBusy, fmt.Errorf("whether volume %s is being served can't be told, so nothing was changed; 'hostcryptd status' shows which server doesn't answer: %w", uuid, err))
+			if err := notServed(c.Context(), uuid); err != nil {
+				return fmt.Errorf("nothing was changed: %w", err)
 			}
 			file, chip, err := keys.pinStore(a.cliLog()).Remove(uuid)
 			keys.recordChange(audit.Header, uuid, "forget", err)
