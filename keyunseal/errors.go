@@ -98,6 +98,7 @@ type Error struct {
 	Status     int           // HTTP status of the vault or identity endpoint; 0 if there was no answer
 	RequestID  string        // x-ms-request-id, which the vault's own log has too
 	RetryAfter time.Duration // how long the vault asked to wait; 0 if it didn't say
+	Refused    bool          // of ClassIdentity: it was said that the identity is none, or not any more
 	Err        error         // the cause
 }
 
@@ -152,33 +153,18 @@ func (e *Error) Transient() bool {
 		// here: that is a 403, a 404, or no token at all.
 		return e.Status == http.StatusUnauthorized
 	case ClassIdentity:
-		// The identity endpoint says 400, 401 or 403 when this machine doesn't have
-		// that identity, Entra ID when it doesn't know the client. Their other answers
-		// and their silence pass; 404 and 410 mean that the endpoint is being updated
-		// (how-to-use-vm-token, "Error handling").
-		// The Azure Arc agent says 401 to ask for a proof, and to a proof that is
-		// out of date.
-		// Without a code it's something else that answers, such as a proxy.
-		if e.Code == "" || transientCodes[e.Code] || e.Op == opArc && e.Status == http.StatusUnauthorized {
-			return true
-		}
-		return e.Status != http.StatusBadRequest && e.Status != http.StatusUnauthorized && e.Status != http.StatusForbidden
+		return !e.Refused
 	}
 	return false
-}
-
-// transientCodes are those of Entra ID that come with the status of a denial and
-// pass by themselves (reference-error-codes).
-var transientCodes = map[string]bool{
-	codeClock:     true,
-	"AADSTS90006": true, // ExternalServerRetryableError
-	"AADSTS90024": true, // RequestBudgetExceededError
-	"AADSTS90033": true, // MsodsServiceUnavailable
 }
 
 // codeClock says that the client's assertion isn't valid yet or any more, as it is
 // with a clock that wasn't set yet.
 const codeClock = "AADSTS700024"
+
+// tooMany are what Entra ID answers, with the status of a bad request, to an
+// application that asks too often, and to one of a tenant whose applications do.
+var tooMany = map[string]bool{"AADSTS50196": true, "AADSTS90055": true}
 
 // Denied reports whether somebody who may decide has said no: the vault refused
 // this identity or has disabled, deleted or never had the key, or this machine
@@ -190,7 +176,7 @@ func (e *Error) Denied() bool {
 	case ClassKeyUnusable:
 		return e.Status != 0 || e.Code != "" // else it's a host key file
 	case ClassIdentity:
-		return !e.Transient()
+		return e.Refused
 	}
 	return false
 }
@@ -223,16 +209,24 @@ func (e *Error) hint() string {
 		switch {
 		case e.Code == codeClock:
 			return "is the clock right?"
-		case e.Op == opEntra && !e.Transient():
-			return "does the application have this certificate or federated credential, and is it in this tenant?"
+		case e.Code == codeExpired:
+			return "renew it, here and in the application; that takes nothing away meanwhile, but nobody hears of a revocation either"
+		case tooMany[e.Code]:
+			return "too many requests for tokens of one application or tenant at once; it's tried again, and takes nothing away"
+		case e.Op == opEntra && e.Refused:
+			return "is the application in this tenant and not disabled, does it have this certificate or federated credential, and does Conditional Access let it in from here?"
+		case e.Op == opEntra && strings.HasPrefix(e.Code, "AADSTS"):
+			return "https://login.microsoftonline.com/error?code=" + strings.TrimPrefix(e.Code, "AADSTS") + " says what that means; nothing says that it takes the identity away, so it's tried again"
 		case e.Op == opEntra && (errors.Is(e.Err, fs.ErrNotExist) || errors.Is(e.Err, fs.ErrPermission)):
 			return "the file has to be readable, and on no volume that it helps to open"
 		case e.Op == opEntra:
 			return "do DNS and the route to the login host work from this host?"
 		case e.Op == opArc:
 			return "is the Azure Arc agent running and connected (azcmagent show), and does this process run as root?"
-		case !e.Transient():
+		case e.Refused:
 			return "is this managed identity assigned to this machine?"
+		case e.Code != "" && e.Status != http.StatusTooManyRequests && e.Status < 500:
+			return "is this managed identity assigned to this machine? nothing says that it isn't, so it's tried again"
 		}
 		return "is this an Azure VM whose identity endpoint 169.254.169.254 can be reached directly, without a proxy?"
 	case ClassDenied:

@@ -117,12 +117,14 @@ type credential struct {
 	next     azcore.TokenCredential
 	endpoint *identityEndpoint
 	op       string
+	kind     string
+	expires  time.Time // of a client certificate
 }
 
 // newCredential makes no request. What it can't use now for want of a file, a
 // later call may.
 func newCredential(client *http.Client, i identity, where *site, log *zap.Logger) (*credential, error) {
-	c := &credential{endpoint: new(identityEndpoint), op: opEntra}
+	c := &credential{endpoint: new(identityEndpoint), op: opEntra, kind: i.kind}
 	options := azcore.ClientOptions{
 		Transport:        client,
 		Retry:            policy.RetryOptions{MaxRetries: -1, TryTimeout: tokenTimeout},
@@ -146,6 +148,7 @@ func newCredential(client *http.Client, i identity, where *site, log *zap.Logger
 		if cerr != nil {
 			return nil, cerr
 		}
+		c.expires = certs[0].NotAfter
 		c.next, err = azidentity.NewClientCertificateCredential(i.tenant, i.id, certs, key, &azidentity.ClientCertificateCredentialOptions{
 			ClientOptions: options, DisableInstanceDiscovery: where.noDiscovery,
 		})
@@ -230,14 +233,93 @@ func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions)
 		// The SDK's text is a page long and its errors don't unwrap.
 		err = c.endpoint.cause(c.op, err)
 	}
-	return azcore.AccessToken{}, &Error{Op: c.op, Class: ClassIdentity, Code: c.endpoint.code, Status: c.endpoint.status, RetryAfter: c.endpoint.retryAfter, Err: err}
+	e := &Error{
+		Op: c.op, Class: ClassIdentity, Code: c.endpoint.code, Status: c.endpoint.status, RetryAfter: c.endpoint.retryAfter,
+		Refused: c.endpoint.refuses(c.kind), Err: err,
+	}
+	if e.Code == codeAssertion && !c.expires.IsZero() && time.Now().After(c.expires) {
+		// Entra ID has one number for a certificate that it was told to forget and for
+		// one that has expired. That nobody has renewed it is nobody's decision.
+		e.Code, e.Refused = codeExpired, false
+		e.Err = fmt.Errorf("the client certificate has expired on %s: %w", c.expires.UTC().Format(time.DateOnly), err)
+	}
+	return azcore.AccessToken{}, e
+}
+
+const (
+	// codeAssertion is that of an assertion whose signature Entra ID can't verify.
+	codeAssertion = "AADSTS700027"
+	// codeExpired is our own.
+	codeExpired = "CertificateExpired"
+)
+
+// refusals are the numbers by which Entra ID says that somebody has taken from an
+// application what it logs in with (reference-error-codes, and where they aren't there
+// the troubleshooting pages of the parts). It has hundreds of others, some for faults of
+// its own, and they have the statuses of a denial too: a number that isn't here is no
+// denial. Nor are the numbers of what has expired: an owner who says no disables or
+// removes, and doesn't wait for a date.
+var refusals = map[int]bool{
+	70001:   true, // UnauthorizedClient: the application is disabled
+	700011:  true, // UnauthorizedClientAppNotFoundInOrgIdTenant
+	700016:  true, // UnauthorizedClient_DoesNotMatchRequest: the application isn't in the tenant
+	7000112: true, // UnauthorizedClientApplicationDisabled
+	7000229: true, // the application has no service principal in the tenant
+	501051:  true, // the application isn't assigned to a role, which the vaults' application wants
+
+	53003:  true, // BlockedByConditionalAccess
+	530032: true, // BlockedByConditionalAccessOnSecurityPolicy
+
+	700027:  true, // the certificate isn't the application's; see codeAssertion and refuses
+	7000214: true, // the certificate was revoked
+	7000277: true, // likewise
+
+	70021:  true, // no federated credential is for this issuer's token
+	70025:  true, // the application has none at all
+	700211: true, // none for this issuer
+	700212: true, // none for this audience
+	700213: true, // none for this subject
+}
+
+// refuses tells whether the answer says that an identity of a kind is none, or not any
+// more. Without a code it's something else that answers, such as a proxy.
+func (e *identityEndpoint) refuses(kind string) bool {
+	switch e.status {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden:
+	default:
+		return false // 404 and 410: it's being updated (how-to-use-vm-token, "Error handling")
+	}
+	switch kind {
+	case identityWorkload, identityCertificate:
+		switch e.said {
+		case "temporarily_unavailable", "server_error": // RFC 6749, whatever else it says
+			return false
+		}
+		for _, n := range e.numbers {
+			if !refusals[n] || kind == identityWorkload && n == 700027 {
+				// Of an issuer it may be that of a key that it has just made, and that
+				// Entra ID hasn't fetched.
+				return false
+			}
+		}
+		// An authority of a private cloud has no numbers.
+		return len(e.numbers) > 0 || e.said == "unauthorized_client" || e.said == "access_denied"
+	case identityArc:
+		if e.status == http.StatusUnauthorized {
+			return false // it asks for a proof, or the proof is out of date
+		}
+	}
+	return e.said == "invalid_request" && e.status == http.StatusBadRequest || // "Identity not found"
+		e.said == "unauthorized_client" || e.said == "access_denied"
 }
 
 // An identityEndpoint is a policy that keeps the last answer of the endpoint.
 type identityEndpoint struct {
 	arc        bool
 	status     int
-	code       string
+	said       string // "error" of the answer
+	numbers    []int  // its "error_codes", which Entra ID alone has
+	code       string // the first of these, else what it said
 	message    string
 	retryAfter time.Duration
 	err        error // there was no answer
@@ -264,6 +346,7 @@ func (e *identityEndpoint) Do(req *policy.Request) (*http.Response, error) {
 			Codes       []int  `json:"error_codes"`
 		}
 		if json.Unmarshal(body, &b) == nil {
+			e.said, e.numbers = b.Error, b.Codes
 			e.code, e.message = clean(b.Error), clean(b.Description)
 			if len(b.Codes) > 0 { // "invalid_client" alone says little
 				e.code = "AADSTS" + strconv.Itoa(b.Codes[0])

@@ -317,7 +317,7 @@ func TestCertificateIdentity(t *testing.T) {
 		{"empty", base + writeFile(t, "c.pem", 0o600, nil), ClassConfig, false, "", ""},
 		{"no key", base + writeFile(t, "c.pem", 0o600, content[:strings.Index(string(content), "-----BEGIN PRIVATE")]), ClassConfig, false, "", "private key"},
 		{"a device", base + "/dev/null", ClassConfig, false, "", ""},
-		{"unknown certificate", base + otherFile, ClassIdentity, false, "AADSTS700027", "does the application have this certificate"},
+		{"unknown certificate", base + otherFile, ClassIdentity, false, "AADSTS700027", "does it have this certificate"},
 		{"certificate that expires soon, and is unknown", base + soonFile, ClassIdentity, false, "AADSTS700027", ""},
 		{"unknown client", "certificate:" + vaulttest.DefaultTenant + ":" + randomUUID() + ":" + file, ClassIdentity, false, "AADSTS700016", "in this tenant"},
 	} {
@@ -349,7 +349,7 @@ func TestCertificateIdentity(t *testing.T) {
 		"reset":      vaulttest.Reset,
 		"no token":   vaulttest.Answer(200, nil, "{}"),
 		"the clock":  vaulttest.Answer(401, nil, `{"error":"invalid_client","error_description":"AADSTS700024: Client assertion is not within its valid time range.","error_codes":[700024]}`),
-		"a bad time": vaulttest.Answer(400, nil, `{"error":"temporarily_unavailable","error_codes":[90033]}`),
+		"a bad time": vaulttest.Answer(400, nil, `{"error":"temporarily_unavailable","error_codes":[1]}`),
 	} {
 		s.Inject(vaulttest.Fault{Route: "token", Times: -1, Do: do})
 		e := wantClass(t, Unseal(t.Context(), Options{Transport: tr}, token, testVolume, new([KeySize]byte)), ClassIdentity)
@@ -369,6 +369,93 @@ func TestCertificateIdentity(t *testing.T) {
 	t.Cleanup(unconnected.CloseIdleConnections)
 	if e := wantClass(t, Unseal(t.Context(), Options{Transport: unconnected}, token, testVolume, new([KeySize]byte)), ClassIdentity); !e.Transient() {
 		t.Error(e)
+	}
+}
+
+// TestIdentityRefused: what Entra ID and the identity endpoints answer takes an identity
+// away only where they say that. All else passes, whatever its status is.
+func TestIdentityRefused(t *testing.T) {
+	s, url := newDouble(t, vaulttest.Options{})
+	cert, file := newCertificate(t, time.Now().AddDate(1, 0, 0))
+	old, oldFile := newCertificate(t, time.Now().Add(-time.Hour))
+	clientID, oldID, workloadID := randomUUID(), randomUUID(), randomUUID()
+	s.AddIdentity(vaulttest.Identity{ClientID: clientID, Certificate: cert}, allPermissions...)
+	s.AddIdentity(vaulttest.Identity{ClientID: oldID, Certificate: old}, allPermissions...)
+	s.AddIdentity(vaulttest.Identity{ClientID: workloadID}, allPermissions...)
+	issued, err := s.Federate(workloadID, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := s.Transport()
+	t.Cleanup(tr.CloseIdleConnections)
+	managed, _ := withIdentity(t, s, allPermissions...)
+	certificate := "certificate:" + vaulttest.DefaultTenant + ":" + clientID + ":" + file
+	expired := "certificate:" + vaulttest.DefaultTenant + ":" + oldID + ":" + oldFile
+	workload := "workload:" + vaulttest.DefaultTenant + ":" + workloadID + ":" + writeFile(t, "token", 0o600, []byte(issued))
+	token := mustSeal(t, Options{Transport: tr, Identity: certificate}, url, randomKey(t))
+
+	for _, tt := range []struct {
+		name, identity string
+		status         int
+		body           string
+		refused        bool
+		text           string
+	}{
+		{"no such application", certificate, 400, `{"error":"unauthorized_client","error_codes":[700016]}`, true, "in this tenant"},
+		{"application disabled", certificate, 400, `{"error":"unauthorized_client","error_codes":[7000112]}`, true, "disabled"},
+		{"application disabled, by its older number", certificate, 400, `{"error":"unauthorized_client","error_codes":[70001]}`, true, ""},
+		{"no service principal", certificate, 401, `{"error":"invalid_client","error_codes":[7000229]}`, true, ""},
+		{"no role", certificate, 400, `{"error":"invalid_grant","error_codes":[501051]}`, true, ""},
+		{"Conditional Access", certificate, 400, `{"error":"invalid_grant","error_codes":[53003]}`, true, "Conditional Access"},
+		{"certificate removed", certificate, 401, `{"error":"invalid_client","error_codes":[700027]}`, true, ""},
+		{"certificate revoked", certificate, 401, `{"error":"invalid_client","error_codes":[7000214]}`, true, ""},
+		{"federated credential removed", workload, 401, `{"error":"invalid_client","error_codes":[700213]}`, true, ""},
+		{"all federated credentials removed", workload, 401, `{"error":"invalid_client","error_codes":[70025]}`, true, ""},
+		{"an authority without numbers", certificate, 400, `{"error":"unauthorized_client"}`, true, ""},
+
+		{"a loop", certificate, 400, `{"error":"invalid_grant","error_codes":[50196]}`, false, "too many requests"},
+		{"a tenant throttled", certificate, 400, `{"error":"invalid_request","error_codes":[90055]}`, false, "too many requests"},
+		{"time out", certificate, 400, `{"error":"invalid_request","error_codes":[90012]}`, false, "error?code=90012"},
+		{"no token issued", certificate, 400, `{"error":"server_error","error_codes":[50000]}`, false, ""},
+		{"busy, and a number of a refusal", certificate, 400, `{"error":"temporarily_unavailable","error_codes":[700016]}`, false, ""},
+		{"busy, without a number", certificate, 400, `{"error":"temporarily_unavailable"}`, false, ""},
+		{"two numbers", certificate, 401, `{"error":"invalid_client","error_codes":[700016,90033]}`, false, ""},
+		{"a number that nobody knows", certificate, 403, `{"error":"unauthorized_client","error_codes":[123456789]}`, false, "error?code=123456789"},
+		{"the client is wrong, without a number", certificate, 401, `{"error":"invalid_client"}`, false, ""},
+		{"a secret that has expired", certificate, 401, `{"error":"invalid_client","error_codes":[7000222]}`, false, ""},
+		{"the certificate outside its time", certificate, 401, `{"error":"invalid_client","error_codes":[1000502]}`, false, ""},
+		{"the certificate not known, and expired", expired, 401, `{"error":"invalid_client","error_codes":[700027]}`, false, "renew"},
+		{"an issuer's new key", workload, 401, `{"error":"invalid_client","error_codes":[700027]}`, false, ""},
+		{"the vault's application", certificate, 400, `{"error":"invalid_resource","error_codes":[500011]}`, false, ""},
+		{"a number in a fault", certificate, 500, `{"error":"unauthorized_client","error_codes":[700016]}`, false, ""},
+		{"a number in too many requests", certificate, 429, `{"error":"unauthorized_client","error_codes":[700016]}`, false, ""},
+
+		{"not assigned", managed.Identity, 400, `{"error":"invalid_request","error_description":"Identity not found"}`, true, "assigned to this machine"},
+		{"no identity of the machine", managed.Identity, 401, `{"error":"unauthorized_client"}`, true, ""},
+		{"access denied", managed.Identity, 403, `{"error":"access_denied"}`, true, ""},
+		{"throttled behind the endpoint", managed.Identity, 400, `{"error":"temporarily_unavailable"}`, false, ""},
+		{"an error that nobody knows", managed.Identity, 403, `{"error":"fabric_busy"}`, false, "assigned to this machine"},
+		{"the vault's application, by the endpoint", managed.Identity, 400, `{"error":"invalid_resource"}`, false, ""},
+	} {
+		route := "token"
+		if tt.identity == managed.Identity {
+			// One that has no token yet.
+			fresh, _ := withIdentity(t, s, allPermissions...)
+			tt.identity, route = fresh.Identity, "imds"
+		}
+		s.Inject(vaulttest.Fault{Route: route, Times: -1, Do: vaulttest.Answer(tt.status, nil, tt.body)})
+		err := Unseal(t.Context(), Options{Transport: tr, Identity: tt.identity}, token, testVolume, new([KeySize]byte))
+		s.ClearFaults()
+		e, ok := errors.AsType[*Error](err)
+		if !ok || e.Class != ClassIdentity {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		for where, e := range map[string]*Error{"here": e, "in the parent": newWireError(e).err().(*Error)} {
+			if e.Denied() != tt.refused || e.Transient() == tt.refused || e.Status != tt.status || !strings.Contains(e.Error(), tt.text) {
+				t.Errorf("%s, %s: denied %v, want %v: %v", tt.name, where, e.Denied(), tt.refused, e)
+			}
+		}
 	}
 }
 
