@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -227,14 +228,29 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 
 // retiredMayOpen tells whether retired tokens may open a volume, given how the
 // others have failed. The version of the key that they need is kept enabled for a
-// while, for a vault that was restored and has no newer one (404). Where a newer one
-// is refused or was disabled, they must not undo that: a host that was stopped would
-// come back by a reboot.
+// while, for a vault that was restored and has no newer one (404), and for tokens that
+// are damaged. Where a newer one was refused or disabled, they must not undo that: a host
+// that was stopped would come back by a reboot. So they must not where that couldn't be
+// heard either, for a vault that is throttled or down, or a network that comes up later, as
+// after any power cut: the next try of the newer one helps as much. Nobody says no by a
+// TPM, so one that doesn't work hides nothing.
 func retiredMayOpen(others error) bool {
-	return walk(others, func(err error) bool {
-		e, ok := err.(*keyunseal.Error)
-		return !ok || !e.Denied() || e.Status == http.StatusNotFound
-	})
+	if others == nil {
+		return true
+	}
+	if several, ok := others.(interface{ Unwrap() []error }); ok {
+		return !slices.ContainsFunc(several.Unwrap(), func(err error) bool { return !retiredMayOpen(err) })
+	}
+	if e, ok := errors.AsType[*keyunseal.Error](others); ok {
+		switch e.Class {
+		case keyunseal.ClassNoTPM, keyunseal.ClassTPMBusy, keyunseal.ClassTPMLockout:
+			return true
+		case keyunseal.ClassKeyUnusable:
+			return e.Status == http.StatusNotFound || !e.Denied()
+		}
+	}
+	kind := outcomeOf(others).Kind
+	return kind != lifecycle.Transient && kind != lifecycle.Denied
 }
 
 // A headerFault is why the header on the disk of a volume that is served is not

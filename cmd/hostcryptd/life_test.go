@@ -70,11 +70,16 @@ func TestOutcomeOf(t *testing.T) {
 	}
 }
 
-// TestRetiredMayOpen: of denials only that a version is unknown lets an older one in.
+// TestRetiredMayOpen: an older version of a key opens a volume only when each newer one
+// is gone for good, and not when somebody may have said no to one.
 func TestRetiredMayOpen(t *testing.T) {
 	e := func(class keyunseal.Class, status int) error {
 		return fmt.Errorf("token 1: %w", &keyunseal.Error{Op: "unwrap", Class: class, Status: status, Code: "c"})
 	}
+	token := func(class keyunseal.Class) error {
+		return fmt.Errorf("token 1: %w", &keyunseal.Error{Op: "token", Class: class})
+	}
+	notHere := e(keyunseal.ClassKeyUnusable, 404)
 	for name, tt := range map[string]struct {
 		others error
 		may    bool
@@ -84,10 +89,28 @@ func TestRetiredMayOpen(t *testing.T) {
 		"not allowed": {e(keyunseal.ClassDenied, 403), false},
 		"not allowed, and another is unreachable": {errors.Join(e(keyunseal.ClassUnreachable, 0), e(keyunseal.ClassDenied, 403)), false},
 		"expired, which is denied here":           {e(keyunseal.ClassKeyUnusable, 0), false},
-		"not in this vault":                       {e(keyunseal.ClassKeyUnusable, 404), true},
-		"token not accepted":                      {e(keyunseal.ClassDenied, 401), true},
-		"unreachable":                             {e(keyunseal.ClassUnreachable, 0), true},
+		"identity not assigned":                   {&keyunseal.Error{Class: keyunseal.ClassIdentity, Status: 400, Code: "c", Refused: true}, false},
+		"not in this vault":                       {notHere, true},
+		"a token that is damaged":                 {token(keyunseal.ClassIntegrity), true},
+		"another volume's key":                    {fmt.Errorf("token 1: %w", sector.ErrAuth), true},
+		"no host key file":                        {&keyunseal.Error{Op: "read host key", Class: keyunseal.ClassKeyUnusable}, true},
 		"not the TPM's":                           {e(keyunseal.ClassTPMState, 0), true},
+		"the TPM is broken":                       {e(keyunseal.ClassNoTPM, 0), true},
+
+		// A denial that isn't heard is a denial.
+		"token not accepted":        {e(keyunseal.ClassDenied, 401), false},
+		"unreachable":               {e(keyunseal.ClassUnreachable, 0), false},
+		"a fault":                   {e(keyunseal.ClassUnreachable, 503), false},
+		"throttled":                 {e(keyunseal.ClassThrottled, 429), false},
+		"malformed":                 {e(keyunseal.ClassMalformed, 200), false},
+		"child died":                {e(keyunseal.ClassInternal, 0), false},
+		"no identity yet":           {e(keyunseal.ClassIdentity, 429), false},
+		"no answer in time":         {fmt.Errorf("token 1: no answer in 25s: %w", context.DeadlineExceeded), false},
+		"no descriptor":             {fmt.Errorf("token 1: %w", &os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}), false},
+		"gone, another unreachable": {errors.Join(notHere, e(keyunseal.ClassUnreachable, 0)), false},
+		"gone, another not asked":   {errors.Join(errors.Join(notHere), fmt.Errorf("token 2: %w", syscall.EMFILE)), false},
+		"TPM broken, throttled":     {errors.Join(e(keyunseal.ClassNoTPM, 0), e(keyunseal.ClassThrottled, 429)), false},
+		"gone, and gone":            {errors.Join(errors.Join(notHere), notHere), true},
 	} {
 		if got := retiredMayOpen(tt.others); got != tt.may {
 			t.Errorf("%s: %v", name, got)
