@@ -305,11 +305,12 @@ var ErrNoHeader = fmt.Errorf("%w: there is no readable header", ErrNotVolume)
 // Erase destroys every way into the volume: both copies of the header with all
 // tokens, and the keyslots. Each is overwritten with random bytes, flushed and
 // read back, then with zeros, flushed and read back, and discarded where the
-// device can do that. The header's copies come first. The device must not be in
-// use, and must hold the volume named by its UUID. If it has no readable header
-// the error is [ErrNoHeader], unless force says to erase the area of a new
-// volume's header all the same, such as after an interrupted Erase. That nothing
-// else stands there is then the caller's to know.
+// device can do that. The header's copies come first. No less is overwritten than
+// all places where a copy can stand, whatever the header that is found says. The
+// device must not be in use, and must hold the volume named by its UUID. If it has
+// no readable header the error is [ErrNoHeader], unless force says to erase the area
+// of a new volume's header all the same, such as after an interrupted Erase. That
+// nothing else stands there is then the caller's to know.
 func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, error) {
 	release, err := b.LockHeader(ctx, true)
 	if err != nil {
@@ -317,7 +318,11 @@ func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, err
 	}
 	defer release()
 	done := Erased{}
-	end, copies := min(int64(dataOffset), b.Size()), int64(2*copySize)
+	// Nobody has authenticated the header that is read here, and a forged one may stand
+	// before a true copy: so it can only add to what is overwritten. A second copy is at
+	// the latest at 4 MiB, and 4 MiB long; keyslots that are farther than that of a new
+	// volume are noise without the salts in the header.
+	end, copies := int64(dataOffset), int64(2*copySize)
 	h, _, err := readHeader(b)
 	switch {
 	case err == nil:
@@ -327,7 +332,7 @@ func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, err
 		if h.UUID != strings.ToLower(uuid) {
 			return done, fmt.Errorf("%w: the device holds volume %s, not %s", ErrDevice, h.UUID, uuid)
 		}
-		done.UUID, end, copies = h.UUID, min(int64(h.Segments[0].Offset), b.Size()), int64(2*h.Size)
+		done.UUID, end, copies = h.UUID, max(end, headerArea(h)), max(copies, int64(2*h.Size))
 	case !force || !errors.Is(err, ErrNotVolume) && !errors.Is(err, ErrDamaged):
 		if errors.Is(err, ErrDamaged) || errors.Is(err, ErrNotVolume) {
 			err = fmt.Errorf("%w: %w", ErrNoHeader, err)
@@ -336,6 +341,7 @@ func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, err
 	case !uuidForm.MatchString(strings.ToLower(uuid)):
 		return done, fmt.Errorf("%w: %q is not a UUID", ErrDevice, uuid)
 	}
+	end = min(end, b.Size())
 	end -= end % backupPage
 	copies = min(copies, end)
 	for _, part := range []struct{ from, to int64 }{{0, copies}, {copies, end}} {

@@ -1360,6 +1360,61 @@ func TestErase(t *testing.T) {
 	}
 }
 
+// TestEraseForged: a header that somebody has forged doesn't say what of the true one
+// stays.
+func TestEraseForged(t *testing.T) {
+	for name, tt := range map[string]struct {
+		forge func(h *luks2.Header)
+		want  int64
+	}{
+		"smaller copies": {func(h *luks2.Header) {
+			h.Size, h.Config.JSONSize, h.Config.KeyslotsSize = 16<<10, 12<<10, 0
+			h.Segments[0].Offset = 32 << 10
+		}, dataOffset},
+		"data at 2^63":        {func(h *luks2.Header) { h.Segments[0].Offset = 1 << 63 }, dataOffset},
+		"data far behind":     {func(h *luks2.Header) { h.Segments[0].Offset = 1 << 40 }, dataOffset},
+		"keyslots of 128 MiB": {func(h *luks2.Header) { h.Config.KeyslotsSize, h.Segments[0].Offset = 128<<20, 129<<20 }, dataOffset + 1<<20},
+	} {
+		a := &kek{name: "a"}
+		disk := sectortest.New(dataOffset + 1<<20)
+		if _, err := Format(t.Context(), disk, FormatOptions{SectorSize: 4096, Seal: []Sealer{a.seal}}); err != nil {
+			t.Fatal(err)
+		}
+		h, _, err := luks2.Read(disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.SeqID++
+		tt.forge(h)
+		for _, off := range []uint64{0, h.Size} {
+			enc, err := h.Encode(off)
+			if err != nil {
+				t.Fatal(err)
+			}
+			disk.WriteAt(enc, int64(off))
+		}
+		before := bytes.Clone(disk.Bytes())
+		done, err := Erase(t.Context(), disk, h.UUID, false)
+		if err != nil || done.Bytes != tt.want || !done.Discarded {
+			t.Errorf("%s: Erase() = %+v, %v; want %d bytes", name, done, err, tt.want)
+		}
+		if _, _, err := luks2.Read(disk); err == nil {
+			t.Errorf("%s: a header is left", name)
+		}
+		after, zeros := disk.Bytes(), make([]byte, 512)
+		for off := 0; off < dataOffset; off += 512 {
+			if b := before[off : off+512]; !bytes.Equal(b, zeros) && bytes.Equal(b, after[off:off+512]) {
+				t.Errorf("%s: what stood at %d is left", name, off)
+				break
+			}
+		}
+		if v, err := Open(t.Context(), disk, ring(a).unseal, OpenOptions{}); err == nil {
+			v.Close()
+			t.Errorf("%s: the erased volume opens", name)
+		}
+	}
+}
+
 // deaf answers writes, and does nothing.
 type deaf struct{ *sectortest.Disk }
 
