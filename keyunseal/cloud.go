@@ -185,6 +185,23 @@ func readRoots(path string) (*x509.CertPool, error) {
 
 // readTrusted reads a regular file that nobody but root or this user can write.
 func readTrusted(path string, limit int) ([]byte, error) {
+	return readFile(path, limit, func(st *unix.Stat_t) error {
+		switch {
+		case st.Mode&0o022 != 0:
+			return fmt.Errorf("%s has mode %04o, others may write it; chmod go-w it", path, st.Mode&0o7777)
+		case st.Uid != 0 && int(st.Uid) != os.Geteuid():
+			return fmt.Errorf("%s is owned by user %d, neither root nor this process", path, st.Uid)
+		}
+		return nil
+	})
+}
+
+// notFile is the error of [readFile] for what isn't a file of that size, and doesn't
+// become one by waiting.
+type notFile struct{ error }
+
+// readFile reads a regular file of up to limit bytes, if check agrees.
+func readFile(path string, limit int, check func(*unix.Stat_t) error) ([]byte, error) {
 	// O_NONBLOCK: a FIFO of that name must be an error, not a wait.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -195,17 +212,15 @@ func readTrusted(path string, limit int) ([]byte, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, err
 	}
-	switch {
-	case st.Mode&unix.S_IFMT != unix.S_IFREG:
-		return nil, fmt.Errorf("%s is not a regular file", path)
-	case st.Mode&0o022 != 0:
-		return nil, fmt.Errorf("%s has mode %04o, others may write it; chmod go-w it", path, st.Mode&0o7777)
-	case st.Uid != 0 && int(st.Uid) != os.Geteuid():
-		return nil, fmt.Errorf("%s is owned by user %d, neither root nor this process", path, st.Uid)
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, notFile{fmt.Errorf("%s is not a regular file", path)}
+	}
+	if err := check(&st); err != nil {
+		return nil, err
 	}
 	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
 	if err == nil && len(b) > limit {
-		err = fmt.Errorf("%s is longer than %d bytes", path, limit)
+		err = notFile{fmt.Errorf("%s is longer than %d bytes", path, limit)}
 	}
 	return b, err
 }

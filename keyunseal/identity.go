@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,6 +40,9 @@ const (
 	// tokenTimeout bounds one attempt to get a token. The endpoint mostly answers
 	// in milliseconds; more than 6 seconds have been seen at boot.
 	tokenTimeout = 30 * time.Second
+
+	// maxAssertion bounds an issuer's token. Those of Kubernetes have one or two KiB.
+	maxAssertion = 64 << 10
 
 	// maxIdentity bounds an identity's text.
 	maxIdentity = 1024
@@ -119,6 +123,7 @@ type credential struct {
 	op       string
 	kind     string
 	expires  time.Time // of a client certificate
+	unread   error     // of the last try to read an issuer's token
 }
 
 // newCredential makes no request. What it can't use now for want of a file, a
@@ -137,11 +142,17 @@ func newCredential(client *http.Client, i identity, where *site, log *zap.Logger
 	var err error
 	switch i.kind {
 	case identityWorkload:
-		if _, err := os.Stat(i.file); err != nil {
-			return nil, &Error{Op: c.op, Class: ClassIdentity, Err: fmt.Errorf("the issuer's token: %w", err)}
+		// The SDK's own credential for this reads whatever the file is, without a limit.
+		read := func(context.Context) (string, error) {
+			var assertion string
+			assertion, c.unread = readAssertion(i.file)
+			return assertion, c.unread
 		}
-		c.next, err = azidentity.NewWorkloadIdentityCredential(&azidentity.WorkloadIdentityCredentialOptions{
-			ClientOptions: options, ClientID: i.id, TenantID: i.tenant, TokenFilePath: i.file, DisableInstanceDiscovery: where.noDiscovery,
+		if _, err := read(context.Background()); err != nil {
+			return nil, err
+		}
+		c.next, err = azidentity.NewClientAssertionCredential(i.tenant, i.id, read, &azidentity.ClientAssertionCredentialOptions{
+			ClientOptions: options, DisableInstanceDiscovery: where.noDiscovery,
 		})
 	case identityCertificate:
 		certs, key, cerr := readCertificate(i.file, log)
@@ -223,11 +234,43 @@ func readCertificate(path string, log *zap.Logger) ([]*x509.Certificate, crypto.
 	return certs, key, nil
 }
 
+// readAssertion reads an issuer's token, which is sent to the login host. The file's
+// name may come from a header that anybody could write, so nothing is read but a file of
+// some KiB, and nothing sent that isn't in the form of a signed JWT. It may be a link and
+// belong to an agent of the issuer's.
+func readAssertion(path string) (string, error) {
+	fail := func(class Class, err error) (string, error) {
+		return "", &Error{Op: opEntra, Class: class, Err: fmt.Errorf("the issuer's token: %w", err)}
+	}
+	b, err := readFile(path, maxAssertion, func(*unix.Stat_t) error { return nil })
+	if _, not := errors.AsType[notFile](err); not {
+		return fail(ClassConfig, err)
+	}
+	if err != nil {
+		return fail(ClassIdentity, err) // it may be on a disk that comes later
+	}
+	text := strings.TrimSpace(string(b))
+	parts := strings.Split(text, ".")
+	ok := len(parts) == 3 && parts[2] != ""
+	for _, part := range parts[:min(2, len(parts))] {
+		var object map[string]json.RawMessage
+		b, err := base64.RawURLEncoding.DecodeString(part)
+		ok = ok && err == nil && json.Unmarshal(b, &object) == nil
+	}
+	if !ok {
+		return fail(ClassIdentity, fmt.Errorf("%s holds no issuer's token, or it is just being written", path))
+	}
+	return text, nil
+}
+
 func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
 	*c.endpoint = identityEndpoint{arc: c.op == opArc}
 	tk, err := c.next.GetToken(ctx, o)
 	if err == nil {
 		return tk, nil
+	}
+	if c.unread != nil {
+		return azcore.AccessToken{}, c.unread
 	}
 	if c.endpoint.err != nil || c.endpoint.status != 0 {
 		// The SDK's text is a page long and its errors don't unwrap.

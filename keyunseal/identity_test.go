@@ -24,6 +24,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/keyunseal/vaulttest"
 )
@@ -498,6 +499,65 @@ func TestWorkloadIdentity(t *testing.T) {
 	}
 	for text := range map[string]bool{issued: true} {
 		wantNoSecret(t, "the error", []byte(e.Error()), []byte(text))
+	}
+}
+
+// TestWorkloadFile: an identity is in a token, which is in a header that anybody may have
+// written. So of the file that it names no more is read than an issuer's token has, and
+// nothing else is sent.
+func TestWorkloadFile(t *testing.T) {
+	s, url := newDouble(t, vaulttest.Options{})
+	clientID := randomUUID()
+	s.AddIdentity(vaulttest.Identity{ClientID: clientID}, allPermissions...)
+	issued, err := s.Federate(clientID, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := s.Transport()
+	t.Cleanup(tr.CloseIdleConnections)
+	base := "workload:" + vaulttest.DefaultTenant + ":" + clientID + ":"
+	good := writeFile(t, "token", 0o600, []byte(issued+"\n"))
+	token := mustSeal(t, Options{Transport: tr, Identity: base + good}, url, randomKey(t))
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	long := issued + strings.Repeat("A", maxAssertion)
+	for name, tt := range map[string]struct {
+		file  string
+		class Class
+		text  string
+	}{
+		"a device that never ends": {"/dev/zero", ClassConfig, "not a regular file"},
+		"a FIFO":                   {fifo, ClassConfig, "not a regular file"},
+		"a folder":                 {t.TempDir(), ClassConfig, "not a regular file"},
+		"too long":                 {writeFile(t, "token", 0o600, []byte(long)), ClassConfig, "longer than"},
+		"another file of root's":   {writeFile(t, "shadow", 0o600, []byte("root:$y$secret:19000:0:99999:7:::\n")), ClassIdentity, "no issuer's token"},
+		"32 bytes":                 {writeFile(t, "host.key", 0o600, make([]byte, 32)), ClassIdentity, "no issuer's token"},
+		"a name with two dots":     {writeFile(t, "x", 0o600, []byte("a.b.c")), ClassIdentity, "no issuer's token"},
+		"being written":            {writeFile(t, "token", 0o600, nil), ClassIdentity, "no issuer's token"},
+		"half":                     {writeFile(t, "token", 0o600, []byte(issued[:strings.LastIndex(issued, ".")])), ClassIdentity, "no issuer's token"},
+	} {
+		before, begun := s.Count("token"), time.Now()
+		e := wantClass(t, Unseal(t.Context(), Options{Transport: tr, Identity: base + tt.file}, token, testVolume, new([KeySize]byte)), tt.class)
+		if e.Denied() || e.Transient() != (tt.class == ClassIdentity) || !strings.Contains(e.Error(), tt.file) || !strings.Contains(e.Error(), tt.text) {
+			t.Errorf("%s: %v", name, e)
+		}
+		if n := s.Count("token") - before; n != 0 {
+			t.Errorf("%s: %d requests", name, n)
+		}
+		if d := time.Since(begun); d > 10*time.Second {
+			t.Errorf("%s: took %v", name, d)
+		}
+		wantNoSecret(t, "the error", []byte(e.Error()), []byte("$y$secret"))
+	}
+	// A mount of Kubernetes is a link, and the file of another user.
+	link := filepath.Join(t.TempDir(), "link")
+	if err := errors.Join(os.Symlink(good, link), os.Chown(good, 12345, 12345), os.Chmod(good, 0o640)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Unseal(t.Context(), Options{Transport: tr, Identity: base + link}, token, testVolume, new([KeySize]byte)); err != nil {
+		t.Error(err)
 	}
 }
 
