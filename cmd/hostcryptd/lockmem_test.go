@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -78,22 +80,57 @@ func TestDeriveLocksMemory(t *testing.T) {
 	defer keyOut.Close()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", deriveArg)
 	cmd.ExtraFiles = []*os.File{keyIn, keyOut} // it waits for a key that never comes
+	wantLocked(t, cmd)
+}
+
+// TestCommandLocksMemory: so has a command that is given a recovery key.
+func TestCommandLocksMemory(t *testing.T) {
+	if os.Geteuid() != 0 {
+		return
+	}
+	in, key, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	defer key.Close()
+	image := filepath.Join(t.TempDir(), "disk.img")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 32<<20)); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "recovery", "test", image, "--recovery-key", "-")
+	cmd.Args[0] = "hostcryptd"
+	cmd.Stdin = in // it waits for a key here too
+	wantLocked(t, cmd)
+}
+
+// wantLocked starts a process that waits for a key, and ends it when it has locked its
+// memory.
+func wantLocked(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	var said strings.Builder
+	cmd.Stdout, cmd.Stderr = &said, &said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer cmd.Wait()
-	defer cmd.Process.Kill()
+	var err error
 	for begun := time.Now(); ; time.Sleep(5 * time.Millisecond) {
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
+		var status []byte
+		status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
 		if _, rest, ok := strings.Cut(string(status), "\nVmLck:"); ok && !strings.HasPrefix(strings.TrimSpace(rest), "0 kB") {
-			return
+			break
 		}
 		if time.Since(begun) > 20*time.Second {
-			t.Fatalf("it has locked nothing: %s", status)
+			err = fmt.Errorf("it has locked nothing: %s", status)
 		}
+		if err != nil {
+			break
+		}
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	if err != nil {
+		t.Errorf("%v; it said %q", err, said.String())
 	}
 }
 

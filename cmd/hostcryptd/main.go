@@ -105,7 +105,17 @@ func (a *app) root() *cobra.Command {
 		SilenceUsage:  true, // an error message is worth more than a page of flags
 		SilenceErrors: true,
 
-		PersistentPreRunE: func(*cobra.Command, []string) error { return harden() },
+		PersistentPreRunE: func(c *cobra.Command, _ []string) error {
+			switch c.Name() {
+			case "serve", "dial", "speed":
+				// Servers have secret memory for their keys and children for what computes
+				// with them, and lock all of theirs, which is more, where that is asked for.
+			default:
+				// These compute with keys themselves.
+				keyunseal.LockMemory()
+			}
+			return harden()
+		},
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return withCode(codeUsage, fmt.Errorf("%w; '%s --help' lists the flags", err, c.CommandPath()))

@@ -55,7 +55,7 @@ func TestMain(m *testing.M) {
 var tools = map[string]string{
 	"nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin", "qemu-io": "qemu-utils", "qemu-img": "qemu-utils",
 	"cryptsetup": "cryptsetup-bin", "mkfs.ext4": "e2fsprogs", "e2fsck": "e2fsprogs", "sfdisk": "fdisk", "blkid": "util-linux", "mkswap": "util-linux", "losetup": "mount",
-	"fio": "fio", "ip": "iproute2", "unshare": "util-linux", "setpriv": "util-linux",
+	"fio": "fio", "ip": "iproute2", "unshare": "util-linux", "setpriv": "util-linux", "prlimit": "util-linux",
 	"swtpm": "swtpm",
 }
 
