@@ -340,7 +340,7 @@ func TestRepairReadError(t *testing.T) {
 		m.b[bad+binarySize+100] ^= 4
 		before := bytes.Clone(m.b[good : good+testCopy])
 		h, c := read(t, m)
-		err := Repair(unreadable{m, int64(good)}, h, c)
+		err := Repair(badSector{m, int64(good)}, h, c)
 		if !bytes.Equal(before, m.b[good:good+testCopy]) {
 			t.Fatalf("the good copy at %d was written over", good)
 		}
@@ -350,18 +350,82 @@ func TestRepairReadError(t *testing.T) {
 	}
 }
 
-// An unreadable memory can't be read at one offset.
-type unreadable struct {
+// A badSector can't be read at one offset.
+type badSector struct {
 	*memory
 	at int64
 }
 
-func (m unreadable) ReadAt(p []byte, off int64) (int, error) {
+func (m badSector) ReadAt(p []byte, off int64) (int, error) {
 	if off == m.at {
 		return 0, syscall.EIO
 	}
 	return m.memory.ReadAt(p, off)
 }
+
+// TestBadSector: a copy that can't be read is written anew, which is what mends a sector,
+// unless it can be read again.
+func TestBadSector(t *testing.T) {
+	for _, at := range []int{0, testCopy} {
+		m, good := formatted(t), testCopy-at
+		h, c, err := Read(badSector{m, int64(at)})
+		if err != nil || !c.Damaged() || c.Foreign() {
+			t.Fatalf("unreadable at %d: %s, foreign %v, %v", at, c.Describe(), c.Foreign(), err)
+		}
+		h.Label = "new"
+		d := &mending{badSector: badSector{m, int64(at)}}
+		if err := Write(d, h); err != nil || !d.mended {
+			t.Errorf("unreadable at %d: Write() = %v, mended %v", at, err, d.mended)
+		}
+		if got, c := read(t, m); c.Damaged() || got.Label != "new" {
+			t.Errorf("unreadable at %d: %q, %s", at, got.Label, c.Describe())
+		}
+		// One that stays bad is no success, and costs the other copy nothing.
+		m = formatted(t)
+		if h, _, err = Read(m); err != nil {
+			t.Fatal(err)
+		}
+		before := bytes.Clone(m.b[good : good+testCopy])
+		if err := Write(badSector{m, int64(at)}, h); !errors.Is(err, syscall.EIO) || !bytes.Equal(before, m.b[good:good+testCopy]) {
+			t.Errorf("always unreadable at %d: Write() = %v", at, err)
+		}
+		// One that was unreadable for a moment may be the newer.
+		m = formatted(t)
+		if h, c, err = Read(badSector{m, int64(at)}); err != nil {
+			t.Fatal(err)
+		}
+		before = bytes.Clone(m.b)
+		if err := Repair(m, h, c); !errors.Is(err, ErrChanged) || !bytes.Equal(before, m.b) {
+			t.Errorf("unreadable at %d for a moment: Repair() = %v", at, err)
+		}
+	}
+	// Both: there is nothing to mend with.
+	if _, _, err := Read(deadDisk{}); !errors.Is(err, syscall.EIO) {
+		t.Errorf("Read() of a dead disk = %v", err)
+	}
+}
+
+// A mending disk has a sector that can't be read until it's written.
+type mending struct {
+	badSector
+	mended bool
+}
+
+func (m *mending) ReadAt(p []byte, off int64) (int, error) {
+	if m.mended {
+		return m.memory.ReadAt(p, off)
+	}
+	return m.badSector.ReadAt(p, off)
+}
+
+func (m *mending) WriteAt(p []byte, off int64) (int, error) {
+	m.mended = m.mended || off <= m.at && m.at < off+int64(len(p))
+	return m.memory.WriteAt(p, off)
+}
+
+type deadDisk struct{}
+
+func (deadDisk) ReadAt([]byte, int64) (int, error) { return 0, syscall.EIO }
 
 func TestBothCopies(t *testing.T) {
 	m := formatted(t)

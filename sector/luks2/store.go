@@ -42,7 +42,8 @@ func (c Copies) Damaged() bool {
 // Foreign tells whether something else stands in the place of the bad copy: a
 // partition table, the start of a file system, the header of another volume or
 // of another format. A repair would destroy that, so it should be a person's
-// decision. A copy that only fails its checksum, or is wiped, is not foreign.
+// decision. A copy that only fails its checksum, or is wiped, is not foreign, nor is
+// one in a sector that can't be read, which is mended by writing it.
 func (c Copies) Foreign() bool { return c.foreign }
 
 // Describe says in words for people what is wrong, or "" when nothing is.
@@ -134,9 +135,20 @@ func (h *Header) sameAs(other *Header) bool {
 }
 
 // repairable tells whether what stands at offset, for which reading a copy gave
-// err, is what is left of a copy: one whose checksum is wrong, or zeros.
+// err, is what is left of a copy: one whose checksum is wrong, or zeros, or what
+// can't be read.
 func repairable(f io.ReaderAt, err error, offset int64) bool {
-	return errors.Is(err, ErrChecksum) || errors.Is(err, ErrMagic) && zeroAt(f, offset)
+	return errors.Is(err, ErrChecksum) || unreadable(err) || errors.Is(err, ErrMagic) && zeroAt(f, offset)
+}
+
+// A readError is that of the device, not of what it holds.
+type readError struct{ error }
+
+func (e readError) Unwrap() error { return e.error }
+
+func unreadable(err error) bool {
+	_, ok := errors.AsType[readError](err)
+	return ok
 }
 
 // readCopy reads the copy at an offset.
@@ -145,6 +157,8 @@ func readCopy(f io.ReaderAt, offset uint64) (*Header, error) {
 	if _, err := f.ReadAt(b, int64(offset)); err != nil {
 		if errors.Is(err, io.EOF) {
 			err = ErrMagic // the device ends before a header could
+		} else {
+			err = readError{err}
 		}
 		return nil, fmt.Errorf("luks2: reading the copy at %d: %w", offset, err)
 	}
@@ -156,6 +170,8 @@ func readCopy(f io.ReaderAt, offset uint64) (*Header, error) {
 	if _, err := f.ReadAt(b, int64(offset)); err != nil {
 		if errors.Is(err, io.EOF) {
 			err = ErrChecksum
+		} else {
+			err = readError{err}
 		}
 		return nil, fmt.Errorf("luks2: reading the copy at %d: %w", offset, err)
 	}
@@ -225,14 +241,20 @@ func Format(f File, h *Header) error {
 
 // Repair makes both copies equal to h, the header that [Read] returned
 // together with c, by rewriting the copy that is damaged or behind with a new
-// salt. It does nothing when c has no damage.
+// salt. It does nothing when c has no damage. The error is [ErrChanged] if that copy
+// could not be read and can be now: it may be the newer one.
 func Repair(f File, h *Header, c Copies) error {
 	if !c.Damaged() {
 		return nil
 	}
-	bad := h.Size
+	bad, why := h.Size, c.Secondary
 	if c.second {
-		bad = 0
+		bad, why = 0, c.Primary
+	}
+	if unreadable(why) {
+		if _, err := readCopy(f, bad); !unreadable(err) {
+			return fmt.Errorf("luks2: repairing: %w: the copy at %d could not be read, and can be now", ErrChanged, bad)
+		}
 	}
 	h.newSalt(bad)
 	return writeCopy(f, h, bad)
