@@ -78,12 +78,15 @@ func sealVault(ctx context.Context, opts Options, id keyURL, volume string, old 
 	}
 
 	algorithm := algorithmRSA
+	if old != nil {
+		algorithm = old.Algorithm // to rotate a key keeps its kind
+	}
 	info, err := v.get(ctx, id)
 	switch e, denied := errors.AsType[*Error](err); {
 	case denied && e.Class == ClassDenied && e.Status == http.StatusForbidden:
 		// The permission to look is optional. Without it the wrap says which
 		// version it used, and the length of the result how long the key is.
-		// Whether it's an RSA key nobody says; in a vault it is.
+		// Whether it's an RSA key nobody says but an old token; in a vault it is.
 		opts.log().Warn("the identity may not read the vault key's attributes; expiry and purge protection stay unknown",
 			zap.String("kek", id.String()))
 	case err != nil:

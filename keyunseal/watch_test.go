@@ -42,6 +42,15 @@ func TestManagedHSM(t *testing.T) {
 	}
 	wantOpens(t, opts, fresh, key)
 	wantOpens(t, opts, token, key)
+	// Who may not look at the key wraps as the token was.
+	if _, err := s.AddAESKey(url); err != nil {
+		t.Fatal(err)
+	}
+	blind, _ := withIdentity(t, s, "wrapKey", "unwrapKey")
+	if fresh, err = Rewrap(t.Context(), blind, fresh, testVolume, key); err != nil {
+		t.Fatal(err)
+	}
+	wantOpens(t, opts, fresh, key)
 
 	const rsa = "https://unit.managedhsm.azure.net/keys/rsa"
 	if _, err := s.AddKey(rsa, 3072); err != nil {
