@@ -31,13 +31,17 @@ type unlocked struct {
 }
 
 func unlockHeader(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, skip ...int) (*unlocked, error) {
+	return unlockWith(ctx, b, o, func(h *luks2.Header, k *keys) (opened, error) { return unlock(ctx, h, k, unseal, o, skip...) })
+}
+
+func unlockWith(ctx context.Context, b Backing, o OpenOptions, unlock func(h *luks2.Header, k *keys) (opened, error)) (*unlocked, error) {
 	u := &unlocked{b: b, o: o}
 	var err error
 	if u.keys, err = newKeys(xts.Size); err != nil {
 		return nil, err
 	}
 	u.h, _, err = readAndJudge(ctx, b, func(h *luks2.Header, _ luks2.Copies) (err error) {
-		if u.opened, err = unlock(ctx, h, u.keys, unseal, o, skip...); err == nil {
+		if u.opened, err = unlock(h, u.keys); err == nil {
 			err = o.checkOrigin(h.UUID, u.opened)
 		}
 		return err
@@ -51,7 +55,7 @@ func unlockHeader(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions
 
 // update lets edit change the header, and writes it. touched tells whether the
 // device may hold the change when there is an error.
-func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header) error) (touched bool, err error) {
+func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header, v *volumeToken) error) (touched bool, err error) {
 	release, err := u.b.LockHeader(ctx, true)
 	if err != nil {
 		return false, err
@@ -82,7 +86,7 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header) error)
 	if err := u.o.checkOrigin(h.UUID, u.opened); err != nil {
 		return false, err
 	}
-	if err := edit(h); err != nil {
+	if err := edit(h, v); err != nil {
 		return false, err
 	}
 	v.setGeneration(u.generation + 1)
@@ -150,6 +154,23 @@ func AddToken(ctx context.Context, b Backing, unseal Unsealer, seal Sealer, o Op
 	if err != nil {
 		return 0, err
 	}
+	return u.addToken(ctx, unseal, seal)
+}
+
+// AddTokenByRecovery is AddToken where no token opens the volume any more, but a
+// recovery key does. The tokens that there are stay, and are not tried: unseal is
+// for the new one. A wrong recovery key gives [ErrWrongKey], and [ErrUnsupported] one
+// whose keyslot another program has made.
+func AddTokenByRecovery(ctx context.Context, b Backing, recoveryKey []byte, unseal Unsealer, seal Sealer, o OpenOptions) (id int, err error) {
+	u, err := unlockWith(ctx, b, o, func(h *luks2.Header, k *keys) (opened, error) { return unlockByRecovery(b, h, k, recoveryKey) })
+	if err != nil {
+		return 0, err
+	}
+	return u.addToken(ctx, unseal, seal)
+}
+
+// addToken ends with the keys gone.
+func (u *unlocked) addToken(ctx context.Context, unseal Unsealer, seal Sealer) (id int, err error) {
 	defer u.keys.free()
 	text, err := seal(ctx, u.h.UUID, u.keys.volumeKey)
 	if err != nil {
@@ -159,7 +180,7 @@ func AddToken(ctx context.Context, b Backing, unseal Unsealer, seal Sealer, o Op
 	if err != nil {
 		return 0, err
 	}
-	_, err = u.update(ctx, func(h *luks2.Header) error {
+	_, err = u.update(ctx, func(h *luks2.Header, _ *volumeToken) error {
 		dropExpired(h, time.Now(), u.token)
 		if id, err = luks2.Free(h.Tokens, luks2.MaxTokens); err == nil {
 			h.Tokens[id] = t
@@ -201,7 +222,7 @@ func ReplaceToken(ctx context.Context, b Backing, unseal Unsealer, id int, rewra
 		return 0, err
 	}
 	now := time.Now()
-	_, err = u.update(ctx, func(h *luks2.Header) error {
+	_, err = u.update(ctx, func(h *luks2.Header, _ *volumeToken) error {
 		if err := sameToken(h, id, old); err != nil {
 			return err
 		}
@@ -282,7 +303,7 @@ func DropRetired(ctx context.Context, b Backing, unseal Unsealer, now time.Time,
 		return nil, err
 	}
 	defer u.keys.free()
-	_, err = u.update(ctx, func(h *luks2.Header) error {
+	_, err = u.update(ctx, func(h *luks2.Header, _ *volumeToken) error {
 		if dropped = dropExpired(h, now, u.token); dropped == nil {
 			return errNothing
 		}
@@ -301,8 +322,8 @@ var errNothing = errors.New("nothing to change")
 // themselves. The error is [ErrLastWay] if that's not so; when there is neither
 // another token nor a keyslot, force changes nothing.
 //
-// A volume whose last token is gone can be opened with its recovery key and
-// cryptsetup only: nobody has its volume key any more.
+// A volume whose last token is gone can be opened with its recovery key only, by
+// cryptsetup, or by hostcryptd after [AddTokenByRecovery].
 func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force bool, o OpenOptions) error {
 	h, _, err := ReadHeader(ctx, b)
 	if err != nil {
@@ -328,7 +349,7 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 		case !others && len(tokens) > 1 && !force:
 			return fmt.Errorf("token %d: %w that stays: the others are retired; --force removes it all the same", id, ErrLastWay)
 		case !others && !force:
-			return fmt.Errorf("token %d: %w for hostcryptd: after it only the recovery key and cryptsetup open the volume; --force removes it", id, ErrLastWay)
+			return fmt.Errorf("token %d: %w for hostcryptd: after it only the recovery key opens the volume; --force removes it", id, ErrLastWay)
 		case !force:
 			return fmt.Errorf("token %d: %w that is known to work: the others do not unseal now; --force removes it all the same: %w", id, ErrLastWay, err)
 		}
@@ -339,7 +360,7 @@ func RemoveToken(ctx context.Context, b Backing, unseal Unsealer, id int, force 
 		}
 	}
 	defer u.keys.free()
-	_, err = u.update(ctx, func(h *luks2.Header) error {
+	_, err = u.update(ctx, func(h *luks2.Header, _ *volumeToken) error {
 		// All that was looked at before the lock is looked at again: another command
 		// may have taken away what was to stay, and numbers are given again.
 		if err := sameToken(h, id, victim); err != nil {

@@ -71,12 +71,13 @@ func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, err
 		}
 		h.Keyslots[0], h.Digests[0].Keyslots = slot, []int{0}
 	}
-	nonce := make([]byte, 12)
-	rand.Read(nonce)
 	made := dataSize(b.Size(), h)
-	deks := map[string]wrappedDEK{"0": wrapDEK(k.volumeKey, k.dek, h.UUID, "0", uint32(o.SectorSize), nonce)}
+	deks := map[string]wrappedKey{"0": wrapDEK(k.volumeKey, k.dek, h.UUID, "0", uint32(o.SectorSize), newNonce())}
 	v := &volumeToken{Size: strconv.FormatInt(made, 10), DEKs: deks}
 	v.setGeneration(1)
+	if o.RecoveryKey != nil {
+		v.wrapVolumeKey(k, o.RecoveryKey, h.UUID, 0, newNonce())
+	}
 	fp := fingerprint(k.volumeKey, h.UUID)
 	if o.Sign != nil {
 		if v.Signature, err = o.Sign(ctx, h.UUID, SignatureDigest(h.UUID, fp)); err != nil {
@@ -150,7 +151,7 @@ func verifyWritten(b Backing, uuid string, k *keys, recoveryKey []byte) error {
 		return fmt.Errorf("sector: reading back what was written: %w", err)
 	}
 	if recoveryKey != nil {
-		if err := openKeyslot(b, h, keyslotIDs(h)[0], recoveryKey, check.dek); err != nil {
+		if _, err := unlockByRecovery(b, h, check, recoveryKey); err != nil {
 			return fmt.Errorf("sector: reading back what was written: %w", err)
 		}
 	}

@@ -59,7 +59,7 @@ func exampleHeader(t *testing.T, volumeKey *[32]byte, dek *[64]byte) *luks2.Head
 	h.Digests[0] = &luks2.Digest{Type: "pbkdf2", Segments: []int{0}, Hash: "sha256", Iterations: digestIterations, Salt: salt,
 		Digest: pbkdf2.Key(dek[:], salt, digestIterations, 32, sha256.New)}
 	nonce := bytes.Repeat([]byte{0x4e}, 12)
-	deks := map[string]wrappedDEK{"0": wrapDEK(volumeKey, dek, h.UUID, "0", 4096, nonce)}
+	deks := map[string]wrappedKey{"0": wrapDEK(volumeKey, dek, h.UUID, "0", 4096, nonce)}
 	h.Tokens[0], err = luks2.NewToken([]byte(`{"type":"hostcryptd-example","keyslots":[],"version":1,"key":"a wrapped key"}`))
 	if err != nil {
 		t.Fatal(err)
@@ -116,7 +116,7 @@ func TestFormatExamples(t *testing.T) {
 		t.Errorf("the example does not open: %v", err)
 	}
 
-	if g, w := string(example(t, doc, "values")), exampleValues(t, h, &volumeKey); g != w {
+	if g, w := string(example(t, doc, "values")), exampleValues(t, h, &volumeKey, &dek, given["recovery key"]); g != w {
 		t.Errorf("values in FORMAT.md:\n%s\nvalues by the code:\n%s", g, w)
 	}
 	// This one was made by OpenSSL.
@@ -164,7 +164,10 @@ func TestFormatTable(t *testing.T) {
 	}
 }
 
-func exampleValues(t *testing.T, h *luks2.Header, volumeKey *[32]byte) string {
+// exampleRecovery is the recovery key of the worked example.
+const exampleRecovery = "000000-000011-000022-000033-000044-000055-000066-000077"
+
+func exampleValues(t *testing.T, h *luks2.Header, volumeKey *[32]byte, dek *[64]byte, recoveryKey string) string {
 	t.Helper()
 	_, v, err := findVolumeToken(h)
 	if err != nil {
@@ -182,9 +185,16 @@ func exampleValues(t *testing.T, h *luks2.Header, volumeKey *[32]byte) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\ntoken 0: %s\nMAC: %x\ndigest: %x\nfingerprint: %s\n",
-		deriveKey(volumeKey, h.UUID, purposeWrap), dekData(h.UUID, "0", 4096), wrapped,
-		deriveKey(volumeKey, h.UUID, purposeMAC), token, mac, h.Digests[0].Digest, fingerprint(volumeKey, h.UUID))
+	forRecovery := recoverySecret(dek, []byte(recoveryKey))
+	v.wrapVolumeKey(&keys{volumeKey: volumeKey, dek: dek}, []byte(recoveryKey), h.UUID, 0, bytes.Repeat([]byte{0x4e}, 12))
+	wrappedKey, err := base64.StdEncoding.DecodeString(v.Recovery["0"].Wrapped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\ntoken 0: %s\nMAC: %x\ndigest: %x\nfingerprint: %s\nrecovery wrapping key: %x\nrecovery additional data: %x\nwrapped volume key: %x\n",
+		deriveKey(volumeKey[:], h.UUID, purposeWrap), dekData(h.UUID, "0", 4096), wrapped,
+		deriveKey(volumeKey[:], h.UUID, purposeMAC), token, mac, h.Digests[0].Digest, fingerprint(volumeKey, h.UUID),
+		deriveKey(forRecovery, h.UUID, purposeRecovery), recoveryData(h.UUID, 0), wrappedKey)
 }
 
 func hexdump(b []byte) string {
@@ -224,9 +234,9 @@ func updateExamples(t *testing.T, doc []byte) []byte {
 		t.Fatal(err)
 	}
 	for name, content := range map[string]string{
-		"keys":   fmt.Sprintf("volume key: %x\nDEK: %x\n", volumeKey, dek),
+		"keys":   fmt.Sprintf("volume key: %x\nDEK: %x\nrecovery key: %s\n", volumeKey, dek, exampleRecovery),
 		"header": text.String() + "\n",
-		"values": exampleValues(t, h, &volumeKey),
+		"values": exampleValues(t, h, &volumeKey, &dek, exampleRecovery),
 		"binary": hexdump(encoded[:512]),
 	} {
 		re := regexp.MustCompile("(?s)(<!-- example: " + name + " -->\n```[a-z]*\n).*?```")

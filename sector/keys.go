@@ -45,36 +45,39 @@ type volumeToken struct {
 	Version    int                   `json:"version"`
 	Size       string                `json:"size"`                 // of the data when it was formatted, in bytes, as LUKS2 writes 64-bit integers
 	Generation string                `json:"generation,omitempty"` // grows with every change that was made with the volume key
-	DEKs       map[string]wrappedDEK `json:"deks"`                 // by number of the digest they match
+	DEKs       map[string]wrappedKey `json:"deks"`                 // by number of the digest they match
+	Recovery   map[string]wrappedKey `json:"recovery,omitempty"`   // the volume key, by number of the keyslot whose recovery key wraps it
 	Signature  *Signature            `json:"signature,omitempty"`
 	MAC        string                `json:"mac"`
 }
 
-// A wrappedDEK is a DEK under AES-256-GCM; Wrapped ends with the tag.
-type wrappedDEK struct {
+// A wrappedKey is a key under AES-256-GCM; Wrapped ends with the tag.
+type wrappedKey struct {
 	Nonce   string `json:"nonce"`
 	Wrapped string `json:"wrapped"`
 }
 
-// What the keys derived from a volume key are for. A purpose is the info of
-// HKDF-SHA256; the volume's UUID is its salt.
+// What derived keys are for. A purpose is the info of HKDF-SHA256; the volume's
+// UUID is its salt. They are derived from the volume key, but for that of
+// purposeRecovery, see recoverySecret.
 const (
-	purposeWrap = "hostcryptd v1 DEK wrapping"
-	purposeMAC  = "hostcryptd v1 header MAC"
-	purposePin  = "hostcryptd v1 pin"
+	purposeWrap     = "hostcryptd v1 DEK wrapping"
+	purposeMAC      = "hostcryptd v1 header MAC"
+	purposePin      = "hostcryptd v1 pin"
+	purposeRecovery = "hostcryptd v1 volume key wrapping"
 )
 
-func deriveKey(volumeKey *[VolumeKeySize]byte, uuid, purpose string) []byte {
-	key, err := hkdf.Key(sha256.New, volumeKey[:], []byte(uuid), purpose, 32)
+func deriveKey(secret []byte, uuid, purpose string) []byte {
+	key, err := hkdf.Key(sha256.New, secret, []byte(uuid), purpose, 32)
 	if err != nil {
 		panic("sector: internal error: " + err.Error()) // only for a length beyond the hash's reach
 	}
 	return key
 }
 
-// dekAEAD is the cipher that wraps the DEKs of a volume.
-func dekAEAD(volumeKey *[VolumeKeySize]byte, uuid string) cipher.AEAD {
-	key := deriveKey(volumeKey, uuid, purposeWrap)
+// newAEAD is the cipher that wraps keys, with a key that is derived.
+func newAEAD(secret []byte, uuid, purpose string) cipher.AEAD {
+	key := deriveKey(secret, uuid, purpose)
 	defer clear(key)
 	block, err := aes.NewCipher(key)
 	if err != nil {
@@ -105,42 +108,99 @@ func dekData(uuid, digest string, sectorSize uint32) []byte {
 	return fields("hostcryptd v1 DEK", uuid, digest, Cipher, strconv.FormatUint(uint64(sectorSize), 10), strconv.Itoa(dekVersion))
 }
 
-func wrapDEK(volumeKey *[VolumeKeySize]byte, dek *[dekSize]byte, uuid, digest string, sectorSize uint32, nonce []byte) wrappedDEK {
-	wrapped := dekAEAD(volumeKey, uuid).Seal(nil, nonce, dek[:], dekData(uuid, digest, sectorSize))
-	return wrappedDEK{
+func wrapDEK(volumeKey *[VolumeKeySize]byte, dek *[dekSize]byte, uuid, digest string, sectorSize uint32, nonce []byte) wrappedKey {
+	return wrap(newAEAD(volumeKey[:], uuid, purposeWrap), dek[:], dekData(uuid, digest, sectorSize), nonce)
+}
+
+func unwrapDEK(volumeKey *[VolumeKeySize]byte, w wrappedKey, dek *[dekSize]byte, uuid, digest string, sectorSize uint32) error {
+	if err := w.unwrap(newAEAD(volumeKey[:], uuid, purposeWrap), dek[:], dekData(uuid, digest, sectorSize)); err != nil {
+		return fmt.Errorf("%w: wrapped DEK %s: %w", ErrAuth, digest, err)
+	}
+	return nil
+}
+
+func newNonce() []byte {
+	nonce := make([]byte, 12)
+	rand.Read(nonce)
+	return nonce
+}
+
+func wrap(aead cipher.AEAD, key, data, nonce []byte) wrappedKey {
+	return wrappedKey{
 		Nonce:   base64.StdEncoding.EncodeToString(nonce),
-		Wrapped: base64.StdEncoding.EncodeToString(wrapped),
+		Wrapped: base64.StdEncoding.EncodeToString(aead.Seal(nil, nonce, key, data)),
 	}
 }
 
-func unwrapDEK(volumeKey *[VolumeKeySize]byte, w wrappedDEK, dek *[dekSize]byte, uuid, digest string, sectorSize uint32) error {
-	aead := dekAEAD(volumeKey, uuid)
+// unwrap fills key.
+func (w wrappedKey) unwrap(aead cipher.AEAD, key, data []byte) error {
 	nonce, err1 := base64.StdEncoding.DecodeString(w.Nonce)
 	wrapped, err2 := base64.StdEncoding.DecodeString(w.Wrapped)
 	if err := errors.Join(err1, err2); err != nil {
-		return fmt.Errorf("%w: wrapped DEK %s: %w", ErrAuth, digest, err)
+		return err
 	}
-	if len(nonce) != aead.NonceSize() || len(wrapped) != dekSize+aead.Overhead() {
-		return fmt.Errorf("%w: wrapped DEK %s is of a wrong size", ErrAuth, digest)
+	if len(nonce) != aead.NonceSize() || len(wrapped) != len(key)+aead.Overhead() {
+		return errors.New("it is of a wrong size")
 	}
-	// Open has room for its result in dek, so nothing else gets to see it.
-	if _, err := aead.Open(dek[:0], nonce, wrapped, dekData(uuid, digest, sectorSize)); err != nil {
-		return fmt.Errorf("%w: wrapped DEK %s does not belong to this volume and volume key", ErrAuth, digest)
+	// Open has room for its result in key, so nothing else gets to see it.
+	if _, err := aead.Open(key[:0:len(key)], nonce, wrapped, data); err != nil {
+		return errors.New("it does not belong to this volume and this key")
 	}
 	return nil
+}
+
+// A recovery key gives the DEK, by its keyslot. To make a token of a new KEK, and to
+// authenticate the header before, takes the volume key, which all KEKs that had it
+// may have lost: so each recovery key wraps that too.
+
+// recoverySecret is what the key that wraps a volume key for a recovery key is
+// derived from. The DEK is in it so that this way goes with the keyslot, whoever
+// removes that. The recovery key is, so that the DEK alone does not give the key
+// that wraps it: that would be a circle.
+func recoverySecret(dek *[dekSize]byte, recoveryKey []byte) []byte {
+	return slices.Concat(dek[:], recoveryKey)
+}
+
+func recoveryAEAD(dek *[dekSize]byte, recoveryKey []byte, uuid string) cipher.AEAD {
+	secret := recoverySecret(dek, recoveryKey)
+	defer clear(secret)
+	return newAEAD(secret, uuid, purposeRecovery)
+}
+
+// recoveryData is the additional data of a volume key that a recovery key wraps.
+func recoveryData(uuid string, keyslot int) []byte {
+	return fields("hostcryptd v1 volume key", uuid, strconv.Itoa(keyslot))
+}
+
+// wrapVolumeKey wraps the volume key of k for the recovery key of a keyslot.
+func (v *volumeToken) wrapVolumeKey(k *keys, recoveryKey []byte, uuid string, keyslot int, nonce []byte) {
+	if v.Recovery == nil {
+		v.Recovery = map[string]wrappedKey{}
+	}
+	v.Recovery[strconv.Itoa(keyslot)] = wrap(recoveryAEAD(k.dek, recoveryKey, uuid), k.volumeKey[:], recoveryData(uuid, keyslot), nonce)
+}
+
+// unwrapVolumeKey is the reverse: with the DEK in k it fills in the volume key.
+func (v *volumeToken) unwrapVolumeKey(k *keys, recoveryKey []byte, uuid string, keyslot int) error {
+	w, ok := v.Recovery[strconv.Itoa(keyslot)]
+	if !ok {
+		return errors.New("there is none")
+	}
+	return w.unwrap(recoveryAEAD(k.dek, recoveryKey, uuid), k.volumeKey[:], recoveryData(uuid, keyslot))
 }
 
 // headerMAC authenticates what decides how the volume is read and who may open
 // it: the UUID, all segments, the digest of each, the requirements, the size, the
 // generation, the wrapped DEKs, the key tokens and the signature. Keyslots, the tokens of other
-// programs, label and flags are left out, so that cryptsetup may change them.
+// programs, label and flags are left out, so that cryptsetup may change them. What
+// recovery keys wrap goes with the keyslots, and is authenticated by itself.
 // FORMAT.md has an example.
 func headerMAC(volumeKey *[VolumeKeySize]byte, h *luks2.Header, v *volumeToken) ([]byte, error) {
 	list, err := authenticated(h, v)
 	if err != nil {
 		return nil, err
 	}
-	key := deriveKey(volumeKey, h.UUID, purposeMAC)
+	key := deriveKey(volumeKey[:], h.UUID, purposeMAC)
 	defer clear(key)
 	mac := hmac.New(sha256.New, key)
 	mac.Write(fields(list...))
@@ -230,7 +290,7 @@ func canonical(t *luks2.Token) (string, error) {
 
 // fingerprint names a volume key without helping to find it.
 func fingerprint(volumeKey *[VolumeKeySize]byte, uuid string) string {
-	return hex.EncodeToString(deriveKey(volumeKey, uuid, purposePin))
+	return hex.EncodeToString(deriveKey(volumeKey[:], uuid, purposePin))
 }
 
 // digestOf returns the number of the digest of a segment, as text; "" for a
@@ -248,6 +308,11 @@ func digestOf(h *luks2.Header, segment int) string {
 // header is made or changed.
 func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, v *volumeToken) error {
 	v.Type, v.Keyslots, v.Version = volumeTokenType, []string{}, formatVersion
+	slots := recoverySlots(h) // cryptsetup may have removed some
+	maps.DeleteFunc(v.Recovery, func(id string, _ wrappedKey) bool {
+		n, err := strconv.Atoi(id)
+		return err != nil || !slices.Contains(slots, n)
+	})
 	mac, err := headerMAC(volumeKey, h, v)
 	if err != nil {
 		return err

@@ -622,10 +622,10 @@ func TestRotateCrash(t *testing.T) {
 		t.Errorf("%d states that differ, want the old and the new", len(states))
 	}
 	for _, s := range states {
-		_, err1 := FindRecoveryKey(t.Context(), s.disk, old)
-		_, err2 := FindRecoveryKey(t.Context(), s.disk, fresh)
-		if (err1 == nil) == (err2 == nil) {
-			t.Errorf("after %s: old key %v, new key %v", s.at, err1, err2)
+		_, adds1, err1 := FindRecoveryKey(t.Context(), s.disk, old)
+		_, adds2, err2 := FindRecoveryKey(t.Context(), s.disk, fresh)
+		if (err1 == nil) == (err2 == nil) || adds1 == adds2 {
+			t.Errorf("after %s: old key %v, %v, new key %v, %v", s.at, adds1, err1, adds2, err2)
 		}
 	}
 	if bytes.Contains(d.Bytes(), oldArea[:4096]) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"unicode"
 	"unicode/utf8"
 
@@ -87,39 +88,77 @@ func ParseRecoveryKey(text []byte) ([]byte, error) {
 	return key, nil
 }
 
-// FindRecoveryKey tells which keyslot a recovery key opens. It changes nothing.
-// The error is [ErrWrongKey] if there is none.
-func FindRecoveryKey(ctx context.Context, b Backing, recoveryKey []byte) (slot int, err error) {
+// FindRecoveryKey tells which keyslot a recovery key opens, and whether it is good
+// for [AddTokenByRecovery] too. It changes nothing. The error is [ErrWrongKey] if it
+// opens none.
+func FindRecoveryKey(ctx context.Context, b Backing, recoveryKey []byte) (slot int, adds bool, err error) {
 	release, err := b.LockHeader(ctx, false)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	defer release()
 	h, _, err := readHeader(b)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
-	if _, err := supported(h); err != nil {
-		return 0, err
+	v, err := supported(h)
+	if err != nil {
+		return 0, false, err
 	}
 	check, err := newKeys(0)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	defer check.free()
+	if slot, err = findKeyslot(b, h, recoveryKey, check.dek); err != nil {
+		return 0, false, err
+	}
+	return slot, v.unwrapVolumeKey(check, recoveryKey, h.UUID, slot) == nil, nil
+}
+
+// findKeyslot fills dek by whichever keyslot a recovery key opens.
+func findKeyslot(b luks2.File, h *luks2.Header, recoveryKey []byte, dek *[dekSize]byte) (int, error) {
 	slots := recoverySlots(h)
 	if len(slots) == 0 {
 		return 0, fmt.Errorf("%w: the volume has no recovery keyslot; 'hostcryptd recovery add' makes one", ErrWrongKey)
 	}
 	var failed []error
 	for _, id := range slots {
-		err := openKeyslot(b, h, id, recoveryKey, check.dek)
+		err := openKeyslot(b, h, id, recoveryKey, dek)
 		if err == nil {
 			return id, nil
 		}
 		failed = append(failed, err)
 	}
 	return 0, errors.Join(failed...)
+}
+
+// unlockByRecovery is unlock with a recovery key instead of tokens.
+func unlockByRecovery(b luks2.File, h *luks2.Header, k *keys, recoveryKey []byte) (opened, error) {
+	v, err := supported(h)
+	if err != nil {
+		return opened{}, err
+	}
+	slot, err := findKeyslot(b, h, recoveryKey, k.dek)
+	if err != nil {
+		return opened{}, err
+	}
+	if err := v.unwrapVolumeKey(k, recoveryKey, h.UUID, slot); err != nil {
+		return opened{}, fmt.Errorf("%w: keyslot %d has the data key and not the volume key, which a token is made of: another program or an old version has made it (%w); while a token opens the volume, 'hostcryptd recovery rotate' makes one that has both; else 'cryptsetup open' opens it, to copy the data", ErrUnsupported, slot, err)
+	}
+	if err := openDEK(h, k.volumeKey, k.dek); err != nil {
+		return opened{}, err
+	}
+	return opened{byRecovery, fingerprint(k.volumeKey, h.UUID), v.generation(), v.Signature}, nil
+}
+
+// byRecovery stands for the token that has opened a header where none has.
+const byRecovery = -1
+
+// takesRecovery tells whether the header has a keyslot whose key is good for
+// [AddTokenByRecovery], as far as that can be seen.
+func takesRecovery(h *luks2.Header, v *volumeToken) bool {
+	return slices.ContainsFunc(recoverySlots(h), func(id int) bool { _, ok := v.Recovery[strconv.Itoa(id)]; return ok })
 }
 
 // AddRecoveryKey adds a keyslot that opens the volume with a recovery key, and
@@ -164,7 +203,7 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 	defer u.keys.free()
 	id, was := -1, u.h
 	var gone []luks2.Area
-	touched, err := u.update(ctx, func(h *luks2.Header) error {
+	touched, err := u.update(ctx, func(h *luks2.Header, v *volumeToken) error {
 		d := h.SegmentDigest(0)
 		if add != nil {
 			if id, err = luks2.Free(h.Keyslots, luks2.MaxKeyslots); err != nil {
@@ -191,6 +230,7 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 			if err := openKeyslot(b, h, id, add, u.keys.dek); err != nil {
 				return fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
 			}
+			v.wrapVolumeKey(u.keys, add, h.UUID, id, newNonce())
 		}
 		if show {
 			if err := sameToken(h, u.token, was.Tokens[u.token]); err != nil {

@@ -889,13 +889,13 @@ func TestTamper(t *testing.T) {
 		})
 	}
 	t.Run("wrapped DEK of another volume", func(t *testing.T) {
-		testTamperDEK(t, func(v *volumeToken, w wrappedDEK) { v.DEKs["0"] = w })
+		testTamperDEK(t, func(v *volumeToken, w wrappedKey) { v.DEKs["0"] = w })
 	})
 }
 
 // testTamperDEK shows that a wrapped DEK is bound to its volume even if the
 // MAC is right: the attacker here has the volume key.
-func testTamperDEK(t *testing.T, change func(*volumeToken, wrappedDEK)) {
+func testTamperDEK(t *testing.T, change func(*volumeToken, wrappedKey)) {
 	d := format(t, 4096, testVolumeSize)
 	h, _, err := luks2.Read(d)
 	if err != nil {

@@ -103,6 +103,6 @@ func Sign(ctx context.Context, b Backing, unseal Unsealer, sign Signer, o OpenOp
 		return fmt.Errorf("the new signature is not good, so nothing was changed: %w", err)
 	}
 	u.resign = true
-	_, err = u.update(ctx, func(h *luks2.Header) error { return nil })
+	_, err = u.update(ctx, func(*luks2.Header, *volumeToken) error { return nil })
 	return err
 }

@@ -94,7 +94,11 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 		if len(skip) > 0 || o.SkipRetired {
 			return opened{}, tokensFailed{errors.New("there is no other token that is not retired")}
 		}
-		return opened{}, fmt.Errorf("%w: no token is left that holds its key; it can be opened with its recovery key and 'cryptsetup open'", ErrNotVolume)
+		back := "'hostcryptd key add --recovery-key' makes one with its recovery key"
+		if !takesRecovery(h, v) {
+			back = "it can be opened with its recovery key and 'cryptsetup open'"
+		}
+		return opened{}, fmt.Errorf("%w: no token is left that holds its key; %s", ErrNotVolume, back)
 	}
 	headStart := o.HeadStart
 	if headStart == 0 {

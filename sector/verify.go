@@ -80,7 +80,7 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 	}
 	tokens := keyTokens(h)
 	if len(tokens) == 0 {
-		find("no token holds the volume key; only the recovery key and cryptsetup open it")
+		find("no token holds the volume key; only the recovery key opens it")
 	}
 	if o.Pins != nil {
 		if r.Pin, r.PinError = o.Pins.Load(h.UUID); r.PinError != nil {

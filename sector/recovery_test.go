@@ -1,0 +1,190 @@
+package sector
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"hostcryptd/sector/luks2"
+	"hostcryptd/sector/sectortest"
+)
+
+// TestAddTokenByRecovery brings a volume back whose KEKs are lost.
+func TestAddTokenByRecovery(t *testing.T) {
+	a, b, lost := &kek{name: "a"}, &kek{name: "b"}, ring()
+	key, pins := NewRecoveryKey(), PinDir(filepath.Join(t.TempDir(), "pins"))
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, RecoveryKey: key, Pins: pins})
+	var told *Known
+	o := OpenOptions{Pins: pins, Changed: func(k *Known) { told = k }}
+	refused := func(d *sectortest.Disk, key []byte, want error) {
+		t.Helper()
+		before := d.Bytes()
+		if _, err := AddTokenByRecovery(t.Context(), d, key, ring(b).unseal, b.seal, o); !errors.Is(err, want) {
+			t.Errorf("AddTokenByRecovery() = %v, want %v", err, want)
+		}
+		if !bytes.Equal(before, d.Bytes()) {
+			t.Error("it was refused, and something was written")
+		}
+	}
+	if _, err := AddToken(t.Context(), d, lost.unseal, b.seal, o); err == nil {
+		t.Fatal("AddToken() needs no KEK")
+	}
+	refused(d, NewRecoveryKey(), ErrWrongKey)
+
+	// a was retired in favor of another, and its time is over. As nothing shows that
+	// another token works, it stays.
+	rewrap := func(ctx context.Context, volume string, _ json.RawMessage, key *[32]byte) (json.RawMessage, error) {
+		return (&kek{name: "lost"}).seal(ctx, volume, key)
+	}
+	if _, err := ReplaceToken(t.Context(), d, ring(a, &kek{name: "lost"}).unseal, 0, rewrap, time.Nanosecond, o); err != nil {
+		t.Fatal(err)
+	}
+	old := d.Bytes()
+	id, err := AddTokenByRecovery(t.Context(), d, key, ring(b).unseal, b.seal, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if active, retired := tokenIDs(t, d); len(active) != 2 || active[1] != id || len(retired) != 1 {
+		t.Errorf("tokens %v, retired %v, of which %d is new", active, retired, id)
+	}
+	for _, r := range []keyring{ring(a), ring(b), ring(&kek{name: "lost"})} {
+		if err := opens(t, d, r, o); err != nil {
+			t.Errorf("by %v: %v", r, err)
+		}
+	}
+	p, err := pins.Load(headerOf(t, d).UUID)
+	if err != nil || p.Generation != 3 || told == nil || told.Generation != 3 {
+		t.Errorf("generation of the pin %v, told %v, want 3", p, told)
+	}
+
+	// An old header is refused, and a forged one, whatever the recovery key says.
+	replay := sectortest.New(d.Size())
+	replay.WriteAt(old, 0)
+	refused(replay, key, ErrAuth)
+	h := headerOf(t, d)
+	h.Segments[0].IVTweak = 8
+	forged := sectortest.New(d.Size())
+	forged.WriteAt(d.Bytes(), 0)
+	if err := luks2.Write(forged, h); err != nil {
+		t.Fatal(err)
+	}
+	refused(forged, key, ErrAuth)
+
+	// The new recovery key does, the old one doesn't any more.
+	rotated := NewRecoveryKey()
+	if _, err := RotateRecoveryKey(t.Context(), d, ring(b).unseal, 0, rotated, o); err != nil {
+		t.Fatal(err)
+	}
+	refused(d, key, ErrWrongKey)
+	if _, v, _ := findVolumeToken(headerOf(t, d)); len(v.Recovery) != 1 {
+		t.Errorf("the header has volume keys for %v", v.Recovery)
+	}
+	// With no token at all.
+	active, retired := tokenIDs(t, d)
+	for _, id := range append(active, retired...) {
+		if err := RemoveToken(t.Context(), d, ring(a, b, &kek{name: "lost"}).unseal, id, true, o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := opens(t, d, ring(b), o); err == nil || !strings.Contains(err.Error(), "hostcryptd key add") {
+		t.Errorf("without a token: %v", err)
+	}
+	if _, err := AddTokenByRecovery(t.Context(), d, rotated, ring(b).unseal, b.seal, o); err != nil {
+		t.Fatal(err)
+	}
+	if err := opens(t, d, ring(b), o); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRecoveryAfterCryptsetup: cryptsetup still opens a volume that a recovery key
+// was used on, and what it does to keyslots counts.
+func TestRecoveryAfterCryptsetup(t *testing.T) {
+	name, keyFile, d := image(t, 4096, dataOffset+1<<20)
+	key, err := os.ReadFile(keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &kek{name: "a"}
+	add := func(key []byte) error {
+		_, err := AddTokenByRecovery(t.Context(), d, key, ring(a).unseal, a.seal, OpenOptions{})
+		return err
+	}
+	if err := add(key); err != nil {
+		t.Fatal(err)
+	}
+	cryptsetup(t, "open", "--test-passphrase", "--key-file", keyFile, name)
+
+	// A keyslot that cryptsetup has made has no volume key.
+	theirs := filepath.Join(t.TempDir(), "theirs")
+	if err := os.WriteFile(theirs, []byte("their passphrase"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	pbkdf := []string{"--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"}
+	cryptsetup(t, append([]string{"luksAddKey", "--batch-mode", "--key-file", keyFile, name, theirs}, pbkdf...)...)
+	if err := add([]byte("their passphrase")); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "keyslot 1 has the data key") {
+		t.Errorf("by a keyslot of cryptsetup: %v", err)
+	}
+	if slot, adds, err := FindRecoveryKey(t.Context(), d, []byte("their passphrase")); slot != 1 || adds || err != nil {
+		t.Errorf("FindRecoveryKey() = %d, %v, %v", slot, adds, err)
+	}
+	if slot, adds, err := FindRecoveryKey(t.Context(), d, key); slot != 0 || !adds || err != nil {
+		t.Errorf("FindRecoveryKey() = %d, %v, %v", slot, adds, err)
+	}
+	if err := add(key); err != nil {
+		t.Error(err)
+	}
+
+	// With the keyslot the other half is gone, though the header still has it.
+	before := headerOf(t, d)
+	cryptsetup(t, "luksKillSlot", "--batch-mode", "--key-file", theirs, name, "0")
+	_, v, err := findVolumeToken(headerOf(t, d))
+	if err != nil || len(v.Recovery) != 1 {
+		t.Fatalf("%v, %v", v.Recovery, err)
+	}
+	if err := add(key); !errors.Is(err, ErrWrongKey) {
+		t.Errorf("by a keyslot that is gone: %v", err)
+	}
+	// Nor is it for another keyslot of that number.
+	other := filepath.Join(t.TempDir(), "other")
+	if err := os.WriteFile(other, []byte("another passphrase"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cryptsetup(t, append([]string{"luksAddKey", "--batch-mode", "--key-slot", "0", "--key-file", theirs, name, other}, pbkdf...)...)
+	if err := add([]byte("another passphrase")); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("by another keyslot of the same number: %v", err)
+	}
+	h := headerOf(t, d)
+	_, v, _ = findVolumeToken(before)
+	k, err := newKeys(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.free()
+	if err := openKeyslot(d, h, 1, []byte("their passphrase"), k.dek); err != nil {
+		t.Fatal(err)
+	}
+	v.Recovery["1"] = v.Recovery["0"]
+	if err := v.unwrapVolumeKey(k, key, h.UUID, 0); err != nil {
+		t.Error(err)
+	}
+	for what, err := range map[string]error{
+		"another keyslot": v.unwrapVolumeKey(k, key, h.UUID, 1),
+		"another volume":  v.unwrapVolumeKey(k, key, "another UUID", 0),
+		"another key":     v.unwrapVolumeKey(k, NewRecoveryKey(), h.UUID, 0),
+	} {
+		if err == nil {
+			t.Errorf("the volume key is unwrapped for %s", what)
+		}
+	}
+	k.dek[0] ^= 1
+	if err := v.unwrapVolumeKey(k, key, h.UUID, 0); err == nil {
+		t.Error("the volume key is unwrapped without the DEK")
+	}
+}
