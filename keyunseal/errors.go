@@ -185,9 +185,11 @@ func (e *Error) Denied() bool {
 // answer about it. That's a reason to alarm, and trying again soon helps nothing.
 func (e *Error) Integrity() bool { return e.Class == ClassIntegrity }
 
-// anotherToken is what helps where a token of the TPM doesn't unseal any more. The
-// recovery key opens the data, and doesn't give the volume key, of which a token is made.
-const anotherToken = "'hostcryptd rewrap' seals to what is there now if another token opens the volume; with the recovery key only 'cryptsetup open' does, to copy the data"
+// anotherToken is what helps where a KEK is lost, resealed where it is the TPM's.
+const (
+	anotherToken = "with the recovery key 'hostcryptd key add --recovery-key' adds another token"
+	resealed     = "'hostcryptd rewrap' seals to what is there now if another token opens the volume; " + anotherToken
+)
 
 // hint says what to look at, for the classes where something is known.
 func (e *Error) hint() string {
@@ -242,13 +244,14 @@ func (e *Error) hint() string {
 		return "does the identity have wrapKey and unwrapKey? the role is Key Vault Crypto Service Encryption User, and a new assignment takes some minutes"
 	case ClassKeyUnusable:
 		if e.Code != "" || e.Status != 0 {
-			return "enable or recover that version of the key in the vault"
+			return "enable or recover that version of the key in the vault" + e.goneForGood("unwrap")
 		}
+		return "restore the file, or unseal by another token; " + anotherToken
 	case ClassWrongKey:
 		if e.Code == codeOtherTPM {
-			return "the TPM was cleared or replaced, or the disk is in another host: " + anotherToken
+			return "the TPM was cleared or replaced, or the disk is in another host: " + resealed
 		}
-		return "--host-key names the file; another token may open the volume, and with the recovery key 'cryptsetup open' does"
+		return "--host-key names the file; another token may open the volume, and " + anotherToken
 	case ClassIntegrity:
 		switch e.Op {
 		case "get", "wrap", "unwrap", "probe", "verify", "sign":
@@ -260,7 +263,7 @@ func (e *Error) hint() string {
 	case ClassNoTPM:
 		switch {
 		case errors.Is(e.Err, fs.ErrNotExist):
-			return "is the TPM on in the firmware, and its driver loaded? a volume without TPM has the key host-key"
+			return "is the TPM on in the firmware, and its driver loaded? a volume without TPM has the key host-key" + e.goneForGood("unseal")
 		case errors.Is(e.Err, fs.ErrPermission):
 			if os.Geteuid() == 0 {
 				return "it belongs to another user, and this process has not root's CAP_DAC_OVERRIDE; the unit that hostcryptd installs does"
@@ -270,13 +273,13 @@ func (e *Error) hint() string {
 		if strings.HasSuffix(e.Op, " pin") {
 			return "a reboot may bring the TPM back; --tpm none goes on without it, if that the TPM doesn't work is no attack"
 		}
-		return "a reboot may bring the TPM back; the key host-key needs none"
+		return "a reboot may bring the TPM back; the key host-key needs none" + e.goneForGood("unseal")
 	case ClassTPMBusy:
 		return "try again; /dev/tpmrm0 is shared, /dev/tpm0 is not"
 	case ClassTPMLockout:
 		return "wait, or reset the lockout: tpm2_dictionarylockout --clear-lockout"
 	case ClassTPMState:
-		return "the firmware, Secure Boot or its keys were changed: if you did that, " + anotherToken
+		return "the firmware, Secure Boot or its keys were changed: if you did that, " + resealed
 	case ClassConfig:
 		switch e.Code {
 		case codeOwnerAuth:
@@ -290,6 +293,15 @@ func (e *Error) hint() string {
 		return "this is a bug or a lack of memory; try again and report it if it stays"
 	}
 	return ""
+}
+
+// goneForGood goes on with a hint where a token is not unsealed, which is what op is
+// about.
+func (e *Error) goneForGood(op string) string {
+	if e.Op != op {
+		return ""
+	}
+	return "; if it is gone for good, " + anotherToken
 }
 
 // certificate reports whether the cause is the vault's certificate.

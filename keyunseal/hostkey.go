@@ -92,7 +92,7 @@ func (t *hostKeyToken) rewrap(context.Context, Options, string, *[KeySize]byte) 
 func (t *hostKeyToken) findKey(opts Options, secret *[KeySize]byte) error {
 	path := opts.hostKey()
 	if err := readHostKey(path, secret); errors.Is(err, fs.ErrNotExist) {
-		return fail("read host key", path, ClassKeyUnusable, fmt.Errorf("%w; the token was sealed with host key %s: restore that file, or unseal by another token", err, t.HostKeyID))
+		return fail("read host key", path, ClassKeyUnusable, fmt.Errorf("%w; the token was sealed with host key %s", err, t.HostKeyID))
 	} else if err != nil {
 		return fail("read host key", path, ClassWrongKey, err)
 	}

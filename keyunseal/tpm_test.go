@@ -147,7 +147,7 @@ func TestTPM(t *testing.T) {
 		"probe":  Probe(t.Context(), opts, token, testVolume),
 	} {
 		e := wantClass(t, err, ClassTPMState)
-		if e.Op != op || e.Code != "TPM_RC_POLICY_FAIL" || !strings.Contains(e.Error(), "PCR 7 changed") || !strings.Contains(e.Error(), "with the recovery key only 'cryptsetup open' does") || e.Transient() || e.Denied() || e.Integrity() {
+		if e.Op != op || e.Code != "TPM_RC_POLICY_FAIL" || !strings.Contains(e.Error(), "PCR 7 changed") || !strings.Contains(e.Error(), "'hostcryptd key add --recovery-key' adds another token") || e.Transient() || e.Denied() || e.Integrity() {
 			t.Errorf("%s: %v", op, e)
 		}
 	}
@@ -196,7 +196,7 @@ func TestOtherTPM(t *testing.T) {
 	token := mustSeal(t, a.options(), SpecTPM, key)
 	other := mustSeal(t, b.options(), SpecTPM, key)
 	e := wantClass(t, Unseal(t.Context(), b.options(), token, testVolume, new([KeySize]byte)), ClassWrongKey)
-	if e.Code != codeOtherTPM || !strings.Contains(e.Error(), "cleared or replaced") || !strings.Contains(e.Error(), "with the recovery key only 'cryptsetup open' does") || e.Transient() || e.Denied() {
+	if e.Code != codeOtherTPM || !strings.Contains(e.Error(), "cleared or replaced") || !strings.Contains(e.Error(), "'hostcryptd key add --recovery-key' adds another token") || e.Transient() || e.Denied() {
 		t.Error(e)
 	}
 	// Not even when the token says so: the TPM itself doesn't accept it.

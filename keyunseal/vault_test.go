@@ -142,7 +142,7 @@ func TestVaultClasses(t *testing.T) {
 		transient bool
 		text      string // in the message
 	}{
-		{name: "disabled", class: ClassKeyUnusable, code: "KeyDisabled", status: 403, text: "enable or recover",
+		{name: "disabled", class: ClassKeyUnusable, code: "KeyDisabled", status: 403, text: "enable or recover that version of the key in the vault; if it is gone for good, with the recovery key 'hostcryptd key add --recovery-key'",
 			break_: func() { s.SetEnabled(kid, false) }, repair: func() { s.SetEnabled(kid, true) }},
 		{name: "deleted", class: ClassKeyUnusable, code: "KeyNotFound", status: 404, text: kid,
 			break_: func() { s.Delete(url) }, repair: nil /* last row that needs the key */},

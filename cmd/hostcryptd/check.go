@@ -209,9 +209,9 @@ func meaning(err error) string {
 	case keyunseal.ClassDenied, keyunseal.ClassIdentity:
 		return "the volume stays locked until this host's identity is let in again, unless another token opens it"
 	case keyunseal.ClassKeyUnusable, keyunseal.ClassWrongKey:
-		return "the volume stays locked until the key is back, unless another token opens it"
+		return "the volume stays locked until the key is back, unless another token opens it; with the recovery key 'hostcryptd key add --recovery-key' adds one"
 	case keyunseal.ClassTPMState:
-		return "the volume stays locked until the machine starts as it did when the token was sealed, unless another token opens it; after that, 'hostcryptd rewrap' seals to the new state"
+		return "the volume stays locked until the machine starts as it did when the token was sealed, unless another token opens it; after that, 'hostcryptd rewrap' seals to the new state; with the recovery key 'hostcryptd key add --recovery-key' does"
 	case keyunseal.ClassIntegrity:
 		return "the token was changed, or is another volume's; it can't open the volume any more"
 	}

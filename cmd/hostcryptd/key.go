@@ -261,26 +261,51 @@ func (a *app) keyListCommand() *cobra.Command {
 
 func (a *app) keyAddCommand() *cobra.Command {
 	var (
-		keys keyFlags
-		spec string
+		keys     keyFlags
+		spec     string
+		recovery string
 	)
 	c := &cobra.Command{
 		Use:   "add DEVICE --key KEY",
 		Short: "let another key open a volume",
 		Long: `add unseals the volume with one of its keys, seals it with KEY too, unseals what
-that gave, and writes it to the header. The volume may be in use meanwhile.`,
-		Example: `  hostcryptd key add /dev/sdb --key https://VAULT.vault.azure.net/keys/NAME`,
-		Args:    oneArg("DEVICE"),
+that gave, and writes it to the header. The volume may be in use meanwhile.
+
+Where none of its keys unseals the volume any more, such as after the loss of a TPM
+or of the vault's key, --recovery-key does. The keys that are lost stay in the header
+until 'hostcryptd key remove' takes them out.`,
+		Example: `  hostcryptd key add /dev/sdb --key https://VAULT.vault.azure.net/keys/NAME
+  hostcryptd key add /dev/sdb --key tpm --recovery-key sdb.recovery`,
+		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if spec == "" {
 				return usagef("--key KEY says which key: %s", keySpecs)
 			}
+			given := c.Flags().Changed("recovery-key")
+			if given && recovery == "" {
+				return usagef("--recovery-key FILE says where the key is, - means standard input")
+			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
-				log := a.cliLog()
-				id, err := sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open(log))
-				added := fmt.Sprintf("token %d", id)
+				var (
+					id  int
+					err error
+					log = a.cliLog()
+					by  string
+				)
+				if given {
+					key, kerr := a.readRecoveryKey(recovery)
+					if kerr != nil {
+						return kerr
+					}
+					defer clear(key)
+					by = " by recovery key"
+					id, err = sector.AddTokenByRecovery(c.Context(), d, key, keys.unsealer(log), keys.sealer(spec, log), keys.open(log))
+				} else {
+					id, err = sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open(log))
+				}
+				added := fmt.Sprintf("token %d%s", id, by)
 				if err != nil {
-					added = "of " + spec // it has no number
+					added = "of " + spec + by // it has no number
 				}
 				keys.changed(c.Context(), d, audit.KeyAdd, added, err)
 				return a.answer(err, map[string]any{"device": args[0], "token": id}, "token %d of %s now opens the volume with %s", id, args[0], spec)
@@ -288,6 +313,7 @@ that gave, and writes it to the header. The volume may be in use meanwhile.`,
 		},
 	}
 	c.Flags().StringVar(&spec, "key", "", "`KEY` to add: "+keySpecs)
+	c.Flags().StringVar(&recovery, "recovery-key", "", "`FILE` with a recovery key that opens the volume instead of its keys, - for standard input")
 	keys.add(c)
 	return a.jsonFlag(c)
 }
@@ -301,9 +327,9 @@ func (a *app) keyRemoveCommand() *cobra.Command {
 		Use:   "remove DEVICE TOKEN",
 		Short: "take a key from a volume",
 		Long: `remove takes the token of that number, as 'key list' shows it, out of the header.
-Another token has to unseal now: a recovery key doesn't count, since only
-cryptsetup opens a volume with it. --force does without what can't be shown now,
-and it also removes the last token of a volume with a recovery key. The last way in
+Another token has to unseal now: a recovery key doesn't count. --force does without
+what can't be shown now, and it also removes the last token of a volume with a
+recovery key: after that only this opens it, by 'hostcryptd key add'. The last way in
 of all is never removed; 'hostcryptd erase' is for that.
 
 Who has a backup of the header and the key that was removed can still open the

@@ -20,7 +20,9 @@ func (a *app) recoveryCommand() *cobra.Command {
 		Use:   "recovery",
 		Short: "manage the recovery keys of a volume",
 		Long: `A recovery key opens a volume without the vault and without this host. It is an
-ordinary LUKS2 keyslot: cryptsetup open --key-file FILE DEVICE NAME`,
+ordinary LUKS2 keyslot: cryptsetup open --key-file FILE DEVICE NAME
+After the loss of all keys 'hostcryptd key add --recovery-key' gives the volume
+another one.`,
 		Args: cobra.NoArgs,
 	}
 	c.AddCommand(a.recoveryAddCommand(), a.recoveryRotateCommand(), a.recoveryRemoveCommand(), a.recoveryTestCommand())
@@ -173,7 +175,8 @@ func (a *app) recoveryTestCommand() *cobra.Command {
 		Long: `test reads a recovery key, from a file, from standard input, or typed, with or
 without dashes, and says which keyslot it opens. A group that is mistyped is named
 before anything is tried. The exit code is 2 if the key opens none. A file that has
-more than the key is taken, with a warning: cryptsetup --key-file doesn't take it.`,
+more than the key is taken, with a warning: cryptsetup --key-file doesn't take it. So
+is a keyslot that another program has made, which 'hostcryptd key add' can't use.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withHeader(args[0], true, func(d *sector.Device) error {
@@ -182,9 +185,12 @@ more than the key is taken, with a warning: cryptsetup --key-file doesn't take i
 					return err
 				}
 				defer clear(key)
-				id, err := sector.FindRecoveryKey(c.Context(), d, key)
+				id, adds, err := sector.FindRecoveryKey(c.Context(), d, key)
 				keys.changed(c.Context(), d, audit.Recovery, "test", err)
-				return a.answer(err, map[string]any{"device": args[0], "keyslot": id}, "the recovery key opens keyslot %d of %s", id, args[0])
+				if err == nil && !adds {
+					a.warnf("keyslot %d was made by another program or an old version: 'hostcryptd key add' can't use it, and 'hostcryptd recovery rotate' replaces it", id)
+				}
+				return a.answer(err, map[string]any{"device": args[0], "keyslot": id, "adds_keys": adds}, "the recovery key opens keyslot %d of %s", id, args[0])
 			})
 		},
 	}
@@ -193,9 +199,13 @@ more than the key is taken, with a warning: cryptsetup --key-file doesn't take i
 	return a.jsonFlag(c)
 }
 
-// readRecoveryKey reads a recovery key and brings it into its proper form.
+// readRecoveryKey reads a recovery key and brings it into its proper form. A person
+// at standard input is asked for it.
 func (a *app) readRecoveryKey(file string) ([]byte, error) {
 	in := a.stdin
+	if file == "-" && isTerminal(a.stdin) {
+		file = ""
+	}
 	switch {
 	case file == "" && !isTerminal(a.stdin):
 		return nil, usagef("--recovery-key FILE says where the key is, - means standard input")
