@@ -614,9 +614,7 @@ func (k *keeper) serves(c *child) {
 		k.program, k.next = k.next, nil
 		if err := k.become(); err != nil {
 			k.log.Error("the keeper itself goes on with the old version", zap.Error(err))
-			if err := systemd.Notify(systemd.Ready); err != nil {
-				k.log.Warn("service manager was not notified", zap.Error(err))
-			}
+			k.reloadIsOver()
 		}
 	}
 	k.tellStop()
@@ -778,6 +776,9 @@ func (k *keeper) refuse(why string) {
 		k.failed = why // who asked for it asks the next server
 		return
 	}
+	if !stop && k.stop == nil {
+		k.reloadIsOver()
+	}
 	k.order(k.active, keeperOrder{Refused: why}, nil)
 	if stop {
 		// The service manager waits for the end of this process all the same.
@@ -785,10 +786,17 @@ func (k *keeper) refuse(why string) {
 		k.tellStop()
 	} else if k.stop != nil {
 		return
-	} else if err := systemd.Notify(systemd.Ready); err != nil {
-		k.log.Warn("service manager was not notified", zap.Error(err))
 	}
 	k.settled()
+}
+
+// reloadIsOver tells the service manager. It has to hear of that before who has asked
+// for a reload hears that it failed, and ends with that: else it waits for this
+// message then, and takes the reload for done when it comes.
+func (k *keeper) reloadIsOver() {
+	if err := systemd.Notify(systemd.Ready); err != nil {
+		k.log.Warn("service manager was not notified", zap.Error(err))
+	}
 }
 
 // hasLeft is called when the active server has left.
@@ -835,6 +843,7 @@ func (k *keeper) release(c *child) {
 	}
 	k.kernel = nil
 	if k.failed != "" {
+		k.reloadIsOver()
 		ok = k.order(c, keeperOrder{Refused: k.failed}, nil) && ok
 	}
 	c.state = k.state

@@ -113,6 +113,9 @@ func fakeServer() error {
 	if err != nil {
 		return err
 	}
+	if link.rollback != "" {
+		fmt.Println("rollback:", link.rollback)
+	}
 	if behave == "dies" {
 		os.Exit(3)
 	}
@@ -166,10 +169,9 @@ func fakeServer() error {
 	if err := errors.Join(link.send(keeperMessage{State: b}, nil), link.send(keeperMessage{Ready: true}, nil), link.send(keeperMessage{Notify: []string{systemd.Ready}}, nil)); err != nil {
 		return err
 	}
-	if link.rollback != "" {
-		fmt.Println("rollback:", link.rollback)
-	}
 	fmt.Println("serves", os.Getpid(), os.Getppid(), count, fresh, string(text))
+	refusal := link.nextRefusal()
+	go func() { <-refusal.came; fmt.Println("refused:", refusal.why) }()
 	go link.listen(zap.NewNop())
 	if behave == "lingers" && count == 1 {
 		<-ctx.Done()
@@ -755,7 +757,9 @@ func TestKeeperBothDie(t *testing.T) {
 	k.end()
 }
 
-// TestKeeperRollback has a new program fail at each point.
+// TestKeeperRollback has a new program fail at each point. Who has asked for the reload
+// ends when it hears of that, and the service manager takes it for done all the same if
+// it isn't told before that the reload is over (systemd, service_enter_running).
 func TestKeeperRollback(t *testing.T) {
 	for behave, what := range map[string]struct {
 		says   string
@@ -766,7 +770,12 @@ func TestKeeperRollback(t *testing.T) {
 	} {
 		t.Run(behave, func(t *testing.T) {
 			t.Parallel()
-			k := startKeeper(t, "plain")
+			manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"), Net: "unixgram"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer manager.Close()
+			k := startKeeper(t, "plain", func(c *exec.Cmd) { c.Env = append(c.Env, "NOTIFY_SOCKET="+manager.LocalAddr().String()) })
 			k.serves(1, true)
 			if err := os.WriteFile(filepath.Join(k.dir, "behave"), []byte(behave), 0o600); err != nil {
 				t.Fatal(err)
@@ -778,6 +787,27 @@ func TestKeeperRollback(t *testing.T) {
 			}
 			if what.serves {
 				k.line("rollback: " + what.says)
+			} else {
+				k.line("refused: " + what.says)
+			}
+			raw, err := manager.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			told, buf := "", make([]byte, 4096)
+			raw.Control(func(fd uintptr) { // what is not there yet doesn't count
+				for {
+					n, _, err := unix.Recvfrom(int(fd), buf, unix.MSG_DONTWAIT)
+					if err != nil {
+						return
+					}
+					told += string(buf[:n]) + "\n"
+				}
+			})
+			if _, after, ok := strings.Cut(told, systemd.Reloading); !ok || !strings.Contains(after, systemd.Ready) {
+				t.Errorf("when it was said that the reload has failed, the service manager had been told:\n%s", told)
+			}
+			if what.serves {
 				k.serves(2, true)
 			}
 			k.end()
