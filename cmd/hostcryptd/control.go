@@ -794,15 +794,26 @@ func (a *app) lockCommand() *cobra.Command {
 	return a.postCommand("lock", "stop a volume now and wipe its keys", `lock refuses requests from now on, flushes what was written, and wipes the keys,
 without a grace period. The daemon goes on running, and the volume stays locked
 until 'hostcryptd unlock' or a restart of the daemon. Whoever uses the volume sees
-I/O errors, also with --on-revocation freeze, and also where I/O waited for a key.`, "is locked: its keys are wiped")
+I/O errors, also with --on-revocation freeze, and also where I/O waited for a key.`,
+		func(lifecycle.State) string { return "is locked: its keys are wiped" })
 }
 
 func (a *app) unlockCommand() *cobra.Command {
 	return a.postCommand("unlock", "undo a lock, or try to unseal now", `unlock lets the daemon unseal a volume that was locked. Where it is waiting for
-its next try, it tries now.`, "is being unsealed")
+its next try, it tries now.`, func(was lifecycle.State) string {
+		switch {
+		case was == lifecycle.Unlocked:
+			return "is unlocked already"
+		case was.Serving():
+			return "is unlocked, and its key is looked at now"
+		}
+		return "is being unsealed"
+	})
 }
 
-func (a *app) postCommand(name, short, long, done string) *cobra.Command {
+// postCommand is a command without an answer of its own: done says what became of a
+// volume whose key was in a state.
+func (a *app) postCommand(name, short, long string, done func(was lifecycle.State) string) *cobra.Command {
 	c := &cobra.Command{
 		Use:   name + " VOLUME",
 		Short: short,
@@ -816,7 +827,7 @@ func (a *app) postCommand(name, short, long, done string) *cobra.Command {
 			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/"+name, nil); err != nil {
 				return err
 			}
-			return a.answer(nil, map[string]string{"uuid": s.UUID, "device": s.Device}, "%s %s", s.Device, done)
+			return a.answer(nil, map[string]string{"uuid": s.UUID, "device": s.Device}, "%s %s", s.Device, done(s.Key.State))
 		},
 	}
 	return a.jsonFlag(c)
