@@ -280,7 +280,8 @@ func TestTwoChanges(t *testing.T) {
 		}
 	}
 	removeSlot := func(d Backing, unseal Unsealer) error {
-		return RemoveRecoveryKey(context.Background(), d, unseal, 0, OpenOptions{})
+		_, err := RemoveRecoveryKey(context.Background(), d, unseal, OnlySlot, OpenOptions{})
+		return err
 	}
 	steps := func(steps ...func(Backing, Unsealer) error) func(Backing, Unsealer) error {
 		return func(d Backing, unseal Unsealer) error {
@@ -358,7 +359,7 @@ func TestTwoChanges(t *testing.T) {
 				t.Errorf("error %v, want %v", err, tt.want)
 			}
 			active, retired := tokenIDs(t, d)
-			if tokens, slots := len(active)+len(retired), len(RecoverySlots(headerOf(t, d))); tokens != tt.tokens || slots != tt.slots {
+			if tokens, slots := len(active)+len(retired), len(recoverySlots(headerOf(t, d))); tokens != tt.tokens || slots != tt.slots {
 				t.Errorf("%d tokens and %d keyslots are left, want %d and %d", tokens, slots, tt.tokens, tt.slots)
 			}
 		})
@@ -593,9 +594,9 @@ func TestRotateCrash(t *testing.T) {
 	var states []state
 	seen := map[[32]byte]bool{}
 	cuts(t, d, func(b Backing) error {
-		id, err := RotateRecoveryKey(t.Context(), b, ring(a).unseal, 0, fresh, OpenOptions{})
-		if id != 1 {
-			t.Errorf("RotateRecoveryKey() = %d, %v", id, err)
+		id, removed, err := RotateRecoveryKey(t.Context(), b, ring(a).unseal, OnlySlot, fresh, OpenOptions{})
+		if id != 1 || removed != 0 {
+			t.Errorf("RotateRecoveryKey() = %d, %d, %v", id, removed, err)
 		}
 		return err
 	}, func(at string, left *sectortest.Disk) {
@@ -1128,14 +1129,32 @@ func TestRemoveRecoveryKey(t *testing.T) {
 	full := errors.New("disk full")
 	material := func() []byte { return d.Bytes()[area.Offset : area.Offset+area.Size] }
 	before := bytes.Clone(material())
-	if err := RemoveRecoveryKey(t.Context(), d, ring(a).unseal, 0, OpenOptions{Pins: &otherPins{raising: full}}); !errors.Is(err, full) {
-		t.Errorf("RemoveRecoveryKey() = %v, want %v", err, full)
+	if removed, err := RemoveRecoveryKey(t.Context(), d, ring(a).unseal, OnlySlot, OpenOptions{Pins: &otherPins{raising: full}}); removed != 0 || !errors.Is(err, full) {
+		t.Errorf("RemoveRecoveryKey() = %d, %v, want 0, %v", removed, err, full)
 	}
-	if slots := RecoverySlots(headerOf(t, d)); len(slots) != 0 {
+	if slots := recoverySlots(headerOf(t, d)); len(slots) != 0 {
 		t.Errorf("keyslots %v are left", slots)
 	}
 	if bytes.Equal(before, material()) {
 		t.Error("the keyslot is gone, and its area still holds the key")
+	}
+
+	// The only one is none, or one of two.
+	for n := range 3 {
+		if n > 0 {
+			if _, err := AddRecoveryKey(t.Context(), d, ring(a).unseal, NewRecoveryKey(), OpenOptions{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := d.Bytes()
+		if n == 1 {
+			continue
+		}
+		removed, err := RemoveRecoveryKey(t.Context(), d, ring(a).unseal, OnlySlot, OpenOptions{})
+		_, removed2, err2 := RotateRecoveryKey(t.Context(), d, ring(a).unseal, OnlySlot, NewRecoveryKey(), OpenOptions{})
+		if err == nil || err2 == nil || removed != OnlySlot || removed2 != OnlySlot || !bytes.Equal(before, d.Bytes()) {
+			t.Errorf("the only one of %d: removed %d, %v; rotated %d, %v", n, removed, err, removed2, err2)
+		}
 	}
 
 	// b takes the place of a, and a is kept: it goes soon.
@@ -1148,7 +1167,7 @@ func TestRemoveRecoveryKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	before = retired.Bytes()
-	if err := RemoveRecoveryKey(t.Context(), retired, ring(a, b).unseal, 0, OpenOptions{}); !errors.Is(err, ErrLastWay) {
+	if _, err := RemoveRecoveryKey(t.Context(), retired, ring(a, b).unseal, 0, OpenOptions{}); !errors.Is(err, ErrLastWay) {
 		t.Errorf("shown by a retired token: %v", err)
 	}
 	if !bytes.Equal(before, retired.Bytes()) {
@@ -1166,7 +1185,7 @@ func TestRemoveRecoveryKey(t *testing.T) {
 	} {
 		d := formatWith(t, f)
 		before := d.Bytes()
-		if err := RemoveRecoveryKey(t.Context(), d, tt.ring.unseal, 0, tt.o); err == nil || errors.Is(err, ErrLastWay) != tt.last {
+		if _, err := RemoveRecoveryKey(t.Context(), d, tt.ring.unseal, 0, tt.o); err == nil || errors.Is(err, ErrLastWay) != tt.last {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 		if !bytes.Equal(before, d.Bytes()) {
@@ -1205,7 +1224,7 @@ func TestBackup(t *testing.T) {
 	if _, err := AddToken(t.Context(), d, unseal, a.seal, o); err != nil {
 		t.Fatal(err)
 	}
-	if err := RemoveRecoveryKey(t.Context(), d, unseal, 0, o); err != nil {
+	if _, err := RemoveRecoveryKey(t.Context(), d, unseal, 0, o); err != nil {
 		t.Fatal(err)
 	}
 	var newer bytes.Buffer

@@ -166,43 +166,69 @@ func takesRecovery(h *luks2.Header, v *volumeToken) bool {
 // number is -1 if nothing was added for certain; otherwise the key may open
 // the volume or not.
 func AddRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, recoveryKey []byte, o OpenOptions) (int, error) {
-	return changeRecovery(ctx, b, unseal, recoveryKey, nil, o)
+	id, _, err := changeRecovery(ctx, b, unseal, recoveryKey, nil, o)
+	return id, err
 }
+
+// OnlySlot stands for the recovery keyslot of a volume that has no other.
+const OnlySlot = -1
 
 // RotateRecoveryKey adds a keyslot for a new recovery key and removes slot in
 // the same update of the header, so that at any moment one of the two opens the
-// volume. What it returns is as with [AddRecoveryKey].
-func RotateRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int, recoveryKey []byte, o OpenOptions) (int, error) {
-	return changeRecovery(ctx, b, unseal, recoveryKey, []int{slot}, o)
+// volume. It returns the number of the new one as [AddRecoveryKey] does, and that of
+// the old one, which is slot, or the one that [OnlySlot] has meant.
+func RotateRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int, recoveryKey []byte, o OpenOptions) (id, removed int, err error) {
+	return changeRecovery(ctx, b, unseal, recoveryKey, &slot, o)
 }
 
-// RemoveRecoveryKey removes a recovery keyslot and overwrites its area. A token
-// that isn't retired has to unseal, which shows that it isn't the last way in; if
-// none does, the error has [ErrLastWay] in its chain.
-func RemoveRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int, o OpenOptions) error {
-	_, err := changeRecovery(ctx, b, unseal, nil, []int{slot}, o)
-	return err
+// RemoveRecoveryKey removes a recovery keyslot, which may be [OnlySlot], overwrites
+// its area, and returns its number. A token that isn't retired has to unseal, which
+// shows that it isn't the last way in; if none does, the error has [ErrLastWay] in its
+// chain.
+func RemoveRecoveryKey(ctx context.Context, b Backing, unseal Unsealer, slot int, o OpenOptions) (removed int, err error) {
+	_, removed, err = changeRecovery(ctx, b, unseal, nil, &slot, o)
+	return removed, err
 }
 
-// RecoverySlots lists the keyslots that a recovery key may open.
-func RecoverySlots(h *luks2.Header) []int { return recoverySlots(h) }
+// chooseSlot returns slot, or without a number the only one there is.
+func chooseSlot(h *luks2.Header, slot int) (int, error) {
+	if slot != OnlySlot {
+		return slot, nil
+	}
+	switch slots := recoverySlots(h); len(slots) {
+	case 0:
+		return slot, errors.New("there is no recovery keyslot; 'hostcryptd recovery add' makes one")
+	case 1:
+		return slots[0], nil
+	default:
+		return slot, fmt.Errorf("there are keyslots %v: choose with --keyslot NUMBER", slots)
+	}
+}
 
-// changeRecovery adds a keyslot, removes others, or both.
-func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte, remove []int, o OpenOptions) (int, error) {
+// changeRecovery adds a keyslot, removes another, or both.
+func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte, remove *int, o OpenOptions) (id, old int, err error) {
 	// What only removes has to show that it isn't the last way in.
 	show := add == nil
 	o.SkipRetired = o.SkipRetired || show
-	u, err := unlockHeader(ctx, b, unseal, o)
+	u, err := unlockWith(ctx, b, o, func(h *luks2.Header, k *keys) (opened, error) {
+		if remove != nil {
+			// Of the header that the one to be changed is compared with.
+			if old, err = chooseSlot(h, *remove); err != nil {
+				return opened{}, err
+			}
+		}
+		return unlock(ctx, h, k, unseal, o)
+	})
 	if err != nil {
 		_, tried := errors.AsType[tokensFailed](err)
 		if show && tried && !errors.Is(err, ErrAuth) && ctx.Err() == nil {
-			err = fmt.Errorf("keyslot %d: %w that is known to work: no token unseals: %w", remove[0], ErrLastWay, err)
+			err = fmt.Errorf("keyslot %d: %w that is known to work: no token unseals: %w", old, ErrLastWay, err)
 		}
-		return -1, err
+		return -1, old, err
 	}
 	defer u.keys.free()
 	id, was := -1, u.h
-	var gone []luks2.Area
+	var gone *luks2.Area
 	touched, err := u.update(ctx, func(h *luks2.Header, v *volumeToken) error {
 		d := h.SegmentDigest(0)
 		if add != nil {
@@ -237,22 +263,23 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 				return err
 			}
 		}
-		for _, old := range remove {
-			if !slices.Contains(recoverySlots(h), old) {
-				return fmt.Errorf("%w: there is no recovery keyslot %d; there are %v", ErrUnsupported, old, recoverySlots(h))
-			}
-			// Numbers are given again.
-			if is, was := h.Keyslots[old], was.Keyslots[old]; was == nil || is.Area.Offset != was.Area.Offset || !bytes.Equal(is.KDF.Salt, was.KDF.Salt) {
-				return fmt.Errorf("keyslot %d is another one: %w meanwhile; run this again", old, luks2.ErrChanged)
-			}
-			gone = append(gone, h.Keyslots[old].Area)
-			delete(h.Keyslots, old)
-			for _, d := range h.Digests {
-				d.Keyslots = slices.DeleteFunc(d.Keyslots, func(n int) bool { return n == old })
-			}
-			for _, t := range h.Tokens {
-				t.Keyslots = slices.DeleteFunc(t.Keyslots, func(n int) bool { return n == old })
-			}
+		if remove == nil {
+			return nil
+		}
+		if !slices.Contains(recoverySlots(h), old) {
+			return fmt.Errorf("%w: there is no recovery keyslot %d; there are %v", ErrUnsupported, old, recoverySlots(h))
+		}
+		// Numbers are given again.
+		if is, was := h.Keyslots[old], was.Keyslots[old]; was == nil || is.Area.Offset != was.Area.Offset || !bytes.Equal(is.KDF.Salt, was.KDF.Salt) {
+			return fmt.Errorf("keyslot %d is another one: %w meanwhile; run this again", old, luks2.ErrChanged)
+		}
+		gone = &h.Keyslots[old].Area
+		delete(h.Keyslots, old)
+		for _, d := range h.Digests {
+			d.Keyslots = slices.DeleteFunc(d.Keyslots, func(n int) bool { return n == old })
+		}
+		for _, t := range h.Tokens {
+			t.Keyslots = slices.DeleteFunc(t.Keyslots, func(n int) bool { return n == old })
 		}
 		return nil
 	})
@@ -260,15 +287,15 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 		if !touched {
 			id = -1
 		}
-		return id, err
+		return id, old, err
 	}
 	// What nothing leads to any more is not left for somebody with an old header.
-	for _, a := range gone {
-		if werr := wipeArea(ctx, b, a); werr != nil {
-			return id, errors.Join(err, fmt.Errorf("sector: the keyslot is gone, but its area could not be overwritten: %w", werr))
+	if gone != nil {
+		if werr := wipeArea(ctx, b, *gone); werr != nil {
+			err = errors.Join(err, fmt.Errorf("sector: the keyslot is gone, but its area could not be overwritten: %w", werr))
 		}
 	}
-	return id, err
+	return id, old, err
 }
 
 // wipeArea overwrites the area of a keyslot that is gone, unless another has

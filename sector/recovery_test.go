@@ -78,7 +78,7 @@ func TestAddTokenByRecovery(t *testing.T) {
 
 	// The new recovery key does, the old one doesn't any more.
 	rotated := NewRecoveryKey()
-	if _, err := RotateRecoveryKey(t.Context(), d, ring(b).unseal, 0, rotated, o); err != nil {
+	if _, _, err := RotateRecoveryKey(t.Context(), d, ring(b).unseal, 0, rotated, o); err != nil {
 		t.Fatal(err)
 	}
 	refused(d, key, ErrWrongKey)

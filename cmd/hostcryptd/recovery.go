@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -96,13 +95,13 @@ of the two keys opens the volume. The area of the old keyslot is overwritten. Wh
 has a backup of the header and the old key can still open the volume.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
-			old := slot
+			var old int
 			id, err := a.writeKeyslot(args[0], file, func(d *sector.Device, key []byte) (int, error) {
-				var err error
-				if old, err = chooseSlot(c.Context(), d, slot); err != nil {
-					return -1, err
-				}
-				id, err := sector.RotateRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), old, key, keys.open(a.cliLog()))
+				var (
+					id  int
+					err error
+				)
+				id, old, err = sector.RotateRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), slot, key, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("rotate, now keyslot %d", id), err)
 				return id, err
 			})
@@ -111,7 +110,7 @@ has a backup of the header and the old key can still open the volume.`,
 	}
 	keys.add(c)
 	c.Flags().StringVar(&file, "recovery-key", "", "write the generated key to this new `FILE`")
-	c.Flags().IntVar(&slot, "keyslot", -1, "`NUMBER` of the keyslot to replace, where there are several")
+	c.Flags().IntVar(&slot, "keyslot", sector.OnlySlot, "`NUMBER` of the keyslot to replace, where there are several")
 	c.Flags().Lookup("keyslot").DefValue = "0" // so that --help says nothing
 	return a.jsonFlag(c)
 }
@@ -129,39 +128,20 @@ volume's keys has to unseal it now: the last way in is never removed.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withHeader(args[0], false, func(d *sector.Device) error {
-				id, err := chooseSlot(c.Context(), d, slot)
-				if err != nil {
-					return err
+				id, err := sector.RemoveRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), slot, keys.open(a.cliLog()))
+				removed := "remove"
+				if id != sector.OnlySlot {
+					removed = fmt.Sprintf("remove keyslot %d", id)
 				}
-				err = sector.RemoveRecoveryKey(c.Context(), d, keys.unsealer(a.cliLog()), id, keys.open(a.cliLog()))
-				keys.changed(c.Context(), d, audit.Recovery, fmt.Sprintf("remove keyslot %d", id), err)
+				keys.changed(c.Context(), d, audit.Recovery, removed, err)
 				return a.answer(err, map[string]any{"device": args[0], "removed": id}, "keyslot %d of %s is removed", id, args[0])
 			})
 		},
 	}
 	keys.add(c)
-	c.Flags().IntVar(&slot, "keyslot", -1, "`NUMBER` of the keyslot, where there are several")
+	c.Flags().IntVar(&slot, "keyslot", sector.OnlySlot, "`NUMBER` of the keyslot, where there are several")
 	c.Flags().Lookup("keyslot").DefValue = "0"
 	return a.jsonFlag(c)
-}
-
-// chooseSlot returns slot, or without one the only recovery keyslot there is.
-func chooseSlot(ctx context.Context, d *sector.Device, slot int) (int, error) {
-	if slot >= 0 {
-		return slot, nil
-	}
-	h, _, err := sector.ReadHeader(ctx, d)
-	if err != nil {
-		return -1, err
-	}
-	switch slots := sector.RecoverySlots(h); len(slots) {
-	case 0:
-		return -1, usagef("there is no recovery keyslot; 'hostcryptd recovery add' makes one")
-	case 1:
-		return slots[0], nil
-	default:
-		return -1, usagef("there are keyslots %v: choose with --keyslot NUMBER", slots)
-	}
 }
 
 func (a *app) recoveryTestCommand() *cobra.Command {
