@@ -330,7 +330,7 @@ func (k *keeperLink) inheritedListeners() (list []net.Listener, err error) {
 // for no more than is on the device. What the next one needs is with the keeper
 // when it returns.
 func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, clients, kernel *sync.WaitGroup) error {
-	d.resizing.Lock() // for good; the kernel is not waited for any more
+	d.resizing <- struct{}{} // for good; the kernel is not waited for any more
 	d.leaving = true
 	d.log.Info("leaving the volume to another server")
 	d.stopLife()

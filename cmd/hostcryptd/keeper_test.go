@@ -897,7 +897,7 @@ func TestFailsBeforeServing(t *testing.T) {
 		o := serveOptions{device: image, attach: "auto", randomKey: true, sectorSize: 4096, connections: 1, control: filepath.Join(dir, "control")}
 		o.keys.auditLog = "none"
 		o.life.add(&cobra.Command{}) // what is the default
-		return &daemon{opts: o, log: zap.NewNop(), index: nbdnl.FirstFree, finished: make(chan struct{}), detach: make(chan *os.File, 1),
+		return &daemon{opts: o, log: zap.NewNop(), index: nbdnl.FirstFree, finished: make(chan struct{}), resizing: make(chan struct{}, 1), detach: make(chan *os.File, 1),
 			link: &keeperLink{conn: theirs, held: map[string]*os.File{}}}
 	}
 	first := server()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -47,7 +48,7 @@ func leavingServer(t *testing.T) (d *daemon, keeper *net.UnixConn) {
 	o := serveOptions{device: image, attach: "auto", randomKey: true, sectorSize: 4096, connections: 1, control: filepath.Join(dir, "control")}
 	o.keys.auditLog = "none"
 	o.life.add(&cobra.Command{}) // what is the default
-	d = &daemon{opts: o, log: zap.NewNop(), index: 7, finished: make(chan struct{}), detach: make(chan *os.File, 1),
+	d = &daemon{opts: o, log: zap.NewNop(), index: 7, finished: make(chan struct{}), resizing: make(chan struct{}, 1), detach: make(chan *os.File, 1),
 		link: &keeperLink{conn: link, held: map[string]*os.File{}}}
 	var err error
 	if d.device, err = d.openDevice(t.Context()); err != nil {
@@ -174,6 +175,27 @@ func TestLateDetach(t *testing.T) {
 	close(d.finished)
 	if err := <-answer; err == nil || exitCode(err) != codeBusy || !strings.Contains(err.Error(), "another server goes on") {
 		t.Errorf("detach = %v", err)
+	}
+	_ = d.volume.Close()
+}
+
+// TestLateResize: a volume that was left to another server doesn't grow any more, and
+// who asks for that hears of it, or goes away.
+func TestLateResize(t *testing.T) {
+	d, _ := leavingServer(t)
+	var none sync.WaitGroup
+	stopNone := func(error) {}
+	if err := d.leaveVolume(stopNone, stopNone, &none, &none); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := d.resize(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("resize = %v, want that it has waited", err)
+	}
+	close(d.finished)
+	if _, err := d.resize(t.Context()); err == nil || exitCode(err) != codeBusy {
+		t.Errorf("resize = %v, want exit code %d", err, codeBusy)
 	}
 	_ = d.volume.Close()
 }

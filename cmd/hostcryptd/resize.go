@@ -43,16 +43,14 @@ const resizeTimeout = 10 * time.Second
 func (d *daemon) resize(ctx context.Context) (*resized, error) {
 	// One at a time, and none when the volume is left to another server: the kernel
 	// may let this one wait for its own requests, see nbdnl.Conn.Resize.
-	for !d.resizing.TryLock() {
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-d.finished:
-			return nil, withCode(codeBusy, errors.New("another server goes on with the volume, or it was detached; ask again"))
-		case <-time.After(10 * time.Millisecond):
-		}
+	select {
+	case d.resizing <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-d.finished:
+		return nil, withCode(codeBusy, errors.New("another server goes on with the volume, or it was detached; ask again"))
 	}
-	defer d.resizing.Unlock()
+	defer func() { <-d.resizing }()
 	d.mu.Lock()
 	r := &resized{UUID: d.uuid, Device: d.opts.device, Attached: d.attached, Sockets: d.opts.listen != "" || d.tcp != "" || len(d.inherited) > 0}
 	v, state, index := d.volume, d.state, d.index

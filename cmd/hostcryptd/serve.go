@@ -158,7 +158,7 @@ name, of processes that systemd doesn't kill.`,
 			}
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), headerChanged: make(chan struct{}, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree, moved: moved}
+			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), headerChanged: make(chan struct{}, 1), resizing: make(chan struct{}, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree, moved: moved}
 			signal.Notify(d.hangup(), syscall.SIGHUP)
 			var goOn *serverState
 			if link != nil {
@@ -372,7 +372,7 @@ type daemon struct {
 
 	readingTokens atomic.Bool
 	headerChanged chan struct{} // capacity 1: to watchHeader
-	resizing      sync.Mutex    // held while the volume grows, and from when it is left
+	resizing      chan struct{} // capacity 1: full while the volume grows, and from when it is left
 	pushing       sync.Mutex    // held while the keeper is told a state: the last must be the newest
 }
 
