@@ -15,15 +15,6 @@ import (
 // firstFD is SD_LISTEN_FDS_START of sd_listen_fds(3).
 const firstFD = 3
 
-// Listeners is Inherited without stored descriptors.
-func Listeners() ([]net.Listener, error) {
-	list, stored, err := Inherited("\x00")
-	for _, f := range stored {
-		f.Close()
-	}
-	return list, err
-}
-
 // Inherited returns the stream sockets that the service manager, or a client
 // such as libnbd's nbd_connect_systemd_socket_activation, has opened for this
 // process, nil if there are none; and by their names, the descriptors that an
