@@ -95,6 +95,7 @@ check-generate: ## fail if generated files are not up to date
 install: build ## install binary, manual, completions, units and udev rules under DESTDIR
 	@[ "$(PREFIX)" = /usr ] || { echo "PREFIX=$(PREFIX): units and scripts call /usr/sbin/hostcryptd and read /usr/lib/hostcryptd, so it has to be /usr; nothing was installed (DESTDIR=DIR installs below DIR)" >&2; exit 1; }
 	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/sbin/hostcryptd
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man8/hostcryptd-*.8 # earlier versions had a page for each command
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 cmd/hostcryptd/hostcryptd.8
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 cmd/hostcryptd/hostcrypttab.5
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system systemd/hostcryptd@.service systemd/hostcryptd-dial.service systemd/hostcryptd.target systemd/system-hostcryptd.slice

@@ -124,6 +124,11 @@ func TestInstall(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", bin, "hostcryptd/cmd/hostcryptd").CombinedOutput(); err != nil {
 		t.Fatalf("building: %v\n%s", err, out)
 	}
+	// A page of an earlier version, which had one for each command.
+	old := filepath.Join(dir, "usr/share/man/man8/hostcryptd-key-add.8")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(old), 0o755), os.WriteFile(old, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
 	out, err := exec.Command("make", "-s", "-C", "..", "-o", "build", "install", "BIN="+bin, "DESTDIR="+dir).CombinedOutput()
 	if err != nil {
 		t.Fatalf("make install: %v\n%s", err, out)
