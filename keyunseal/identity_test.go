@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log"
@@ -209,18 +210,7 @@ func newCertificate(t testing.TB, notAfter time.Time) (*x509.Certificate, string
 func randomUUID() string {
 	var b [16]byte
 	rand.Read(b[:])
-	s := strings.ToLower(strings.Join([]string{hexOf(b[:4]), hexOf(b[4:6]), hexOf(b[6:8]), hexOf(b[8:10]), hexOf(b[10:])}, "-"))
-	return s
-}
-
-func hexOf(b []byte) string {
-	const digits = "0123456789abcdef"
-	var s strings.Builder
-	for _, c := range b {
-		s.WriteByte(digits[c>>4])
-		s.WriteByte(digits[c&15])
-	}
-	return s.String()
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
 // TestClouds seals and unseals in every cloud with a client certificate: the
