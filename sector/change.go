@@ -86,6 +86,7 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header, v *vol
 	if err := u.o.checkOrigin(h.UUID, u.opened); err != nil {
 		return false, err
 	}
+	before := keyTokens(h)
 	if err := edit(h, v); err != nil {
 		return false, err
 	}
@@ -113,7 +114,7 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header, v *vol
 		if err != nil {
 			return true, err
 		}
-		u.o.Changed(known)
+		u.o.Changed(before, known)
 	}
 	if u.o.Pins != nil {
 		if err := u.o.Pins.Raise(h.UUID, Pin{u.fingerprint, u.generation}); err != nil {
@@ -429,7 +430,7 @@ func Accept(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (bef
 	before, _ = pins.Load(u.h.UUID) // a damaged one is replaced
 	now = Pin{u.fingerprint, u.generation}
 	if err = pins.Set(u.h.UUID, now); err == nil && o.Changed != nil {
-		o.Changed(known)
+		o.Changed(known.Tokens, known)
 	}
 	return before, now, err
 }

@@ -141,7 +141,7 @@ func TestKnownTokens(t *testing.T) {
 	// Who has made a header can say so, if it's true.
 	before := *v.Known()
 	var told *Known
-	if _, err := AddToken(t.Context(), d, both.unseal, a.seal, OpenOptions{Changed: func(k *Known) { told = k }}); err != nil {
+	if _, err := AddToken(t.Context(), d, both.unseal, a.seal, OpenOptions{Changed: func(_ []KeyToken, k *Known) { told = k }}); err != nil {
 		t.Fatal(err)
 	}
 	unseals = 0
@@ -169,7 +169,7 @@ func TestKnownTokens(t *testing.T) {
 	accept := func() {
 		t.Helper()
 		told = nil
-		if _, _, err := Accept(t.Context(), d, both.unseal, OpenOptions{Pins: pins, Changed: func(k *Known) { told = k }}); err != nil || told == nil {
+		if _, _, err := Accept(t.Context(), d, both.unseal, OpenOptions{Pins: pins, Changed: func(_ []KeyToken, k *Known) { told = k }}); err != nil || told == nil {
 			t.Fatalf("Accept() = %v, and says %v", err, told)
 		}
 	}
@@ -260,7 +260,7 @@ func TestChangedMeanwhile(t *testing.T) {
 	o := OpenOptions{Pins: PinDir(t.TempDir()), HeadStart: time.Hour}
 	var v *Volume
 	left := 0 // changes that are to be made while a header is unlocked
-	var learn func(*Known)
+	var learn func([]KeyToken, *Known)
 	racing := func(ctx context.Context, volume string, token json.RawMessage, key *[32]byte) error {
 		if left > 0 {
 			left--
@@ -277,7 +277,7 @@ func TestChangedMeanwhile(t *testing.T) {
 		return err
 	}
 	resume := func() error {
-		learn = func(k *Known) {
+		learn = func(_ []KeyToken, k *Known) {
 			if err := v.Learn(t.Context(), k, false); err != nil {
 				t.Error(err)
 			}

@@ -46,9 +46,10 @@ type OpenOptions struct {
 	// away.
 	Retired func(others error) bool
 
-	// Changed, if not nil, is told of a header that was written, under the lock on
-	// the header, by functions that change one, and by [Accept] of the one accepted.
-	Changed func(now *Known)
+	// Changed, if not nil, is told of a header that was written, and of the key tokens
+	// before, under the lock on the header, by functions that change one, and by
+	// [Accept] of the one accepted.
+	Changed func(before []KeyToken, now *Known)
 
 	// Handover, if not nil, keeps the DEK for the next process that serves the
 	// volume, as long as this one has it.

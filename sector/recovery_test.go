@@ -21,7 +21,7 @@ func TestAddTokenByRecovery(t *testing.T) {
 	key, pins := NewRecoveryKey(), PinDir(filepath.Join(t.TempDir(), "pins"))
 	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, RecoveryKey: key, Pins: pins})
 	var told *Known
-	o := OpenOptions{Pins: pins, Changed: func(k *Known) { told = k }}
+	o := OpenOptions{Pins: pins, Changed: func(_ []KeyToken, k *Known) { told = k }}
 	refused := func(d *sectortest.Disk, key []byte, want error) {
 		t.Helper()
 		before := d.Bytes()

@@ -194,6 +194,9 @@ func (k *keyFlags) changed(ctx context.Context, d *sector.Device, event, detail 
 	} else if err != nil {
 		fmt.Fprintf(os.Stderr, "hostcryptd: warning: the header was changed, but the server of the volume did not take that over: %v; it looks for itself, at the latest when it next looks at the key\n", err)
 	}
+	if !k.accepted || k.repinned {
+		k.hintInitramfs(d.Name(), volume, k.before, k.header, k.repinned)
+	}
 	k.header = nil
 }
 

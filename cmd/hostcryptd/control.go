@@ -634,8 +634,13 @@ func (s *status) is(which string) bool {
 	if which == s.UUID || s.Name != "" && which == s.Name || which == s.Label || which == s.Device || which == s.Attached || which == s.Listen {
 		return true
 	}
-	a, err1 := os.Stat(which)
-	b, err2 := os.Stat(s.Device)
+	return sameFile(which, s.Device)
+}
+
+// sameFile tells whether two names lead to one device or file.
+func sameFile(name, other string) bool {
+	a, err1 := os.Stat(name)
+	b, err2 := os.Stat(other)
 	return err1 == nil && err2 == nil && os.SameFile(a, b)
 }
 

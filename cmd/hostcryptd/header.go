@@ -128,6 +128,10 @@ header any more, --uuid confirms which volume it was.`,
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
+			if h, _, err := sector.ReadHeader(c.Context(), d); err == nil && o.OlderGeneration {
+				tokens := sector.KeyTokens(h)
+				keys.hintInitramfs(args[0], info.UUID, tokens, &sector.Known{Tokens: tokens}, true)
+			}
 			if a.json {
 				return a.printJSON(map[string]any{"device": args[0], "backup": info})
 			}
@@ -312,7 +316,7 @@ with another key it refuses as long as it runs.`,
 					return err
 				}
 				before, now, err := sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open(a.cliLog()))
-				keys.accepted = true
+				keys.accepted, keys.repinned = true, before == nil || *before != now
 				keys.changed(c.Context(), d, audit.Header, "accept", err)
 				if err != nil {
 					return err

@@ -140,6 +140,9 @@ type initramfsNeeds struct {
 	usual string // the host key file that no line names
 	files []string
 	errs  []error
+
+	tokens *tabTokens // of a volume whose header is authentic, which is then not read
+	keys   keyFlags   // of the last volume
 }
 
 // add adds a file, once.
@@ -206,7 +209,10 @@ func (n *initramfsNeeds) volume(ctx context.Context, e *tabEntry) {
 		}
 		n.add(file)
 	}
-	h, err := readTokens(ctx, e.unit.Device)
+	h, err := n.tokens, error(nil)
+	if h == nil {
+		h, err = readTokens(ctx, e.unit.Device)
+	}
 	if err != nil {
 		n.warn("which keys volume %s has can't be read, so what opens it may be missing in the initramfs: %v", name, err)
 	}
@@ -214,13 +220,13 @@ func (n *initramfsNeeds) volume(ctx context.Context, e *tabEntry) {
 		n.fail("volume %s: on %s is volume %s, and its line means %s", name, e.unit.Device, h.uuid, id)
 		return
 	}
-	keys := keyFlags{
+	n.keys = keyFlags{
 		pins: cmp.Or(path("pins"), string(sector.DefaultPins)), tpm: flag("tpm"),
 		hostKey: n.usual, auditLog: flag("audit-log"), auditFailed: new(sync.Once),
 	}
-	n.hostKey(ctx, e, h, &keys)
+	n.hostKey(ctx, e, h, &n.keys)
 	n.vault(e, h, flag("identity"), path("cloud"))
-	n.pins(name, h, &keys, flag("require-pin") == "true")
+	n.pins(name, h, &n.keys, flag("require-pin") == "true")
 }
 
 // tabTokens is what a header says of the keys.
@@ -263,13 +269,17 @@ func readTokens(ctx context.Context, device string) (*tabTokens, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &tabTokens{uuid: h.UUID}
-	for _, k := range sector.KeyTokens(h) {
+	return describeTokens(h.UUID, sector.KeyTokens(h)), nil
+}
+
+func describeTokens(uuid string, tokens []sector.KeyToken) *tabTokens {
+	r := &tabTokens{uuid: uuid}
+	for _, k := range tokens {
 		if d, err := keyunseal.Describe(k.Text); err == nil {
 			r.tokens = append(r.tokens, tabToken{d, k.Text})
 		}
 	}
-	return r, nil
+	return r
 }
 
 // hostKey adds the host key. That no line names is added if it opens the volume: who can
@@ -288,6 +298,8 @@ func (n *initramfsNeeds) hostKey(ctx context.Context, e *tabEntry, h *tabTokens,
 	case len(h.of(keyunseal.TypeHostKey)) == 0:
 	case err != nil:
 		n.warn("the host key of %s can't be read: %v", name, err)
+	case n.tokens != nil:
+		n.secret(n.usual, who, name)
 	default:
 		var errs []error
 		for _, t := range h.of(keyunseal.TypeHostKey) {
@@ -418,4 +430,62 @@ func (n *initramfsNeeds) pins(name string, h *tabTokens, keys *keyFlags, require
 	case pin == nil:
 		n.warn("this host doesn't remember volume %s, neither in %s nor in a TPM: at boot it is trusted at first sight", name, dir)
 	}
+}
+
+// hintInitramfs says if the initramfs of this host has to be made anew since the
+// header of a volume that it attaches was changed, and why. repinned says that this
+// host was made to trust another header than the one that it remembered.
+func (k *keyFlags) hintInitramfs(device, volume string, before []sector.KeyToken, now *sector.Known, repinned bool) {
+	entries, _, err := readTab(cmp.Or(os.Getenv(initramfsTab), tabFile))
+	if err != nil || k.hinted {
+		return
+	}
+	for _, e := range entries {
+		if !slices.Contains(e.words, "x-initrd.attach") || !sameFile(e.unit.Device, device) {
+			continue
+		}
+		if why := k.initramfsLacks(e, volume, before, now, repinned); why != "" {
+			k.hinted = true
+			fmt.Fprintf(os.Stderr, "hostcryptd: warning: the initramfs attaches volume %s, and %s: 'update-initramfs -u' or 'dracut -f' makes it anew\n", e.unit.Name, printable(why))
+		}
+	}
+}
+
+// initramfsLacks is what is wrong with an initramfs that was made before a change of
+// the volume of a line, or "". It needs other files for other tokens, and has a copy of
+// the pin. One that is older than the TPM's, which is there at boot too, does no harm.
+func (k *keyFlags) initramfsLacks(e *tabEntry, volume string, before []sector.KeyToken, now *sector.Known, repinned bool) string {
+	needs := func(tokens []sector.KeyToken) *initramfsNeeds {
+		n := &initramfsNeeds{warn: func(string, ...any) {}, usual: keyunseal.DefaultHostKey, tokens: describeTokens(volume, tokens)}
+		n.volume(context.Background(), e)
+		return n
+	}
+	was, is := needs(before), needs(now.Tokens)
+	pin := is.keys.pinDir().Path(volume)
+	ours := slices.Contains(is.files, pin) && pin == k.pinDir().Path(volume)
+	without := func(list, other []string) []string {
+		return slices.DeleteFunc(slices.Clone(list), func(f string) bool { return f == pin || slices.Contains(other, f) })
+	}
+	list := func(files []string) string {
+		if n := len(files); n > 3 {
+			files = append(files[:2], fmt.Sprintf("%d others", n-2)) // the certificates of a system
+		}
+		return strings.Join(files, ", ")
+	}
+	if more := without(is.files, was.files); len(more) > 0 {
+		return "lacks what its keys need now, " + list(more)
+	}
+	if repinned && ours {
+		return "will refuse it at the next boot, as it remembers another header"
+	}
+	if ours {
+		chip, err := is.keys.pinStore(zap.NewNop()).loadTPM(volume)
+		if err != nil || chip == nil || chip.Fingerprint != now.Fingerprint || chip.Generation < now.Generation {
+			return "remembers an older header, which it would take if somebody has kept it and puts it back"
+		}
+	}
+	if less := without(was.files, is.files); len(less) > 0 {
+		return "has what none of its keys needs any more, " + list(less)
+	}
+	return ""
 }

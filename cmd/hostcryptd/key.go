@@ -39,8 +39,11 @@ type keyFlags struct {
 
 	trusted []sector.TrustedKey // of signer
 
-	header   *sector.Known // that a command has just written
-	accepted bool          // header was not written, but accepted
+	header   *sector.Known     // that a command has just written
+	before   []sector.KeyToken // that were in the header before
+	accepted bool              // header was not written, but accepted
+	repinned bool              // and it was another one than this host had trusted
+	hinted   bool              // what has to be done with the initramfs was said
 
 	// How to write it, see audit.go.
 	queue       *audit.Queue
@@ -96,7 +99,7 @@ func (k *keyFlags) tpmPath() string {
 
 // open says how commands unlock a header.
 func (k *keyFlags) open(log *zap.Logger) sector.OpenOptions {
-	return sector.OpenOptions{Pins: k.pinStore(log), Trusted: k.trusted, Changed: func(now *sector.Known) { k.header = now }}
+	return sector.OpenOptions{Pins: k.pinStore(log), Trusted: k.trusted, Changed: func(before []sector.KeyToken, now *sector.Known) { k.before, k.header = before, now }}
 }
 
 // readSigner reads the file of --signer.
