@@ -25,7 +25,11 @@ func TestAddTokenByRecovery(t *testing.T) {
 	refused := func(d *sectortest.Disk, key []byte, want error) {
 		t.Helper()
 		before := d.Bytes()
-		if _, err := AddTokenByRecovery(t.Context(), d, key, ring(b).unseal, b.seal, o); !errors.Is(err, want) {
+		seal := func(context.Context, string, *[32]byte) (json.RawMessage, error) {
+			t.Error("a KEK is asked to wrap the key before the header is known to be good")
+			return nil, errors.New("no KEK")
+		}
+		if _, err := AddTokenByRecovery(t.Context(), d, key, ring(b).unseal, seal, o); !errors.Is(err, want) {
 			t.Errorf("AddTokenByRecovery() = %v, want %v", err, want)
 		}
 		if !bytes.Equal(before, d.Bytes()) {
