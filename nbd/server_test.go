@@ -717,14 +717,16 @@ func TestRepliesWhole(t *testing.T) {
 	h := newHarness(t, nbd.Config{}, nbd.Export{Device: dev})
 	client, server := socketpair(t)
 	defer client.Close()
-	// The server would enlarge a socket that it knows; behind a pipe's
-	// interface it can't.
-	if err := server.SetWriteBuffer(1); err != nil {
-		t.Fatal(err)
-	}
-	h.serve(struct{ net.Conn }{server})
+	h.serve(server)
 	c, err := nbdtest.Dial(client, "")
 	if err != nil {
+		t.Fatal(err)
+	}
+	// When it has answered this, the server has enlarged the socket, and won't again.
+	if errno, err := c.Read(make([]byte, 1), 0); errno != 0 || err != nil {
+		t.Fatal(errno, err)
+	}
+	if err := server.SetWriteBuffer(1); err != nil {
 		t.Fatal(err)
 	}
 	const n = 200
