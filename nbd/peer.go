@@ -41,8 +41,9 @@ const (
 
 // checkPeer returns whose limit counts, or ErrPeer.
 func (s *Server) checkPeer(conn net.Conn) (peerKey, error) {
-	if uc, ok := conn.(*net.UnixConn); ok {
-		p, err := unixPeer(uc)
+	_, local := conn.(*net.UnixConn)
+	if addr := conn.LocalAddr(); local || addr != nil && strings.HasPrefix(addr.Network(), "unix") {
+		p, err := unixPeer(conn)
 		if err != nil {
 			return peerKey{}, err
 		}
@@ -63,14 +64,10 @@ func (s *Server) checkPeer(conn net.Conn) (peerKey, error) {
 }
 
 // unixPeer asks the kernel who connected.
-func unixPeer(conn *net.UnixConn) (Peer, error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return Peer{}, fmt.Errorf("nbd: asking who connected: %w", err)
-	}
+func unixPeer(conn net.Conn) (Peer, error) {
 	var cred *unix.Ucred
 	var errno error
-	err = raw.Control(func(fd uintptr) {
+	err := control(conn, func(fd uintptr) {
 		cred, errno = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	})
 	if err == nil {

@@ -39,6 +39,71 @@ func TestAllowPeer(t *testing.T) {
 	}
 }
 
+// TestPeerOfSocket: what a Socket is connected to is checked as that of a connection of
+// package net, and what can't be asked is refused.
+func TestPeerOfSocket(t *testing.T) {
+	export := nbd.Export{Device: nbdtest.NewDevice(512, false)}
+	take := func(conn net.Conn) net.Conn {
+		t.Helper()
+		s, err := nbd.NewSocket(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	t.Run("AllowPeer", func(t *testing.T) {
+		h := newHarness(t, nbd.Config{AllowPeer: func(p nbd.Peer) bool { return int(p.UID) != os.Getuid() }}, export)
+		client, server := socketpair(t)
+		defer client.Close()
+		if err := wait(t, "Serve", h.serve(take(server))); !errors.Is(err, nbd.ErrPeer) {
+			t.Errorf("Serve() of a Socket = %v, want %v", err, nbd.ErrPeer)
+		}
+		if st := h.s.Stats(); st.Rejected != 1 || st.Accepted != 0 {
+			t.Errorf("Stats() = %+v", st)
+		}
+	})
+	t.Run("wrapped", func(t *testing.T) {
+		h := newHarness(t, nbd.Config{}, export)
+		client, server := socketpair(t)
+		defer client.Close()
+		if err := wait(t, "Serve", h.serve(struct{ net.Conn }{server})); !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("Serve() of a connection that can't be asked = %v", err)
+		}
+	})
+	t.Run("MaxPerPeer", func(t *testing.T) {
+		for _, pair := range []func(*testing.T) (net.Conn, net.Conn){
+			func(t *testing.T) (net.Conn, net.Conn) { a, b := socketpair(t); return a, b }, tcpPair,
+		} {
+			h := newHarness(t, nbd.Config{MaxPerPeer: 1}, export)
+			client, server := pair(t)
+			defer client.Close()
+			h.serve(take(server))
+			if _, err := nbdtest.Dial(client, ""); err != nil {
+				t.Fatal(err)
+			}
+			client, server = pair(t)
+			defer client.Close()
+			if err := wait(t, "Serve", h.serve(take(server))); !errors.Is(err, nbd.ErrTooManyConnections) {
+				t.Errorf("Serve() of a second Socket of the same peer = %v, want %v", err, nbd.ErrTooManyConnections)
+			}
+		}
+	})
+	t.Run("TLS", func(t *testing.T) {
+		h := newHarness(t, nbd.Config{TLS: newPKI(t).server}, export)
+		client, server := tcpPair(t)
+		defer client.Close()
+		h.serve(take(server))
+		c := &nbdtest.Client{Conn: client}
+		if _, err := c.Greet(3); err != nil {
+			t.Fatal(err)
+		}
+		replies, err := c.Option(nbdtest.OptGo, nbdtest.GoData(""))
+		if err != nil || replies[len(replies)-1].Type != nbdtest.RepErrTLS {
+			t.Errorf("GO by TCP before STARTTLS: %+v, %v; want error %#x", replies, err, uint32(nbdtest.RepErrTLS))
+		}
+	})
+}
+
 // TestAllowPeerByDefault: other users get nothing, whatever the mode of the
 // socket. It needs root to be somebody else; other users check themselves only.
 func TestAllowPeerByDefault(t *testing.T) {

@@ -309,6 +309,9 @@ func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
 // refused, see Clients that go. It may take a second before the first request is served,
 // while connections whose clients have gone come to their ends.
 //
+// Who is at the other end of a socket is asked of conn: of a [net.UnixConn],
+// [net.TCPConn] or [Socket]. A Unix socket that is wrapped in something else is refused.
+//
 // It returns nil after a disconnect or an aborted handshake, an error that
 // matches [io.EOF] when the client just went away, and [context.Cause] of ctx
 // after a cancellation. It doesn't close conn, but may leave deadlines set.

@@ -63,31 +63,39 @@ func newSocket(fd int) *Socket {
 	}
 }
 
-// duplicate returns another descriptor of a socket.
+// duplicate returns another descriptor of a socket. The error matches
+// [errors.ErrUnsupported] if conn is something else.
 func duplicate(conn net.Conn) (fd int, err error) {
-	dup := func(n uintptr) {
+	e := control(conn, func(n uintptr) {
 		fd, err = unix.FcntlInt(n, unix.F_DUPFD_CLOEXEC, 0)
 		err = os.NewSyscallError("fcntl", err)
+	})
+	if e != nil {
+		return -1, e
 	}
+	return fd, err
+}
+
+// control calls f with the descriptor of a socket. The error matches
+// [errors.ErrUnsupported] if conn is something else.
+func control(conn net.Conn, f func(fd uintptr)) error {
 	var raw syscall.RawConn
+	var err error
 	switch c := conn.(type) {
 	case *Socket:
-		dup(uintptr(c.fd))
-		return fd, err
+		f(uintptr(c.fd))
+		return nil
 	case *net.UnixConn:
 		raw, err = c.SyscallConn()
 	case *net.TCPConn:
 		raw, err = c.SyscallConn()
 	default:
-		return -1, fmt.Errorf("%T: %w", conn, errors.ErrUnsupported)
+		return fmt.Errorf("%T: %w", conn, errors.ErrUnsupported)
 	}
 	if err != nil {
-		return -1, err
+		return err
 	}
-	if e := raw.Control(dup); e != nil {
-		return -1, e
-	}
-	return fd, err
+	return raw.Control(f)
 }
 
 // File returns another descriptor of the socket.
@@ -245,8 +253,20 @@ func (s *Socket) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// LocalAddr returns nil: nobody asks a Socket.
-func (s *Socket) LocalAddr() net.Addr { return nil }
+// LocalAddr returns the address of this end, or nil if the kernel gives none.
+func (s *Socket) LocalAddr() net.Addr { return socketAddr(unix.Getsockname(s.fd)) }
 
-// RemoteAddr returns nil, as LocalAddr does.
-func (s *Socket) RemoteAddr() net.Addr { return nil }
+// RemoteAddr returns the address of the other end, or nil if the kernel gives none.
+func (s *Socket) RemoteAddr() net.Addr { return socketAddr(unix.Getpeername(s.fd)) }
+
+func socketAddr(sa unix.Sockaddr, err error) net.Addr {
+	switch sa := sa.(type) {
+	case *unix.SockaddrUnix:
+		return &net.UnixAddr{Name: sa.Name, Net: "unix"}
+	case *unix.SockaddrInet4:
+		return &net.TCPAddr{IP: sa.Addr[:], Port: sa.Port}
+	case *unix.SockaddrInet6:
+		return &net.TCPAddr{IP: sa.Addr[:], Port: sa.Port}
+	}
+	return nil
+}
