@@ -1214,6 +1214,10 @@ func (c *conn) parse() error {
 				rd.slots.push(r)
 				return nil
 			}
+			if buf == nil && !c.ses.refuseLate {
+				rd.slots.push(r)
+				return context.Cause(c.ctx)
+			}
 			if buf == nil {
 				errno = errShutdown
 			}

@@ -232,6 +232,36 @@ func TestCanceledLeavesKernelAlone(t *testing.T) {
 	}
 }
 
+// TestCanceledWithoutMemory: nor has one of the kernel that waits for memory then.
+func TestCanceledWithoutMemory(t *testing.T) {
+	h := newHarness(t, nbd.Config{Arena: nbd.MaxPayload}, nbd.Export{Device: nbdtest.NewDevice(nbd.MaxPayload, false)})
+	slow, _ := h.dial("")
+	if err := slow.Send(nbdtest.Request{Len: nbd.MaxPayload}, nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a client holds all memory", func() bool { return h.s.Stats().Arena.Used == nbd.MaxPayload })
+	kernel, server := socketpair(t)
+	defer kernel.Close()
+	ctx, cancel := context.WithCancelCause(h.ctx)
+	result := make(chan error, 1)
+	h.serves.Go(func() {
+		err := h.s.ServeTransmission(ctx, server, "")
+		server.Close()
+		result <- err
+	})
+	if _, err := kernel.Write(nbdtest.Request{Cookie: 1, Len: 4096}.Append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the kernel's request waits", func() bool { return h.s.Stats().Arena.Waits > 0 })
+	cancel(errTestEnds)
+	if err := wait(t, "ServeTransmission", result); err != errTestEnds {
+		t.Errorf("ServeTransmission() = %v", err)
+	}
+	if b, _ := io.ReadAll(kernel); len(b) != 0 {
+		t.Errorf("the kernel got %x, which it takes for an error of the disk", b)
+	}
+}
+
 // TestCanceledWithDeadPeer: a peer that takes nothing can't hold Serve longer
 // than the grace period, however much there is for it.
 func TestCanceledWithDeadPeer(t *testing.T) {
