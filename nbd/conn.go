@@ -635,7 +635,8 @@ func (c *conn) backlog() int64 {
 	if c.ready.n == 0 {
 		return 0
 	}
-	return int64(c.ready.n) * (c.mean + int64(c.ready.head.length)/bytesPerNano)
+	length := min(c.ready.head.length, 1<<40) // of zeros it may be 2^63, and more is as good as that
+	return int64(c.ready.n) * (c.mean + int64(length)/bytesPerNano)
 }
 
 // observe notes how long a request took. The device is slow if two of some 26

@@ -51,3 +51,14 @@ func TestSlowOrLate(t *testing.T) {
 		}
 	}
 }
+
+// TestBacklog: the longest zeros that there can be are much work, many times over.
+func TestBacklog(t *testing.T) {
+	c := &conn{}
+	for range 128 {
+		c.ready.push(&request{header: header{cmd: cmdWriteZeroes, length: 1<<63 - 1}})
+	}
+	if n := c.backlog(); n < shareWork {
+		t.Errorf("backlog() = %d, want at least %d", n, int64(shareWork))
+	}
+}

@@ -72,7 +72,8 @@ type Config struct {
 	HandshakeTimeout time.Duration
 
 	// StallTimeout is how long a connection may hold memory that others wait
-	// for while its peer neither sends nor takes anything. Zero is 30 s.
+	// for while its peer neither sends nor takes anything. With the portable engine, and
+	// with TLS, a peer that takes less than 1 MiB in that time takes nothing. Zero is 30 s.
 	StallTimeout time.Duration
 
 	// TLS, if not nil, is offered to clients by STARTTLS. It says by ClientAuth
