@@ -33,7 +33,8 @@ import (
 // the user that the daemon runs as:
 //
 //	GET  /v1/status   the daemon's state, a [status]
-//	POST /v1/lock     wipe the keys now; 204 when they are gone
+//	POST /v1/lock     wipe the keys now; 204 when they are gone, 409 if they are the
+//	                  last to the data, unless with ?force=true
 //	POST /v1/unlock   undo that, or try to unseal now; 204 at once
 //	POST /v1/reload   have the program that is on disk take over: 202 when this
 //	                  server leaves, 409 with the reason if it stays
@@ -47,7 +48,7 @@ import (
 //	                  header doesn't allow it
 //	POST /v1/detach   stop, and answer when the volume is closed: 204 if all is
 //	                  well, 500 with the reason if something was lost, 409 if
-//	                  the kernel device is in use and nothing was done
+//	                  the kernel device is in use, or as of lock, and nothing was done
 //
 // Both ends are in this file.
 
@@ -106,6 +107,7 @@ type volumeStatus struct {
 type serverStatus struct {
 	Engine      string `json:"engine"` // how it does the disk's I/O: io_uring, portable
 	Connections int    `json:"connections"`
+	Clients     int    `json:"clients"` // of them those of sockets, which detach cuts off
 	InFlight    int    `json:"in_flight"`
 	ArenaSize   int64  `json:"arena_size"` // ceiling of the memory for payloads
 	ArenaUsed   int64  `json:"arena_used"`
@@ -132,6 +134,8 @@ func (d *daemon) serveControl() (stop func(), err error) {
 	if err != nil {
 		if exitCode(err) == codeBusy {
 			err = fmt.Errorf("%w; is this volume served already?", err)
+		} else if errors.Is(err, unix.EACCES) {
+			err = fmt.Errorf("%w; %s", err, notRoot)
 		}
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
@@ -145,6 +149,10 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		json.NewEncoder(w).Encode(d.status())
 	})
 	mux.HandleFunc("POST /v1/detach", func(w http.ResponseWriter, r *http.Request) {
+		if why := d.wouldLose(r); why != "" {
+			http.Error(w, why, http.StatusConflict)
+			return
+		}
 		if err := d.requestDetach(); err != nil {
 			http.Error(w, err.Error(), http.StatusConflict)
 			return
@@ -236,6 +244,12 @@ func (d *daemon) serveControl() (stop func(), err error) {
 				fail(http.StatusConflict, "the volume's key was random; once it is wiped nothing brings it back", "")
 				return
 			}
+			if command.event == audit.Lock {
+				if why := d.wouldLose(r); why != "" {
+					fail(http.StatusConflict, why, "")
+					return
+				}
+			}
 			if command.event == audit.Unlock && life.Snapshot().State == lifecycle.Erased {
 				fail(http.StatusConflict, "the volume was erased; nothing brings it back", "")
 				return
@@ -270,6 +284,9 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		<-done
 	}, nil
 }
+
+// notRoot is what can be done where runDir is root's.
+const notRoot = "without root, name a place by --control, or set XDG_RUNTIME_DIR, which su, sudo and cron leave out (/run/user/UID)"
 
 // listenControl makes the control socket, or goes on with that of the server
 // before.
@@ -352,10 +369,31 @@ func (d *daemon) requestDetach() error {
 	return nil
 }
 
+// wouldLose says why a request to lock or detach needs ?force=true, or "": what it
+// wipes are the last keys to the data.
+func (d *daemon) wouldLose(r *http.Request) string {
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
+	if r.URL.Query().Get("force") == "true" || v == nil || v.Suspended() {
+		return "" // or there are none
+	}
+	d.readTokens()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch locks := r.URL.Path == "/v1/lock"; {
+	case d.opts.randomKey && locks:
+		return "the volume's key is random and stored nowhere: to lock it is to destroy its data for ever, which --force does"
+	case d.lost:
+		return "the header on " + d.opts.device + " is gone, and this server has the last key to the data; copy the data first, or, if you have a backup of the header, go on with --force and 'hostcryptd header restore' it then; nothing was changed"
+	}
+	return ""
+}
+
 // readTokens notes which tokens the header has. A disk that hangs or fails is not
 // waited for: what was noted before stays, and nobody else asks the disk meanwhile.
 func (d *daemon) readTokens() {
-	if !d.readingTokens.CompareAndSwap(false, true) {
+	if d.opts.randomKey || !d.readingTokens.CompareAndSwap(false, true) {
 		return
 	}
 	done := make(chan struct{})
@@ -364,18 +402,23 @@ func (d *daemon) readTokens() {
 		defer d.readingTokens.Store(false)
 		ctx, cancel := context.WithTimeout(context.Background(), tokensTimeout)
 		defer cancel()
-		h, _, err := sector.ReadHeader(ctx, d.device)
+		h, copies, err := sector.ReadHeader(ctx, d.device)
 		var list []tokenInfo
+		damage, lost := "", false
 		switch {
 		case err == nil:
+			if copies.Damaged() {
+				damage = copies.Describe() + "; 'hostcryptd header repair' repairs it"
+			}
 			list = slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
 		case errors.Is(err, sector.ErrNotVolume) || errors.Is(err, sector.ErrDamaged):
 			// It's gone, and its tokens with it.
+			damage, lost = headerGone+": "+err.Error(), true
 		default:
 			return
 		}
 		d.mu.Lock()
-		d.tokens = list
+		d.tokens, d.damage, d.lost = list, damage, lost
 		d.mu.Unlock()
 	}()
 	select {
@@ -407,6 +450,9 @@ func (d *daemon) status() *status {
 	if d.life != nil {
 		s.Key.Snapshot = d.life.Snapshot()
 		s.Key.Expires, s.Key.Header = d.lifeHost.firstExpiry(), d.lifeHost.headerProblem()
+		if s.Key.Header == "" && s.Key.State != lifecycle.Erased {
+			s.Key.Header = d.damage // seen just now
+		}
 	}
 	if v := d.volume; v != nil {
 		token, size, requests := v.Token(), int64(0), v.Stats()
@@ -427,6 +473,7 @@ func (d *daemon) status() *status {
 	if d.server != nil {
 		n := d.server.Stats()
 		s.Server = newServerStatus(n)
+		s.Server.Clients = max(0, s.Server.Connections-len(d.kernelSockets))
 		s.Server.Engine = string(d.server.Engine())
 	}
 	return s
@@ -485,6 +532,9 @@ func (c *controlClient) send(ctx context.Context, method, path string, body []by
 		return err
 	}
 	resp, err := c.http.Do(r)
+	if errors.Is(err, unix.EACCES) {
+		return fmt.Errorf("%s: %w; it answers root and the user that its server runs as", c.path, reasonOf(err))
+	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.path, reasonOf(err))
 	}
@@ -762,6 +812,8 @@ func (s *status) printKey(p func(name, format string, args ...any)) {
 	k := &s.Key
 	text := k.State.String()
 	switch {
+	case k.Locked && k.Random:
+		text += " by an operator: its key was random and is wiped, so its data is gone"
 	case k.Locked:
 		text += " by an operator; 'hostcryptd unlock' opens it again"
 	case k.State == lifecycle.Erased:
@@ -799,7 +851,10 @@ func (a *app) lockCommand() *cobra.Command {
 	return a.postCommand("lock", "stop a volume now and wipe its keys", `lock refuses requests from now on, flushes what was written, and wipes the keys,
 without a grace period. The daemon goes on running, and the volume stays locked
 until 'hostcryptd unlock' or a restart of the daemon. Whoever uses the volume sees
-I/O errors, also with --on-revocation freeze, and also where I/O waited for a key.`,
+I/O errors, also with --on-revocation freeze, and also where I/O waited for a key.
+
+Where nothing brings the keys back, as with --random-key, or because the header is gone
+from the disk, it asks for --force: the data is lost then.`,
 		func(lifecycle.State) string { return "is locked: its keys are wiped" })
 }
 
@@ -819,6 +874,7 @@ its next try, it tries now.`, func(was lifecycle.State) string {
 // postCommand is a command without an answer of its own: done says what became of a
 // volume whose key was in a state.
 func (a *app) postCommand(name, short, long string, done func(was lifecycle.State) string) *cobra.Command {
+	force := false
 	c := &cobra.Command{
 		Use:   name + " VOLUME",
 		Short: short,
@@ -829,11 +885,14 @@ func (a *app) postCommand(name, short, long string, done func(was lifecycle.Stat
 			if err != nil {
 				return err
 			}
-			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/"+name, nil); err != nil {
+			if err := newControlClient(s.Control).do(c.Context(), "POST", fmt.Sprintf("/v1/%s?force=%t", name, force), nil); err != nil {
 				return err
 			}
 			return a.answer(nil, map[string]string{"uuid": s.UUID, "device": s.Device}, "%s %s", s.Device, done(s.Key.State))
 		},
+	}
+	if name == "lock" {
+		c.Flags().BoolVar(&force, "force", false, "wipe the keys also if nothing brings them back, and so the data")
 	}
 	return a.jsonFlag(c)
 }
@@ -889,11 +948,14 @@ was there when the initramfs was made.
 }
 
 func (a *app) detachCommand() *cobra.Command {
+	force := false
 	c := &cobra.Command{
 		Use:   "detach VOLUME",
 		Short: "stop serving a volume: drain, flush, detach, wipe the keys",
 		Long: `detach stops the daemon of a volume and waits until it has ended. It refuses while
-the kernel device is mounted or otherwise in use.
+the kernel device is mounted or otherwise in use, and, without --force, while the header
+is gone from the disk: what was not copied by then is lost without a backup of it.
+Clients of sockets are cut off; it says how many there were.
 
 ` + whichHelp,
 		Args: oneArg("VOLUME"),
@@ -909,7 +971,7 @@ the kernel device is mounted or otherwise in use.
 					return inUse(s.Attached, slices.Concat(d.mounts(), d.swaps(), d.holders(), by), unseen)
 				}
 			}
-			if err := newControlClient(s.Control).do(c.Context(), "POST", "/v1/detach", nil); err != nil {
+			if err := newControlClient(s.Control).do(c.Context(), "POST", fmt.Sprintf("/v1/detach?force=%t", force), nil); err != nil {
 				return err
 			}
 			for processExists(s.PID) || s.Keeper != 0 && processExists(s.Keeper) {
@@ -919,9 +981,15 @@ the kernel device is mounted or otherwise in use.
 				case <-time.After(10 * time.Millisecond):
 				}
 			}
-			return a.answer(nil, map[string]string{"uuid": s.UUID, "device": s.Device}, "%s is detached", s.Device)
+			cut, text := 0, "%s is detached"
+			if s.Server != nil && s.Server.Clients > 0 {
+				cut = s.Server.Clients
+				text += fmt.Sprintf("; connections of clients that it cut off: %d", cut)
+			}
+			return a.answer(nil, map[string]any{"uuid": s.UUID, "device": s.Device, "clients_cut_off": cut}, text, s.Device)
 		},
 	}
+	c.Flags().BoolVar(&force, "force", false, "detach also while the header is gone from the disk, and with it the way into the data")
 	return a.jsonFlag(c)
 }
 

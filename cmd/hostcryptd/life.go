@@ -260,6 +260,8 @@ type headerFault struct {
 	err  error
 }
 
+const headerGone = "is gone: the volume goes on, and won't open again without a backup of the header; without one, copy the data while it's served"
+
 // headerTimeout is what looking at a header that was changed may take. It's less
 // than a look at the KEK has, so that no header can be made that keeps the KEK
 // from being looked at.
@@ -390,7 +392,7 @@ func (h *keyHost) judgeHeader(err error) {
 	case errors.Is(err, sector.ErrDevice):
 		now = &headerFault{"can't be read", err}
 	case errors.Is(err, sector.ErrNotVolume), errors.Is(err, sector.ErrDamaged):
-		now = &headerFault{"is gone: the volume goes on, and won't open again without a backup of the header", err}
+		now = &headerFault{headerGone, err}
 	case !errors.Is(err, sector.ErrAuth) && (o.Kind == lifecycle.Transient || o.Kind == lifecycle.Denied):
 		now = &headerFault{"is not the one that is known, and can't be authenticated now", err}
 	case h.isDistrusted():

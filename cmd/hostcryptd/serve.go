@@ -369,6 +369,8 @@ type daemon struct {
 	index    int    // of that, or nbdnl.FirstFree
 	left     serverState
 	tokens   []tokenInfo // that the header had when it was last looked at
+	damage   string      // of the header then
+	lost     bool        // it was gone then
 
 	readingTokens atomic.Bool
 	headerChanged chan struct{} // capacity 1: to watchHeader
