@@ -5,6 +5,10 @@ import (
 	"context"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -146,6 +150,98 @@ func TestRingGivesUp(t *testing.T) {
 	}
 	cancel()
 	<-served
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRingFUA: what io_uring writes with FUA is flushed by the kernel, and so is what it
+// has given up on. A loop device counts its flushes.
+func TestRingFUA(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test makes a loop device, which takes root")
+	}
+	losetup, err := exec.LookPath("losetup")
+	if err != nil {
+		t.Fatal("this test needs losetup, of the Debian package mount")
+	}
+	image := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(losetup, "--show", "-f", image).CombinedOutput()
+	if err != nil {
+		t.Fatalf("losetup: %v: %s", err, out)
+	}
+	loop := strings.TrimSpace(string(out))
+	defer exec.Command(losetup, "-d", loop).Run()
+	f, err := os.OpenFile(loop, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	flushes := func() int {
+		t.Helper()
+		b, err := os.ReadFile("/sys/block/" + filepath.Base(loop) + "/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields := strings.Fields(string(b)) // Documentation/block/stat.rst
+		if len(fields) < 16 {
+			t.Fatalf("this kernel counts no flushes: %q; Linux 5.5 does", b)
+		}
+		n, err := strconv.Atoi(fields[15])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+
+	s, err := New(Config{Engine: EngineURing}, Export{Device: &fileDevice{File: f}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var givesUp atomic.Bool
+	s.fault = func(result int) int {
+		if givesUp.Load() {
+			return -int(syscall.ECANCELED)
+		}
+		return result
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, client := newSocket(fds[0]), newSocket(fds[1])
+	served := make(chan error, 1)
+	go func() { served <- s.ServeTransmission(t.Context(), server, "") }()
+	if err := client.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	c := &nbdtest.Client{Conn: client}
+	write := func(flags uint16) int {
+		t.Helper()
+		before := flushes()
+		if errno, err := c.Write(make([]byte, 8192), 4096, flags); errno != 0 || err != nil {
+			t.Fatalf("WRITE with flags %d: error %d, %v", flags, errno, err)
+		}
+		return flushes() - before
+	}
+	if n := write(0); n != 0 {
+		t.Fatalf("a write without FUA: %d flushes, so this test can't fail", n)
+	}
+	one := write(nbdtest.FUA)
+	if one == 0 {
+		t.Error("a write with FUA was not flushed")
+	}
+	// Here io_uring has written it, and the server doesn't know and writes it again.
+	givesUp.Store(true)
+	if n := write(nbdtest.FUA); n < 2*one {
+		t.Errorf("a write with FUA, and once more without io_uring: %d flushes, want %d", n, 2*one)
+	}
+	client.Close()
+	<-served
+	server.Close()
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
