@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -15,56 +16,86 @@ import (
 	"hostcryptd/nbd/nbdtest"
 )
 
-// A script is a connection whose peer sends given bytes, some at a time, and
-// takes everything.
-type script struct {
-	in   []byte
-	step int // 0: all at once
-
-	mu  sync.Mutex
-	out bytes.Buffer
+// received is a connection as far as a client reads from it what has come.
+type received struct {
+	net.Conn
+	b []byte
 }
 
-func (s *script) Read(p []byte) (int, error) {
-	if len(s.in) == 0 {
+func (r *received) Read(p []byte) (int, error) {
+	if len(r.b) == 0 {
 		return 0, io.EOF
 	}
-	n := len(s.in)
-	if s.step > 0 {
-		n = min(n, s.step)
-	}
-	n = copy(p, s.in[:n])
-	s.in = s.in[n:]
+	n := copy(p, r.b)
+	r.b = r.b[n:]
 	return n, nil
 }
 
-func (s *script) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.out.Write(p)
-}
+func (*received) Write(p []byte) (int, error) { return len(p), nil }
 
-func (*script) Close() error                     { return nil }
-func (*script) LocalAddr() net.Addr              { return nil }
-func (*script) RemoteAddr() net.Addr             { return nil }
-func (*script) SetDeadline(time.Time) error      { return nil }
-func (*script) SetReadDeadline(time.Time) error  { return nil }
-func (*script) SetWriteDeadline(time.Time) error { return nil }
-
-func fuzzServer(f *testing.F) (*nbd.Server, *nbdtest.Device) {
-	dev := nbdtest.NewDevice(1<<20+7, false)
-	s, err := nbd.New(nbd.Config{InFlight: 2},
-		nbd.Export{Name: "a", Description: "d", Device: dev, Trim: true},
-		nbd.Export{Name: "b", Device: dev, ReadOnly: true})
-	if err != nil {
-		f.Fatal(err)
+// feed runs serve with a peer that sends in, step bytes at a time, or all at once if
+// that is 0, then closes its sending half, and takes everything. It returns that.
+func feed(t *testing.T, serve func(net.Conn) error, in []byte, step int) (out []byte, err error) {
+	t.Helper()
+	client, server := socketpair(t)
+	defer client.Close()
+	if err := client.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
 	}
-	f.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			f.Error(err)
+	var peer sync.WaitGroup
+	peer.Go(func() {
+		if step == 0 {
+			step = len(in)
+		}
+		step = max(step, len(in)/1000+1)
+		for len(in) > 0 {
+			n, err := client.Write(in[:min(step, len(in))])
+			if err != nil {
+				return // the server has ended before
+			}
+			in = in[n:]
+		}
+		client.CloseWrite()
+	})
+	peer.Go(func() {
+		var err error
+		if out, err = io.ReadAll(client); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("reading: %v", err)
 		}
 	})
-	return s, dev
+	err = serve(server)
+	server.Close()
+	peer.Wait()
+	return out, err
+}
+
+// fuzzServers returns a server with each engine.
+func fuzzServers(f *testing.F) (servers []*nbd.Server, size uint64) {
+	size = 1<<20 + 7
+	for _, e := range []nbd.Engine{nbd.EnginePortable, nbd.EngineURing} {
+		exports := []nbd.Export{{Name: "a", Description: "d", Trim: true}, {Name: "b", ReadOnly: true}}
+		dev, err := nbdtest.NewAsync(nbdtest.NewDevice(int64(size), false))
+		if err != nil {
+			f.Fatal(err)
+		}
+		for i := range exports {
+			exports[i].Device = dev
+		}
+		s, err := nbd.New(nbd.Config{InFlight: 2, Engine: e}, exports...)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Cleanup(func() {
+			if err := errors.Join(s.Close(), dev.Close()); err != nil {
+				f.Error(err)
+			}
+		})
+		if s.Engine() != e {
+			f.Fatalf("Engine() = %q, want %q", s.Engine(), e)
+		}
+		servers = append(servers, s)
+	}
+	return servers, size
 }
 
 func atRest(t *testing.T, s *nbd.Server) {
@@ -98,12 +129,11 @@ func FuzzHandshake(f *testing.F) {
 	f.Add(more(opt(nbdtest.OptExtendedHeaders, nil), nbdtest.OptStructuredReply, nil), byte(0))
 	f.Add(more(opt(nbdtest.OptExtendedHeaders, nil), nbdtest.OptExportName, []byte("a")), byte(0))
 	f.Add(more(opt(nbdtest.OptStartTLS, nil), nbdtest.OptList, nil), byte(2))
-	s, _ := fuzzServer(f)
-	f.Fuzz(func(t *testing.T, in []byte, step byte) {
-		conn := &script{in: in, step: int(step)}
-		err := s.Serve(context.Background(), conn)
+	servers, _ := fuzzServers(f)
+	check := func(t *testing.T, s *nbd.Server, in []byte, step byte) {
+		out, err := feed(t, func(c net.Conn) error { return s.Serve(context.Background(), c) }, in, int(step))
 		atRest(t, s)
-		c := &nbdtest.Client{Conn: &script{in: conn.out.Bytes()}}
+		c := &nbdtest.Client{Conn: &received{b: out}}
 		if _, err := c.Greet(0); err != nil {
 			t.Fatalf("greeting: %v", err)
 		}
@@ -131,6 +161,11 @@ func FuzzHandshake(f *testing.F) {
 				return // FuzzTransmission goes on from here
 			}
 		}
+	}
+	f.Fuzz(func(t *testing.T, in []byte, step byte) {
+		for _, s := range servers {
+			check(t, s, in, step)
+		}
 	})
 }
 
@@ -146,11 +181,7 @@ func FuzzTransmission(f *testing.F) {
 	f.Add(req(nbdtest.Request{Cmd: nbdtest.WriteZeroes, Len: 1 << 20, Off: 7, Flags: nbdtest.NoHole}, 0), byte(0))
 	f.Add(req(nbdtest.Request{Cmd: 99, Len: 1<<32 - 1, Off: 1<<64 - 1, Flags: 0xffff}, 0), byte(0))
 	f.Add(req(nbdtest.Request{Magic: 1}, 0), byte(0))
-	s, dev := fuzzServer(f)
-	size, err := dev.Size()
-	if err != nil {
-		f.Fatal(err)
-	}
+	servers, size := fuzzServers(f)
 	f.Fuzz(func(t *testing.T, in []byte, step byte) {
 		type reply struct {
 			errno uint32
@@ -164,7 +195,7 @@ func FuzzTransmission(f *testing.F) {
 			binary.BigEndian.PutUint64(b[8:], uint64(len(want))) // any cookie does
 			r := reply{}
 			b = b[28:]
-			inside := off <= uint64(size) && uint64(n) <= uint64(size)-off
+			inside := off <= size && uint64(n) <= size-off
 			if cmd == nbdtest.Disc {
 				break
 			}
@@ -190,26 +221,28 @@ func FuzzTransmission(f *testing.F) {
 			want = append(want, r)
 		}
 
-		conn := &script{in: in, step: int(step)}
-		s.ServeTransmission(context.Background(), conn, "a")
-		atRest(t, s)
-		c := &nbdtest.Client{Conn: &script{in: conn.out.Bytes()}}
-		seen := make([]bool, len(want))
-		for range want {
-			errno, cookie, err := c.ReadReply()
-			if err != nil {
-				t.Fatal(err)
+		for _, s := range servers {
+			out, _ := feed(t, func(c net.Conn) error { return s.ServeTransmission(context.Background(), c, "a") }, in, int(step))
+			atRest(t, s)
+			rest := &received{b: out}
+			c := &nbdtest.Client{Conn: rest}
+			seen := make([]bool, len(want))
+			for range want {
+				errno, cookie, err := c.ReadReply()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if cookie >= uint64(len(want)) || seen[cookie] || errno != want[cookie].errno {
+					t.Fatalf("reply with cookie %d, error %d, to none of %+v", cookie, errno, want)
+				}
+				seen[cookie] = true
+				if _, err := io.CopyN(io.Discard, c.Conn, int64(want[cookie].n)); err != nil {
+					t.Fatal(err)
+				}
 			}
-			if cookie >= uint64(len(want)) || seen[cookie] || errno != want[cookie].errno {
-				t.Fatalf("reply with cookie %d, error %d, to none of %+v", cookie, errno, want)
+			if len(rest.b) != 0 {
+				t.Fatalf("%d bytes after the last reply", len(rest.b))
 			}
-			seen[cookie] = true
-			if _, err := io.CopyN(io.Discard, c.Conn, int64(want[cookie].n)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if rest := len(c.Conn.(*script).in); rest != 0 {
-			t.Fatalf("%d bytes after the last reply", rest)
 		}
 	})
 }
@@ -238,11 +271,7 @@ func FuzzChunks(f *testing.F) {
 		add(0, req{Cmd: 99, Flags: 0xffff, Len: 10}, 10)
 		add(0, req{Cmd: nbdtest.Write, Len64: 1<<64 - 1}, 0)
 	}
-	s, dev := fuzzServer(f)
-	size, err := dev.Size()
-	if err != nil {
-		f.Fatal(err)
-	}
+	servers, size := fuzzServers(f)
 	f.Fuzz(func(t *testing.T, in []byte, step byte, extended bool) {
 		type reply struct {
 			cmd    uint16
@@ -282,7 +311,7 @@ func FuzzChunks(f *testing.F) {
 				valid[nbdtest.Write] = nbdtest.PayloadLen
 			}
 			allowed, known := valid[r.cmd]
-			inside := r.off <= uint64(size) && r.n <= uint64(size)-r.off
+			inside := r.off <= size && r.n <= size-r.off
 			switch {
 			case !known,
 				flags&^(allowed|nbdtest.FUA) != 0,
@@ -305,57 +334,59 @@ func FuzzChunks(f *testing.F) {
 		all := nbdtest.AppendOption([]byte{0, 0, 0, 3}, opt, nil)
 		all = nbdtest.AppendOption(all, nbdtest.OptSetMeta, nbdtest.MetaData("a", "base:allocation"))
 		all = nbdtest.AppendOption(all, nbdtest.OptGo, nbdtest.GoData("a"))
-		conn := &script{in: append(all, in...), step: int(step)}
-		s.Serve(context.Background(), conn)
-		atRest(t, s)
+		for _, s := range servers {
+			out, _ := feed(t, func(c net.Conn) error { return s.Serve(context.Background(), c) }, append(bytes.Clone(all), in...), int(step))
+			atRest(t, s)
 
-		c := &nbdtest.Client{Conn: &script{in: conn.out.Bytes()}}
-		if _, err := c.Greet(0); err != nil {
-			t.Fatal(err)
-		}
-		for range 5 { // an ACK, a context and its ACK, an information and its ACK
-			if _, err := c.ReadOptionReply(); err != nil {
+			rest := &received{b: out}
+			c := &nbdtest.Client{Conn: rest}
+			if _, err := c.Greet(0); err != nil {
 				t.Fatal(err)
 			}
-		}
-		seen := make([]bool, len(want))
-		for range want {
-			k, err := c.ReadChunk()
-			if err != nil {
-				t.Fatal(err)
+			for range 5 { // an ACK, a context and its ACK, an information and its ACK
+				if _, err := c.ReadOptionReply(); err != nil {
+					t.Fatal(err)
+				}
 			}
-			if k.Cookie >= uint64(len(want)) || seen[k.Cookie] || !k.Done() {
-				t.Fatalf("chunk %+v, to none of %+v", k, want)
+			seen := make([]bool, len(want))
+			for range want {
+				k, err := c.ReadChunk()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if k.Cookie >= uint64(len(want)) || seen[k.Cookie] || !k.Done() {
+					t.Fatalf("chunk %+v, to none of %+v", k, want)
+				}
+				seen[k.Cookie] = true
+				r := want[k.Cookie]
+				if k.Errno != r.errno {
+					t.Fatalf("error %d in reply to %+v", k.Errno, r)
+				}
+				// The form of the reply, by the request.
+				magic, typ, n := uint32(0x67446698), uint16(0), uint64(0)
+				if extended {
+					magic = 0x6e8a278c
+				} else if r.cmd == nbdtest.Read || r.cmd == nbdtest.BlockStatus {
+					magic = 0x668e33ef
+				}
+				switch {
+				case magic == 0x67446698:
+				case r.errno != 0:
+					typ, n = nbdtest.ChunkError, 6
+				case r.cmd == nbdtest.Read && r.n > 0:
+					typ, n = nbdtest.ChunkOffsetData, 8+r.n
+				case r.cmd == nbdtest.BlockStatus && extended:
+					typ, n = nbdtest.ChunkBlockStatusExt, 24
+				case r.cmd == nbdtest.BlockStatus:
+					typ, n = nbdtest.ChunkBlockStatus, 12
+				}
+				if k.Magic != magic || k.Type != typ || uint64(len(k.Data)) != n || extended && k.Off != r.off {
+					t.Fatalf("chunk with magic %#x, type %d, %d bytes in reply to %+v", k.Magic, k.Type, len(k.Data), r)
+				}
 			}
-			seen[k.Cookie] = true
-			r := want[k.Cookie]
-			if k.Errno != r.errno {
-				t.Fatalf("error %d in reply to %+v", k.Errno, r)
+			if len(rest.b) != 0 {
+				t.Fatalf("%d bytes after the last reply", len(rest.b))
 			}
-			// The form of the reply, by the request.
-			magic, typ, n := uint32(0x67446698), uint16(0), uint64(0)
-			if extended {
-				magic = 0x6e8a278c
-			} else if r.cmd == nbdtest.Read || r.cmd == nbdtest.BlockStatus {
-				magic = 0x668e33ef
-			}
-			switch {
-			case magic == 0x67446698:
-			case r.errno != 0:
-				typ, n = nbdtest.ChunkError, 6
-			case r.cmd == nbdtest.Read && r.n > 0:
-				typ, n = nbdtest.ChunkOffsetData, 8+r.n
-			case r.cmd == nbdtest.BlockStatus && extended:
-				typ, n = nbdtest.ChunkBlockStatusExt, 24
-			case r.cmd == nbdtest.BlockStatus:
-				typ, n = nbdtest.ChunkBlockStatus, 12
-			}
-			if k.Magic != magic || k.Type != typ || uint64(len(k.Data)) != n || extended && k.Off != r.off {
-				t.Fatalf("chunk with magic %#x, type %d, %d bytes in reply to %+v", k.Magic, k.Type, len(k.Data), r)
-			}
-		}
-		if rest := len(c.Conn.(*script).in); rest != 0 {
-			t.Fatalf("%d bytes after the last reply", rest)
 		}
 	})
 }

@@ -141,9 +141,13 @@ func TestRingGivesUp(t *testing.T) {
 			t.Errorf("io_uring never said %v", errno)
 		}
 	}
-	says.Store(int64(syscall.EIO))
-	if number, err := c.Read(make([]byte, 4096), 0); number != errIO || err != nil {
-		t.Errorf("READ when io_uring says EIO: error %d, %v, want %d", number, err, errIO)
+	for errno, want := range map[syscall.Errno]uint32{syscall.EIO: errIO, syscall.ENOSPC: errNoSpace, syscall.EROFS: errPerm} {
+		says.Store(int64(errno))
+		for _, r := range []nbdtest.Request{{Len: 4096}, {Cmd: nbdtest.Write, Len: 4096}, {Cmd: nbdtest.Write, Len: 4096, Flags: nbdtest.FUA}} {
+			if number, err := c.Do(r, make([]byte, 4096)); number != want || err != nil {
+				t.Errorf("command %d with flags %d when io_uring says %v: error %d, %v, want %d", r.Cmd, r.Flags, errno, number, err, want)
+			}
+		}
 	}
 	if dev.begun.Load() != dev.ended.Load() {
 		t.Errorf("%d requests were begun, %d ended", dev.begun.Load(), dev.ended.Load())
