@@ -17,8 +17,8 @@ import (
 // A Handover is secret memory that outlives the process which serves a volume:
 // another process keeps its descriptor and gives it to the next one that
 // serves. It holds the DEK as long as the volume has its keys, whether a flush
-// has failed, and whether one is under way. It is memfd_secret(2) memory where there is such a thing,
-// else an ordinary memfd, locked.
+// has failed, and whether one is under way. It is memfd_secret(2) memory where
+// there is such a thing, else an ordinary memfd, locked.
 //
 // What it says is true at every moment, since its owner may be killed at any:
 // the DEK counts only from the moment on that all of it is there, and is wiped
@@ -194,9 +194,9 @@ func (v *Volume) State() State {
 
 // Continue makes the volume again whose State another process has left, on the
 // same backing device. Without a key in h the volume is suspended, as mode
-// says. If that process was killed while a flush of the device was under way, which may
-// have failed, the volume's Warnings say so. The caller sees to it that no I/O of that process is under way any
-// more, see [Device.Fence].
+// says. If that process was killed while a flush of the device was under way, which
+// may have failed, the volume's Warnings say so. The caller sees to it that no I/O of
+// that process is under way any more, see [Device.Fence].
 func Continue(b Backing, s State, h *Handover, mode SuspendMode) (*Volume, error) {
 	if s.Sector != 512 && s.Sector != 4096 || s.Offset < 0 || s.Size <= 0 || s.Size%s.Sector != 0 || s.Offset > b.Size() || s.Size > b.Size()-s.Offset {
 		return nil, fmt.Errorf("%w: it doesn't hold the volume that was served before", ErrDevice)
