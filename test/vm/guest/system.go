@@ -427,7 +427,9 @@ func (m *machine) restartVolumes() error {
 	for _, verb := range []string{"reload", "restart"} {
 		for _, name := range []string{"swap", "var", "data"} {
 			m.disk = name // as the control command takes it
-			before, err := m.status()
+			// The one before has just been started, and all share one processor: status
+			// gives a server 3 s to answer.
+			before, err := m.waitServed(0)
 			if err != nil {
 				return err
 			}
