@@ -285,6 +285,9 @@ func isExecutable(path string) bool {
 // writeRecoveryKey generates a recovery key and makes sure that it is on disk
 // before a volume depends on it.
 func writeRecoveryKey(name string) ([]byte, error) {
+	if name == "-" {
+		return nil, usagef("--recovery-key takes the name of a new file, not -")
+	}
 	key := sector.NewRecoveryKey()
 	err := writeNew(name, key, 0o600)
 	if errors.Is(err, os.ErrExist) {

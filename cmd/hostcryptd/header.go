@@ -46,8 +46,11 @@ exist. It holds no key in the clear. Make a new one after each change of a key,
 and keep it on another disk. The volume may be in use.`,
 		Args: twoArgs("DEVICE", "FILE"),
 		RunE: func(c *cobra.Command, args []string) error {
+			name := args[1]
+			if name == "-" {
+				return usagef("FILE is the name of a new file, not -")
+			}
 			return withHeader(args[0], true, func(d *sector.Device) error {
-				name := args[1]
 				f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 				if errors.Is(err, os.ErrExist) {
 					return withCode(codeBusy, fmt.Errorf("%s exists; a backup is written to a new file", name))

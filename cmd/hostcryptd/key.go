@@ -284,10 +284,6 @@ until 'hostcryptd key remove' takes them out.`,
 			if spec == "" {
 				return usagef("--key KEY says which key: %s", keySpecs)
 			}
-			given := c.Flags().Changed("recovery-key")
-			if given && recovery == "" {
-				return usagef("--recovery-key FILE says where the key is, - means standard input")
-			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
 				var (
 					id  int
@@ -295,7 +291,7 @@ until 'hostcryptd key remove' takes them out.`,
 					log = a.cliLog()
 					by  string
 				)
-				if given {
+				if recovery != "" {
 					key, kerr := a.readRecoveryKey(recovery)
 					if kerr != nil {
 						return kerr
