@@ -110,12 +110,19 @@ func Backup(ctx context.Context, b Backing, w io.Writer) (BackupInfo, error) {
 // have the same.
 func headerArea(h *luks2.Header) int64 { return int64(2*h.Size + h.Config.KeyslotsSize) }
 
+// A BackupError is what is wrong with a backup, and not with a device. It is an
+// [ErrDamaged].
+type BackupError struct{ err error }
+
+func (e *BackupError) Error() string   { return "the backup can't be used: " + e.err.Error() }
+func (e *BackupError) Unwrap() []error { return []error{ErrDamaged, e.err} }
+
 // ReadBackup reads a backup and checks it as far as it can be without a key.
-// An error about its content is [ErrDamaged].
+// An error about its content is a [BackupError], or [ErrUnsupported].
 func ReadBackup(r io.Reader) (BackupInfo, *luks2.Header, []byte, error) {
 	var info BackupInfo
 	damaged := func(format string, args ...any) (BackupInfo, *luks2.Header, []byte, error) {
-		return info, nil, nil, fmt.Errorf("%w: the backup: %w", ErrDamaged, fmt.Errorf(format, args...))
+		return info, nil, nil, &BackupError{fmt.Errorf(format, args...)}
 	}
 	page := make([]byte, backupPage)
 	if _, err := io.ReadFull(r, page); errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
@@ -176,7 +183,7 @@ type RestoreOptions struct {
 
 // Restore writes a backup to the device it was made of, and reads it back. The
 // device must not be in use. It refuses the backup of another volume, one that is
-// damaged ([ErrDamaged]) and, with [ErrAuth], one of an older generation; where
+// damaged ([BackupError]) and, with [ErrAuth], one of an older generation; where
 // the header on the device is gone, only the right UUID permits it.
 //
 // The second copy is written first, so that an interrupted Restore leaves the

@@ -58,7 +58,10 @@ func Verify(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (*Re
 func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies, unseal Unsealer, o OpenOptions) (*Report, error) {
 	r := &Report{Header: h, Copies: copies, Keyslots: recoverySlots(h)}
 	find := func(format string, args ...any) { r.Findings = append(r.Findings, fmt.Sprintf(format, args...)) }
-	if copies.Damaged() {
+	switch {
+	case copies.Foreign():
+		find("%s; if what stands in its place can go, 'hostcryptd header repair --force' overwrites it", copies.Describe())
+	case copies.Damaged():
 		find("%s; 'hostcryptd header repair' repairs it", copies.Describe())
 	}
 	v, err := supported(h)

@@ -128,6 +128,9 @@ header any more, --uuid confirms which volume it was.`,
 			o.Pins = keys.pinStore(a.cliLog())
 			info, err := sector.Restore(c.Context(), d, f, o)
 			keys.changed(c.Context(), d, audit.Header, "restore", err)
+			if _, ok := errors.AsType[*sector.BackupError](err); ok {
+				return fmt.Errorf("%s: %w", args[1], err)
+			}
 			if err != nil {
 				return fmt.Errorf("%s: %w", args[0], err)
 			}
