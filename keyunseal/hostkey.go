@@ -139,6 +139,9 @@ func readHostKey(path string, dst *[KeySize]byte) error {
 	if _, err := io.ReadFull(f, buf[:]); err != nil {
 		return err
 	}
+	if buf == [KeySize]byte{} {
+		return errors.New("holds zeros, which are no key")
+	}
 	*dst = buf
 	return nil
 }

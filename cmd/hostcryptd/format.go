@@ -103,6 +103,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			if force && found != "" {
 				o.BeforeWrite = func() error { return wipeSignatures(device) }
 			}
+			defer a.watchHostKey(keys.hostKey)()
 			h, err := sector.Format(c.Context(), d, o)
 			if h != nil {
 				keys.recordChange(audit.Format, h.UUID, device, err)

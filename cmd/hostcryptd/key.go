@@ -194,6 +194,24 @@ func checkExpired(action string) error {
 	return nil
 }
 
+// watchHostKey returns what says that a host key was made since. A mistyped name, or
+// a file that was lost, would go unnoticed.
+func (a *app) watchHostKey(file string) func() {
+	if _, err := os.Lstat(file); !errors.Is(err, fs.ErrNotExist) {
+		return func() {}
+	}
+	return func() {
+		if _, err := os.Lstat(file); err != nil {
+			return
+		}
+		out := a.stdout
+		if a.json {
+			out = a.stderr
+		}
+		fmt.Fprintf(out, "%s is a new host key: keep a copy of it elsewhere; what was sealed with another host key doesn't open with it\n", file)
+	}
+}
+
 // probe looks whether a token's KEK may still be used, inspect for a newer
 // version of it; each in a process of its own.
 func (k *keyFlags) probe(ctx context.Context, volume string, token json.RawMessage, log *zap.Logger) error {
@@ -285,6 +303,7 @@ until 'hostcryptd key remove' takes them out.`,
 				return usagef("--key KEY says which key: %s", keySpecs)
 			}
 			return withHeader(args[0], false, func(d *sector.Device) error {
+				defer a.watchHostKey(keys.hostKey)()
 				var (
 					id  int
 					err error
