@@ -104,7 +104,7 @@ install: build ## install binary, manual, completions, units and udev rules unde
 	install -D -m 755 systemd/hostcryptd.shutdown $(DESTDIR)$(PREFIX)/lib/systemd/system-shutdown/hostcryptd
 	install -D -m 644 systemd/hostcryptd.rules $(DESTDIR)$(PREFIX)/lib/udev/rules.d/90-hostcryptd.rules
 	install -D -m 644 systemd/hostcryptd.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/hostcryptd.conf
-	install -d -m 700 $(DESTDIR)/etc/hostcryptd
+	install -d -m 700 $(DESTDIR)/etc/hostcryptd $(DESTDIR)/etc/hostcryptd/pins
 	install -D -m 644 systemd/initrd/initrd.sh $(DESTDIR)$(PREFIX)/lib/hostcryptd/initrd.sh
 	install -D -m 755 systemd/initrd/initramfs-hook $(DESTDIR)$(PREFIX)/share/initramfs-tools/hooks/hostcryptd
 	install -D -m 644 systemd/initrd/initramfs-conf $(DESTDIR)$(PREFIX)/share/initramfs-tools/conf-hooks.d/zz-hostcryptd

@@ -69,11 +69,11 @@ var loginHosts = []string{
 //
 // What is trusted is in the program and in root's files. The header isn't: it says which
 // vault a volume needs, and who can write to the disk can write that. Nor is who asks: a
-// server that was broken into asks as it likes. Three things stay open to it, of which
-// only, with this host's vault, ends the first two: it can reach vaults of others in the
-// public clouds; it may write to /etc/hostcryptd, where its pins are, and describe a
-// private cloud there; and who answers this host's name lookups decides which address a
-// name has. That the other end is the right one, who asks sees by TLS.
+// server that was broken into asks as it likes, and its unit lets it write none of those
+// files, short of the disk below them. Two things stay open: it can reach vaults of
+// others in the public clouds, unless only names this host's; and who answers this host's
+// name lookups decides which address a name has. That the other end is the right one, who
+// asks sees by TLS.
 func MayDial(address string, only []string, clouds func() ([]string, error)) error {
 	if slices.Contains(machineEndpoints, address) {
 		return nil

@@ -135,6 +135,7 @@ func TestInstall(t *testing.T) {
 	}
 	want := map[string]string{ // name to mode, or to what a link leads to
 		"etc/hostcryptd":                                         "drwx------",
+		"etc/hostcryptd/pins":                                    "drwx------",
 		"usr/sbin/hostcryptd":                                    "-rwxr-xr-x",
 		"usr/share/man/man8/hostcryptd.8":                        "-rw-r--r--",
 		"usr/share/man/man5/hostcrypttab.5":                      "-rw-r--r--",

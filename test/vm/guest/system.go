@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -390,6 +391,24 @@ func systemVolumes(m *machine) error {
 	if err := m.exposure("hostcryptd-dial.service", 1.8); err != nil {
 		return err
 	}
+	// Whom that connects to is decided in files that servers can't write; their pins they can.
+	data, err := m.unit("hostcryptd@data.service", "MainPID")
+	if err != nil {
+		return err
+	}
+	for name, may := range map[string]bool{"cloud.json": false, "pins/test": true} {
+		name = "/etc/hostcryptd/" + name
+		code, out, err := m.try("nsenter", "--mount", "--target="+data["MainPID"], "sh", "-c", "echo > "+name+" && rm "+name)
+		if err != nil || (code == 0) != may || !may && !strings.Contains(out, "Read-only") {
+			return errors.Join(fmt.Errorf("the service of data writes %s: %d, %s", name, code, out), err)
+		}
+	}
+	if out, err := m.run("hostcryptd", "check", "data"); err != nil || !strings.Contains(out, "opens the volume") || strings.Contains(out, "hostcryptd-dial") {
+		return errors.Join(errors.New("check doesn't ask the vault of data through the dialer"), err)
+	}
+	if err := m.dialerRefuses("elsewhere.example:443"); err != nil {
+		return err
+	}
 	if err := m.restartVolumes(); err != nil {
 		return err
 	}
@@ -412,6 +431,35 @@ func (m *machine) exposure(service string, limit float64) error {
 	m.figure("exposure of "+service, v, "")
 	if v > cmp.Or(limit, 1.9) {
 		return fmt.Errorf("the exposure of %s is %v: %s", service, v, out)
+	}
+	return nil
+}
+
+// dialerRefuses asks the dialer for a connection that it must not make.
+func (m *machine) dialerRefuses(address string) error {
+	c, err := net.Dial("unixpacket", "/run/hostcryptd/dial")
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	answer := make([]byte, 4096)
+	_, err = c.Write([]byte(address))
+	n, rerr := c.Read(answer)
+	if err := errors.Join(err, rerr); err != nil {
+		return err
+	}
+	var u unitState
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) { // the service manager has its own pace
+		if u, err = m.unit("hostcryptd-dial.service", "StatusText"); err != nil {
+			return err
+		}
+		if u["StatusText"] != "" || time.Now().After(end) {
+			break
+		}
+	}
+	m.say("the dialer answered %s, its unit is %v", answer[:n], u)
+	if !strings.Contains(string(answer[:n]), `"refused":true`) || !strings.Contains(u["StatusText"], address) {
+		return fmt.Errorf("asked for %s, the dialer answered %s, and its unit is %v", address, answer[:n], u)
 	}
 	return nil
 }
