@@ -878,6 +878,8 @@ func TestStats(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "the read runs", func() bool { return started.Load() == 1 })
+	// A reply is sent before it is counted as such.
+	eventually(t, "it is the only one", func() bool { return h.s.Stats().InFlight == 1 })
 	st := h.s.Stats()
 	want := nbd.Counts{
 		Reads: 2, Writes: 2, Flushes: 1, Trims: 1, WriteZeroes: 1, Caches: 1, Invalid: 1,
