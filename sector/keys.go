@@ -40,21 +40,29 @@ const dekVersion = 1
 
 // A volumeToken is the content of the token of type volumeTokenType.
 type volumeToken struct {
-	Type       string                `json:"type"`
-	Keyslots   []string              `json:"keyslots"`
-	Version    int                   `json:"version"`
-	Size       string                `json:"size"`                 // of the data when it was formatted, in bytes, as LUKS2 writes 64-bit integers
-	Generation string                `json:"generation,omitempty"` // grows with every change that was made with the volume key
-	DEKs       map[string]wrappedKey `json:"deks"`                 // by number of the digest they match
-	Recovery   map[string]wrappedKey `json:"recovery,omitempty"`   // the volume key, by number of the keyslot whose recovery key wraps it
-	Signature  *Signature            `json:"signature,omitempty"`
-	MAC        string                `json:"mac"`
+	Type       string                 `json:"type"`
+	Keyslots   []string               `json:"keyslots"`
+	Version    int                    `json:"version"`
+	Size       string                 `json:"size"`                 // of the data when it was formatted, in bytes, as LUKS2 writes 64-bit integers
+	Generation string                 `json:"generation,omitempty"` // grows with every change that was made with the volume key
+	DEKs       map[string]wrappedKey  `json:"deks"`                 // by number of the digest they match
+	Recovery   map[string]forRecovery `json:"recovery,omitempty"`   // the volume key, by number of the keyslot whose recovery key wraps it
+	Signature  *Signature             `json:"signature,omitempty"`
+	MAC        string                 `json:"mac"`
 }
 
 // A wrappedKey is a key under AES-256-GCM; Wrapped ends with the tag.
 type wrappedKey struct {
 	Nonce   string `json:"nonce"`
 	Wrapped string `json:"wrapped"`
+}
+
+// A forRecovery is the volume key under a recovery key, and what tells whether the
+// keyslot of that key is as it was written.
+type forRecovery struct {
+	wrappedKey
+	Salt string `json:"salt,omitempty"` // of the keyslot's KDF: another one is another keyslot
+	Area string `json:"area,omitempty"` // see areaMAC
 }
 
 // What derived keys are for. A purpose is the info of HKDF-SHA256; the volume's
@@ -64,6 +72,7 @@ const (
 	purposeWrap     = "hostcryptd v1 DEK wrapping"
 	purposeMAC      = "hostcryptd v1 header MAC"
 	purposePin      = "hostcryptd v1 pin"
+	purposeArea     = "hostcryptd v1 keyslot area"
 	purposeRecovery = "hostcryptd v1 volume key wrapping"
 )
 
@@ -175,9 +184,40 @@ func recoveryData(uuid string, keyslot int) []byte {
 // wrapVolumeKey wraps the volume key of k for the recovery key of a keyslot.
 func (v *volumeToken) wrapVolumeKey(k *keys, recoveryKey []byte, uuid string, keyslot int, nonce []byte) {
 	if v.Recovery == nil {
-		v.Recovery = map[string]wrappedKey{}
+		v.Recovery = map[string]forRecovery{}
 	}
-	v.Recovery[strconv.Itoa(keyslot)] = wrap(recoveryAEAD(k.dek, recoveryKey, uuid), k.volumeKey[:], recoveryData(uuid, keyslot), nonce)
+	v.Recovery[strconv.Itoa(keyslot)] = forRecovery{wrappedKey: wrap(recoveryAEAD(k.dek, recoveryKey, uuid), k.volumeKey[:], recoveryData(uuid, keyslot), nonce)}
+}
+
+// areaMAC tells the area of a keyslot from any other content. It needs no MAC around
+// it, and no older program minds it.
+func areaMAC(volumeKey *[VolumeKeySize]byte, uuid string, keyslot int, salt, area []byte) []byte {
+	key := deriveKey(volumeKey[:], uuid, purposeArea)
+	defer clear(key)
+	mac := hmac.New(sha256.New, key)
+	mac.Write(fields(uuid, strconv.Itoa(keyslot), string(salt), string(area)))
+	return mac.Sum(nil)
+}
+
+// noteArea lets areaIntact know a keyslot of h, whose volume key is wrapped, by what
+// is in its area.
+func (v *volumeToken) noteArea(volumeKey *[VolumeKeySize]byte, h *luks2.Header, keyslot int, area []byte) {
+	name, salt := strconv.Itoa(keyslot), h.Keyslots[keyslot].KDF.Salt
+	e := v.Recovery[name]
+	e.Salt = base64.StdEncoding.EncodeToString(salt)
+	e.Area = base64.StdEncoding.EncodeToString(areaMAC(volumeKey, h.UUID, keyslot, salt, area))
+	v.Recovery[name] = e
+}
+
+// areaIntact tells whether the area of a keyslot holds what was written, or that
+// this isn't known: of a keyslot that cryptsetup or an earlier version has made.
+func (v *volumeToken) areaIntact(volumeKey *[VolumeKeySize]byte, h *luks2.Header, keyslot int, area []byte) (intact, known bool) {
+	e, salt := v.Recovery[strconv.Itoa(keyslot)], h.Keyslots[keyslot].KDF.Salt
+	if e.Area == "" || e.Salt != base64.StdEncoding.EncodeToString(salt) {
+		return false, false
+	}
+	want, err := base64.StdEncoding.DecodeString(e.Area)
+	return err == nil && hmac.Equal(want, areaMAC(volumeKey, h.UUID, keyslot, salt, area)), true
 }
 
 // unwrapVolumeKey is the reverse: with the DEK in k it fills in the volume key.
@@ -309,7 +349,7 @@ func digestOf(h *luks2.Header, segment int) string {
 func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, v *volumeToken) error {
 	v.Type, v.Keyslots, v.Version = volumeTokenType, []string{}, formatVersion
 	slots := recoverySlots(h) // cryptsetup may have removed some
-	maps.DeleteFunc(v.Recovery, func(id string, _ wrappedKey) bool {
+	maps.DeleteFunc(v.Recovery, func(id string, _ forRecovery) bool {
 		n, err := strconv.Atoi(id)
 		return err != nil || !slices.Contains(slots, n)
 	})

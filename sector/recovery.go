@@ -257,6 +257,7 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 				return fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
 			}
 			v.wrapVolumeKey(u.keys, add, h.UUID, id, newNonce())
+			v.noteArea(u.keys.volumeKey, h, id, area)
 		}
 		if show {
 			if err := sameToken(h, u.token, was.Tokens[u.token]); err != nil {

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +21,8 @@ type Report struct {
 	Copies   luks2.Copies
 	Tokens   []TokenReport // in the order in which Open tries them
 	Keyslots []int         // that a recovery key may open
+	Intact   []int         // those of Keyslots whose areas are as they were written
+	Unknown  []int         // those of which that can't be told
 	Pin      *Pin          // nil if this host has none
 	PinError error         // why the header isn't the one that is pinned
 	Opens    bool          // a token opens the volume, the pin permits it, and the device is big enough
@@ -72,11 +76,14 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 	if unfit != nil {
 		find("%v", unfit)
 	}
+	areas := map[int][]byte{}
 	for _, id := range keyslotIDs(h) {
 		area := alignedBytes(int(min(h.Keyslots[id].Area.Size, 1<<20)))
 		if _, err := b.ReadAt(area, int64(h.Keyslots[id].Area.Offset)); err != nil {
 			find("keyslot %d can't be read: %v", id, err)
+			continue
 		}
+		areas[id] = area
 	}
 	if v.Version < formatVersion {
 		find("the header is of version %d: its tokens are not under its MAC, and an old one can't be told from it; the next change of a key makes it version %d", v.Version, formatVersion)
@@ -94,6 +101,7 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 		for _, t := range tokens {
 			r.Tokens = append(r.Tokens, TokenReport{KeyToken: t})
 		}
+		r.Unknown = slices.DeleteFunc(slices.Clone(r.Keyslots), func(id int) bool { return areas[id] == nil })
 		if r.Pin != nil && r.Pin.Generation > v.generation() {
 			find("the header says that it is of generation %d, and this host has seen generation %d", v.generation(), r.Pin.Generation)
 		}
@@ -102,6 +110,7 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 
 	r.Tokens = make([]TokenReport, len(tokens))
 	prints := make([]string, len(tokens))
+	judged := make([]map[int]bool, len(tokens)) // whether an area is intact, where that is known
 	var wg sync.WaitGroup
 	for i, t := range tokens {
 		wg.Go(func() {
@@ -109,10 +118,33 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 			a := try(ctx, h, i, t, unseal, o)
 			r.Tokens[i] = TokenReport{KeyToken: t, Err: a.err, Took: time.Since(begun)}
 			prints[i] = a.fingerprint
+			if a.err == nil {
+				judged[i] = map[int]bool{}
+				for id, area := range areas {
+					if intact, known := v.areaIntact(a.keys.volumeKey, h, id, area); known {
+						judged[i][id] = intact
+					}
+				}
+			}
 			a.keys.free()
 		})
 	}
 	wg.Wait()
+	known := map[int]bool{}
+	for _, j := range judged {
+		maps.Copy(known, j) // an authentic header has one volume key
+	}
+	for _, id := range r.Keyslots {
+		intact, ok := known[id]
+		switch {
+		case intact:
+			r.Intact = append(r.Intact, id)
+		case ok:
+			find("keyslot %d is damaged: its area isn't as it was written, so no recovery key opens it; 'hostcryptd recovery rotate --keyslot %d' replaces it", id, id)
+		case areas[id] != nil:
+			r.Unknown = append(r.Unknown, id)
+		}
+	}
 	var others error // of those that aren't retired, which come first
 	works := false
 	for i, t := range r.Tokens {

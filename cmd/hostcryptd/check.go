@@ -20,12 +20,14 @@ import (
 
 // A checkReport is the answer of check.
 type checkReport struct {
-	Device   string       `json:"device"`
-	UUID     string       `json:"uuid"`
-	Opens    bool         `json:"opens"` // it would open now
-	Copies   string       `json:"copies"`
-	Pin      string       `json:"pin"`
-	Recovery []int        `json:"recovery_keyslots"`
+	Device   string `json:"device"`
+	UUID     string `json:"uuid"`
+	Opens    bool   `json:"opens"` // it would open now
+	Copies   string `json:"copies"`
+	Pin      string `json:"pin"`
+	Recovery []int  `json:"recovery_keyslots"`
+	Intact   []int  `json:"recovery_keyslots_intact"`
+	unknown  []int
 	Tokens   []checkToken `json:"tokens"`
 	Findings []string     `json:"findings"` // what is wrong
 	Notices  []string     `json:"notices"`  // what is not, but should be known
@@ -52,7 +54,7 @@ func (a *app) checkCommand() *cobra.Command {
 		Short: "tell whether a volume would open if this host rebooted now",
 		Long: `check tries every token of the volume, as a boot would, and says what each failure
 would mean. It also looks at the copies of the header, at what this host remembers
-of it, at whether the recovery keyslots can be read, at when the keys expire, and where the host key
+of it, at the recovery keyslots, at when the keys expire, and where the host key
 file is. Of a NAME in ` + tabFile + ` it takes the options that say what may
 open the volume, and asks its vault in the way of its service, by hostcryptd-dial, so this
 is the way to ask about a volume of a boot. It changes nothing, and ends with 19 if
@@ -123,7 +125,7 @@ func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, uuid, 
 	}
 	report := &checkReport{
 		Device: device, UUID: r.Header.UUID, Opens: r.Opens, Copies: r.Copies.Describe(), Pin: pinText(r, keys.pinStore(log).inTPM(r.Header.UUID)),
-		Recovery: append([]int{}, r.Keyslots...), Findings: append([]string{}, r.Findings...), Notices: []string{},
+		Recovery: append([]int{}, r.Keyslots...), Intact: append([]int{}, r.Intact...), unknown: r.Unknown, Findings: append([]string{}, r.Findings...), Notices: []string{},
 		Tokens: make([]checkToken, len(r.Tokens)),
 	}
 	if report.Copies == "" {
@@ -252,9 +254,17 @@ func hostKeyPlace(hostKey, device, uuid string) string {
 	return ""
 }
 
-// slotsHint is what who hears of keyslots has to know: damage to what is in them
-// can't be seen without a recovery key.
-const slotsHint = "only 'hostcryptd recovery test' tells whether a recovery key opens one"
+// slotsTexts says what was found out about keyslots. Damage to one that hostcryptd
+// has not written can't be seen without its key.
+func slotsTexts(intact, unknown []int) (list []string) {
+	if len(intact) > 0 {
+		list = append(list, fmt.Sprintf("keyslots %v are as they were written", intact))
+	}
+	if len(unknown) > 0 {
+		list = append(list, fmt.Sprintf("keyslots %v can be read, and only 'hostcryptd recovery test' tells whether a recovery key opens one", unknown))
+	}
+	return list
+}
 
 func (a *app) printCheck(r *checkReport) {
 	line := func(format string, args ...any) { fmt.Fprintln(a.stdout, printable(fmt.Sprintf(format, args...))) }
@@ -271,8 +281,8 @@ func (a *app) printCheck(r *checkReport) {
 		line("%-15s %s", "", t.Reason)
 		line("%-15s %s", "", t.Meaning)
 	}
-	if len(r.Recovery) > 0 {
-		line("%-15s keyslots %v can be read; %s", "recovery:", r.Recovery, slotsHint)
+	for _, text := range slotsTexts(r.Intact, r.unknown) {
+		line("%-15s %s", "recovery:", text)
 	}
 	for _, f := range r.Findings {
 		line("%-15s %s", "error:", f)

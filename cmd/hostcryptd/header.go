@@ -203,11 +203,11 @@ func (a *app) headerVerifyCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "verify DEVICE",
 		Short: "check everything in the header that can be checked",
-		Long: `verify checks both copies of the header, and that the keyslots can be read, tries
-every token, checks the header's MAC and its data key with what each gives, and
-compares it with what this host has seen before. Whether a recovery key opens a
-keyslot, only 'hostcryptd recovery test' tells. verify changes nothing, and ends with
-19 if it found something.`,
+		Long: `verify checks both copies of the header, tries every token, checks the header's MAC,
+its data key and the recovery keyslots with what each gives, and compares it with
+what this host has seen before. Of keyslots that cryptsetup or an earlier version has
+made, and with --no-key of all, it only sees that they can be read. It changes
+nothing, and ends with 19 if it found something.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withHeader(args[0], true, func(d *sector.Device) error {
@@ -227,8 +227,8 @@ keyslot, only 'hostcryptd recovery test' tells. verify changes nothing, and ends
 					}
 					if len(r.Findings) == 0 {
 						fmt.Fprintf(a.stdout, "the header of volume %s is good\n", r.Header.UUID)
-						if len(r.Keyslots) > 0 {
-							fmt.Fprintf(a.stdout, "keyslots %v can be read, and %s\n", r.Keyslots, slotsHint)
+						for _, text := range slotsTexts(r.Intact, r.Unknown) {
+							fmt.Fprintln(a.stdout, text)
 						}
 					}
 				}
