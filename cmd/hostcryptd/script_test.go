@@ -22,7 +22,9 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"hostcryptd/keyunseal"
+	"hostcryptd/keyunseal/audit"
 	"hostcryptd/nbd/nbdnl"
+	"hostcryptd/sector"
 	"hostcryptd/sector/luks2"
 )
 
@@ -45,10 +47,37 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(fakeKeeper())
 	}
-	testscript.Main(m, map[string]func(){
+	testscript.Main(apart{m}, map[string]func(){
 		"hostcryptd":  func() { panicOnSignal(); main() },
 		"@hostcryptd": func() { main() }, // the mark of serve --initrd
 	})
+}
+
+// apart runs the tests with what a host keeps in a directory of their own: what they do
+// is no use of this machine's keys, and nothing for it to remember.
+type apart struct{ m *testing.M }
+
+func (a apart) Run() int {
+	dir, err := os.MkdirTemp("", "hostcryptd-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	for name, file := range map[string]string{"HOSTCRYPTD_PINS": "pins", "HOSTCRYPTD_AUDIT_LOG": "audit.log", "HOSTCRYPTD_TPM": "tpm.sock"} {
+		if os.Getenv(name) == "" {
+			os.Setenv(name, filepath.Join(dir, file))
+		}
+	}
+	return a.m.Run()
+}
+
+// TestApart: what runs in the tests' own process leaves the machine's state alone.
+func TestApart(t *testing.T) {
+	var k keyFlags
+	if pins, log, tpm := k.pinDir(), k.auditFile(), k.tpmPath(); pins == sector.DefaultPins || log == audit.DefaultFile || tpm == keyunseal.DefaultTPM {
+		t.Errorf("the tests use this machine's own pins, log of key use or TPM: %s, %s, %s", pins, log, tpm)
+	}
 }
 
 // tools are what the scripts call, by the Debian package that has them.

@@ -174,11 +174,12 @@ func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, err
 	switch p.name {
 	case hostcryptd:
 		binary, key := filepath.Join(b.bin, "hostcryptd"), filepath.Join(dir, "host.key")
-		if _, err := b.command(binary, "format", s.file, "--host-key", key, "--yes", "--sector-size", "4096"); err != nil {
+		apart := []string{"--host-key", key, "--audit-log", "none", "--tpm", "none", "--pins", filepath.Join(dir, "pins")} // from what this host keeps
+		if _, err := b.command(binary, append([]string{"format", s.file, "--yes", "--sector-size", "4096"}, apart...)...); err != nil {
 			return nil, err
 		}
-		args = []string{binary, "serve", s.file, "--host-key", key, "--listen", s.socket, "--control", filepath.Join(dir, "control.sock"),
-			"--direct=" + strconv.FormatBool(direct)}
+		args = append([]string{binary, "serve", s.file, "--listen", s.socket, "--control", filepath.Join(dir, "control.sock"),
+			"--direct=" + strconv.FormatBool(direct)}, apart...)
 	case passthrough:
 		args = []string{filepath.Join(b.bin, "passthrough"), "-direct=" + strconv.FormatBool(direct), s.file, s.socket}
 	case null:

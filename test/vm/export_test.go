@@ -39,7 +39,7 @@ func testQEMUExport(t *testing.T, l *lab) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.command(t, l.Hostcryptd, "format", image, "--host-key", hostKey, "--recovery-key", recovery, "--yes")
+	l.format(t, image, hostKey, "--recovery-key", recovery)
 
 	disks := []vmtest.Disk{{Serial: "volume", Socket: socket}, l.sparse(t, "state", stateSize), payload.Disk()}
 	// Another process for the second boot: what it serves comes from the disk.
@@ -69,7 +69,7 @@ func (l *lab) command(t *testing.T, name string, args ...string) {
 // function it returns stops it and fails the test if it doesn't end cleanly.
 func (l *lab) serve(t *testing.T, image, hostKey, socket string) (stop func()) {
 	t.Helper()
-	args := []string{"serve", image, "--host-key", hostKey, "--listen", socket, "--control", socket + ".control"}
+	args := []string{"serve", image, "--host-key", hostKey, "--listen", socket, "--control", socket + ".control", "--audit-log", "none", "--pins", hostKey + ".pins", "--tpm", "none"}
 	t.Logf("# hostcryptd %s &", strings.Join(args, " "))
 	cmd := exec.CommandContext(t.Context(), l.Hostcryptd, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

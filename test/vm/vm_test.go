@@ -127,7 +127,7 @@ func (l *lab) sparse(t *testing.T, serial string, size int64) vmtest.Disk {
 // isn't there. Of the volume, the host remembers nothing but beside the key.
 func (l *lab) format(t *testing.T, image, hostKey string, more ...string) {
 	t.Helper()
-	args := []string{"format", image, "--host-key", hostKey, "--yes", "--audit-log", "none", "--pins", hostKey + ".pins"}
+	args := []string{"format", image, "--host-key", hostKey, "--yes", "--audit-log", "none", "--pins", hostKey + ".pins", "--tpm", "none"}
 	l.command(t, l.Hostcryptd, append(args, more...)...)
 }
 
