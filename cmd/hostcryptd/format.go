@@ -292,7 +292,7 @@ func writeRecoveryKey(name string) ([]byte, error) {
 	key := sector.NewRecoveryKey()
 	err := writeNew(name, key, 0o600)
 	if errors.Is(err, os.ErrExist) {
-		return nil, withCode(codeBusy, fmt.Errorf("%s exists; a recovery key is written to a new file", name))
+		return nil, withCode(codeBusy, fmt.Errorf("%s exists; a recovery key is written to a new file; if this one is of a command that was interrupted, 'hostcryptd recovery test DEVICE --recovery-key %s' tells whether it opens the volume", name, name))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("recovery key: %w", err)

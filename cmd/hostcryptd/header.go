@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/keyunseal/audit"
 	"hostcryptd/sector"
@@ -51,21 +52,17 @@ and keep it on another disk. The volume may be in use.`,
 				return usagef("FILE is the name of a new file, not -")
 			}
 			return withHeader(args[0], true, func(d *sector.Device) error {
-				f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+				var info sector.BackupInfo
+				err := writeWhole(name, func(f *os.File) (err error) {
+					info, err = sector.Backup(c.Context(), d, f)
+					return err
+				})
 				if errors.Is(err, os.ErrExist) {
 					return withCode(codeBusy, fmt.Errorf("%s exists; a backup is written to a new file", name))
 				}
-				if err != nil {
-					return err
-				}
-				info, err := sector.Backup(c.Context(), d, f)
-				err = errors.Join(err, f.Sync(), f.Close())
-				if err == nil {
-					err = syncDir(filepath.Dir(name))
-				}
 				keys.changed(c.Context(), d, audit.Header, "backup to "+name, err)
 				if err != nil {
-					return errors.Join(err, os.Remove(name))
+					return err
 				}
 				if a.json {
 					return a.printJSON(map[string]any{"device": args[0], "file": name, "backup": info})
@@ -77,6 +74,37 @@ and keep it on another disk. The volume may be in use.`,
 	}
 	keys.addAudit(c)
 	return a.jsonFlag(c)
+}
+
+// writeWhole makes a file that isn't there before all of it is on the disk. Of one that
+// exists already the error is [os.ErrExist]. What interrupts it leaves a file with a
+// point before the name.
+func writeWhole(name string, write func(f *os.File) error) (err error) {
+	if _, err := os.Lstat(name); err == nil {
+		return fmt.Errorf("%s: %w", name, os.ErrExist)
+	}
+	f, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	if err := errors.Join(write(f), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	err = unix.Renameat2(unix.AT_FDCWD, f.Name(), unix.AT_FDCWD, name, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) { // such as of NFS
+		if err = os.Link(f.Name(), name); err == nil {
+			err = os.Remove(f.Name())
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return syncDir(filepath.Dir(name))
 }
 
 func (a *app) headerRestoreCommand() *cobra.Command {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -228,17 +229,34 @@ func (a *app) readRecoveryKey(file string) ([]byte, error) {
 	return key, nil
 }
 
-// hideInput keeps a terminal from showing what is typed.
+// hideInput keeps a terminal from showing what is typed, until restore, or a signal
+// ends this process.
 func hideInput(f *os.File) (restore func(), err error) {
 	fd := int(f.Fd())
 	before, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err != nil {
 		return nil, err
 	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT)
+	show := func() { unix.IoctlSetTermios(fd, unix.TCSETS, before) }
+	go func() {
+		if s, ok := (<-signals).(unix.Signal); ok {
+			show()
+			signal.Reset(s)
+			unix.Kill(os.Getpid(), s)
+		}
+	}()
+	restore = func() {
+		signal.Stop(signals)
+		close(signals)
+		show()
+	}
 	hidden := *before
 	hidden.Lflag &^= unix.ECHO
 	if err := unix.IoctlSetTermios(fd, unix.TCSETS, &hidden); err != nil {
+		restore()
 		return nil, err
 	}
-	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, before) }, nil
+	return restore, nil
 }
