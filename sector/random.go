@@ -28,6 +28,9 @@ func OpenRandom(b Backing, o RandomOptions) (*Volume, error) {
 	if o.SectorSize != 512 && o.SectorSize != 4096 {
 		return nil, fmt.Errorf("sector: sector size %d; it can be 512 or 4096", o.SectorSize)
 	}
+	if b.Size() < int64(o.SectorSize) {
+		return nil, fmt.Errorf("%w: it has %d bytes, which is less than a sector of %d", ErrDevice, b.Size(), o.SectorSize)
+	}
 	k, err := newKeys(xts.Size)
 	if err != nil {
 		return nil, err

@@ -560,8 +560,10 @@ func reasonOf(err error) error {
 	if op, ok := errors.AsType[*net.OpError](err); ok {
 		return op.Err
 	}
-	if u, ok := errors.AsType[*url.Error](err); ok && !u.Timeout() {
-		return fmt.Errorf("no answer of a hostcryptd control socket: %w", u.Err)
+	if u, ok := errors.AsType[*url.Error](err); ok && u.Timeout() {
+		return errors.New("its server doesn't answer: it hangs, or is stopped")
+	} else if ok {
+		return errors.New("no answer of a hostcryptd control socket: it is another one, such as that of --listen, or its server has just ended")
 	}
 	return err
 }

@@ -130,6 +130,9 @@ func checkTCP(address string, secure bool) error {
 	if err != nil || port == "" {
 		return usagef("--tcp is HOST:PORT, not %q", address)
 	}
+	if _, err := net.LookupPort("tcp", port); err != nil {
+		return usagef("--tcp has the port %q, which is none", port)
+	}
 	ip, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(host, "["), "]"))
 	if host != "" && err != nil {
 		return usagef("--tcp takes an IP address, not a name: %q", host)

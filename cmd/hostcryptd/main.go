@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"os"
 	"path/filepath"
 	"slices"
@@ -54,10 +55,12 @@ func main() {
 // its exit code.
 func run(ctx context.Context, args []string, stdin *os.File, stdout, stderr io.Writer) int {
 	stderr = logTo(stderr)
-	a := &app{stdin: stdin, stdout: stdout, stderr: stderr}
+	log.SetOutput(io.Discard) // net/http tells there what its errors say again
+	out := &answerWriter{w: stdout}
+	a := &app{stdin: stdin, stdout: out, stderr: stderr}
 	root := a.root()
 	root.SetArgs(args)
-	root.SetOut(stdout)
+	root.SetOut(out)
 	root.SetErr(stderr)
 	err := knownCommand(root, args)
 	if err == nil {
@@ -65,6 +68,9 @@ func run(ctx context.Context, args []string, stdin *os.File, stdout, stderr io.W
 	}
 	if silent, ok := errors.AsType[*silentError](err); ok {
 		return silent.code
+	}
+	if out.err != nil && !errors.Is(err, out.err) {
+		err = errors.Join(err, fmt.Errorf("the answer could not be written: %w", out.err))
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "hostcryptd:", printable(err.Error()))
@@ -96,6 +102,20 @@ func knownCommand(root *cobra.Command, args []string) error {
 		hint = fmt.Sprintf("did you mean %s? ", strings.Join(near, " or "))
 	}
 	return usagef("unknown command %q for %q; %s'%s --help' lists them", rest[i], c.CommandPath(), hint, c.CommandPath())
+}
+
+// An answerWriter remembers that an answer, of many writes, was lost.
+type answerWriter struct {
+	w   io.Writer
+	err error
+}
+
+func (a *answerWriter) Write(p []byte) (int, error) {
+	n, err := a.w.Write(p)
+	if err != nil && a.err == nil {
+		a.err = err
+	}
+	return n, err
 }
 
 // An app is what all commands share.
