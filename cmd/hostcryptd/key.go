@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -326,6 +327,9 @@ until 'hostcryptd key remove' takes them out.`,
 					added = "of " + spec + by // it has no number
 				}
 				keys.changed(c.Context(), d, audit.KeyAdd, added, err)
+				if err == nil {
+					a.warnSameKey(c.Context(), d, id)
+				}
 				return a.answer(err, map[string]any{"device": args[0], "token": id}, "token %d of %s now opens the volume with %s", id, args[0], spec)
 			})
 		},
@@ -334,6 +338,26 @@ until 'hostcryptd key remove' takes them out.`,
 	c.Flags().StringVar(&recovery, "recovery-key", "", "`FILE` with a recovery key that opens the volume instead of its keys, - for standard input")
 	keys.add(c)
 	return a.jsonFlag(c)
+}
+
+// warnSameKey says so if another token is of the key that a new one is of. A TPM's may
+// be: its PCRs have changed since.
+func (a *app) warnSameKey(ctx context.Context, d *sector.Device, added int) {
+	h, _, err := sector.ReadHeader(ctx, d)
+	if err != nil {
+		return // it was there just now, and what is wrong will be said
+	}
+	infos := tokenInfos(h)
+	i := slices.IndexFunc(infos, func(t tokenInfo) bool { return t.ID == added && t.Key != nil && t.Type != keyunseal.TypeTPM })
+	if i < 0 {
+		return
+	}
+	is := infos[i].Key
+	for _, t := range infos {
+		if k := t.Key; t.ID != added && k != nil && t.Retired == nil && k.Type == is.Type && k.KeyID == is.KeyID && k.Identity == is.Identity && k.Tenant == is.Tenant {
+			a.warnf("token %d is of the same key, so token %d is no second way in", t.ID, added)
+		}
+	}
 }
 
 func (a *app) keyRemoveCommand() *cobra.Command {
