@@ -549,6 +549,7 @@ func (h *keyHost) Rotate(ctx context.Context) lifecycle.Outcome {
 func (h *keyHost) rewrap(ctx context.Context, flag, task string, fields ...zap.Field) lifecycle.Outcome {
 	k := &h.d.opts.keys
 	args := []string{"rewrap", h.d.opts.device, flag, "--host-key=" + k.hostKey, "--tpm=" + k.tpmPath(), "--identity=" + k.identity, "--cloud=" + k.cloud, "--pins=" + string(k.pinDir()), "--signer=" + k.signer, "--audit-log=" + k.auditFile()}
+	args = slices.DeleteFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "--") && strings.HasSuffix(arg, "=") }) // a flag of a command is never empty
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), controlEnv+"="+h.d.opts.control)
