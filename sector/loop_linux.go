@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,10 +19,16 @@ import (
 // sees the other.
 //
 // A loop device says in sysfs by which path its file was opened. That may have been
-// renamed, replaced or deleted since, so what counts is its device and inode number.
+// renamed, replaced or deleted since, so what counts is its device and inode number. It
+// may be over a part of the file: two that have nothing in common are two disks.
 
 // A fileID tells whether two files are one.
 type fileID struct{ dev, ino uint64 }
+
+// A part is the bytes from first to before end of a file.
+type part struct{ first, end uint64 }
+
+func (p part) meets(o part) bool { return p.first < o.end && o.first < p.end }
 
 // checkTwins returns [ErrBusy] if what d is on is in use under another name.
 func (d *Device) checkTwins(readOnly bool) error {
@@ -29,7 +36,7 @@ func (d *Device) checkTwins(readOnly bool) error {
 	if err := unix.Fstat(int(d.f.Fd()), &st); err != nil {
 		return err
 	}
-	self, file := "", fileID{uint64(st.Dev), st.Ino}
+	self, file, mine := "", fileID{uint64(st.Dev), st.Ino}, part{0, math.MaxUint64}
 	if d.block {
 		dir, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
 		if err != nil {
@@ -42,14 +49,14 @@ func (d *Device) checkTwins(readOnly bool) error {
 			return nil
 		}
 		self = filepath.Base(dir)
-		path, id, err := loopFile(self, int(d.f.Fd()))
+		path, id, over, err := loopFile(self, int(d.f.Fd()))
 		if err != nil {
 			return fmt.Errorf("which file is behind loop device %s: %w", self, err)
 		}
 		if err := checkUnlocked(path, id, readOnly); err != nil {
 			return err
 		}
-		file = id
+		file, mine = id, over
 	}
 	loops, _ := filepath.Glob("/sys/block/loop*/loop")
 	for _, l := range loops {
@@ -57,7 +64,7 @@ func (d *Device) checkTwins(readOnly bool) error {
 		if name == self {
 			continue
 		}
-		path, id, err := loopFile(name, -1)
+		path, id, over, err := loopFile(name, -1)
 		if err != nil && path != "" {
 			// Who may not open it is told by the path, if that isn't too old.
 			var st unix.Stat_t
@@ -66,8 +73,8 @@ func (d *Device) checkTwins(readOnly bool) error {
 			}
 			return fmt.Errorf("%w: loop device /dev/%s is over it, and whether that is in use can't be told: %w", ErrBusy, name, err)
 		}
-		if err != nil || id != file {
-			continue // somebody has just taken it down
+		if err != nil || id != file || !over.meets(mine) {
+			continue // after an error, somebody has just taken it down
 		}
 		fd, err := unix.Open("/dev/"+name, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
 		if errors.Is(err, unix.EBUSY) {
@@ -81,28 +88,32 @@ func (d *Device) checkTwins(readOnly bool) error {
 }
 
 // loopFile returns the file of a loop device, which is open as fd or, with -1, isn't:
-// the path, and which file it is. The path is "" if there is none. After an error only
-// the path may be known.
-func loopFile(name string, fd int) (path string, id fileID, err error) {
+// the path, which file it is, and what of it the device is over. The path is "" if there
+// is none. After an error only the path may be known.
+func loopFile(name string, fd int) (path string, id fileID, over part, err error) {
 	b, err := os.ReadFile(filepath.Join("/sys/block", name, "loop/backing_file"))
 	if err != nil {
-		return "", id, err
+		return "", id, over, err
 	}
 	path = strings.TrimSuffix(string(b), "\n")
 	if fd < 0 {
 		if fd, err = unix.Open("/dev/"+name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err != nil {
-			return path, id, err
+			return path, id, over, err
 		}
 		defer unix.Close(fd)
 	}
 	info, err := unix.IoctlLoopGetStatus64(fd)
 	if errors.Is(err, unix.ENXIO) {
-		return "", id, err // it has none any more
+		return "", id, over, err // it has none any more
 	}
 	if err != nil {
-		return path, id, err
+		return path, id, over, err
 	}
-	return path, fileID{info.Device, info.Inode}, nil
+	over = part{info.Offset, math.MaxUint64}
+	if info.Sizelimit > 0 {
+		over.end = info.Offset + info.Sizelimit
+	}
+	return path, fileID{info.Device, info.Inode}, over, nil
 }
 
 // checkUnlocked returns [ErrBusy] if another has locked a file as [OpenDevice] does, or

@@ -61,6 +61,26 @@ func TestTwins(t *testing.T) {
 		d.Close()
 	}
 
+	// Two that have nothing of the file in common are two disks.
+	first, second := loop("--sizelimit", "4194304"), loop("--offset", "4194304")
+	for _, two := range [][2]string{{first, second}, {second, first}} {
+		used, err := open(two[0], DeviceOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d, err := open(two[1], DeviceOptions{}); err != nil {
+			t.Errorf("%s while %s is in use, over another part of the file: %v", two[1], two[0], err)
+		} else {
+			d.Close()
+		}
+		for _, name := range []string{image, a} {
+			if _, err := open(name, DeviceOptions{}); !errors.Is(err, ErrBusy) {
+				t.Errorf("%s while %s is in use, over a part of it: %v, want %v", name, two[0], err, ErrBusy)
+			}
+		}
+		used.Close()
+	}
+
 	// The path in sysfs is that of another file now.
 	moved := filepath.Join(dir, "moved")
 	if err := errors.Join(os.Rename(image, moved), os.WriteFile(image, make([]byte, 8<<20), 0o600)); err != nil {
