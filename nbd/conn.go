@@ -704,6 +704,9 @@ func (c *conn) accept(err error) {
 	for r := rd.answered.pop(); r != nil; r = rd.answered.pop() {
 		c.finish(r, r.errno)
 	}
+	if err == errDisconnect {
+		c.stopped = true
+	}
 	if c.failed != nil || c.hungUp {
 		c.callOff()
 	}

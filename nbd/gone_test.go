@@ -107,7 +107,8 @@ func hanging(n int) (b []byte) {
 
 // TestStaleWrites: what a client had not answered when it went is not begun any more
 // when it has come back, sent that again and written something else. Two requests hang
-// in the device, which is all that run at the same time, so the others have to wait.
+// in the device, which is all that run at the same time, or one that has the only thread,
+// so the others have to wait.
 func TestStaleWrites(t *testing.T) {
 	const at = 1 << 20
 	stale, again, newer := pattern(2<<20, 1), pattern(2<<20, 1), pattern(2<<20, 2)
@@ -129,29 +130,49 @@ func TestStaleWrites(t *testing.T) {
 		taken   int // requests that the server takes, besides those that hang
 		leave   func(net.Conn)
 		open    bool // the other connection was there all along
+		alone   bool // there is no thread for a second request
 	}{
-		{"one that waits for its turn", byUnix, queued, 1, hangUp, false},
-		{"one that was not read yet", byUnix, unread, 2, hangUp, false},
-		{"pieces of a long one", byUnix, write(at, stale), 1, hangUp, false},
-		{"a part of a long one", byUnix, write(at, stale)[:1<<20], 1, hangUp, false},
-		{"zeros", byUnix, nbdtest.Request{Cmd: nbdtest.WriteZeroes, Off: at, Len: 4096}.Append(nil), 1, hangUp, false},
-		{"TCP", byTCP, queued, 1, hangUp, false},
-		{"TCP, not read yet", byTCP, unread, 2, hangUp, false},
-		{"TCP, reset", byTCP, queued, 1, reset, false},
-		{"TCP, reset, not read yet", byTCP, unread, 2, reset, false},
-		{"TLS", byTLS, queued, 1, hangUp, false},
-		{"two connections", byUnix, queued, 1, hangUp, true},
-		{"two connections, not read yet", byUnix, unread, 2, hangUp, true},
-		{"two connections, reset", byTCP, queued, 1, reset, true},
-		{"two connections, reset, not read yet", byTCP, unread, 2, reset, true},
+		{"one that waits for its turn", byUnix, queued, 1, hangUp, false, false},
+		{"one that was not read yet", byUnix, unread, 2, hangUp, false, false},
+		{"pieces of a long one", byUnix, write(at, stale), 1, hangUp, false, false},
+		{"a part of a long one", byUnix, write(at, stale)[:1<<20], 1, hangUp, false, false},
+		{"zeros", byUnix, nbdtest.Request{Cmd: nbdtest.WriteZeroes, Off: at, Len: 4096}.Append(nil), 1, hangUp, false, false},
+		{"TCP", byTCP, queued, 1, hangUp, false, false},
+		{"TCP, not read yet", byTCP, unread, 2, hangUp, false, false},
+		{"TCP, reset", byTCP, queued, 1, reset, false, false},
+		{"TCP, reset, not read yet", byTCP, unread, 2, reset, false, false},
+		{"TLS", byTLS, queued, 1, hangUp, false, false},
+		{"two connections", byUnix, queued, 1, hangUp, true, false},
+		{"two connections, not read yet", byUnix, unread, 2, hangUp, true, false},
+		{"two connections, reset", byTCP, queued, 1, reset, true, false},
+		{"two connections, reset, not read yet", byTCP, unread, 2, reset, true, false},
+		{"one that waits for a thread", byUnix, queued, 1, hangUp, false, true},
+		{"zeros that wait for a thread", byUnix, nbdtest.Request{Cmd: nbdtest.WriteZeroes, Off: at, Len: 4096}.Append(nil), 1, hangUp, false, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dev, started, release := blockingDevice(16 << 20)
 			defer release()
 			p := newPKI(t)
-			h := newHarness(t, nbd.Config{InFlight: 2, TLS: p.server}, nbd.Export{Device: dev})
-			if !strings.HasPrefix(tt.name, "TLS") {
-				h = newHarness(t, nbd.Config{InFlight: 2}, nbd.Export{Device: dev})
+			cfg, hang, first := nbd.Config{InFlight: 2}, int64(2), hanging(2)
+			if strings.HasPrefix(tt.name, "TLS") {
+				cfg.TLS = p.server
+			}
+			if tt.alone {
+				// io_uring needs one for zeros.
+				cfg.InFlight, hang = 16, 1
+				first = nbdtest.Request{Cmd: nbdtest.WriteZeroes, Len: 4096}.Append(nil)
+				hangs := dev.Before
+				dev.Before = func(op nbdtest.Op) error {
+					if op.Method == "WriteZeroes" {
+						op.Method = "ReadAt"
+					}
+					return hangs(op)
+				}
+			}
+			h := newHarness(t, cfg, nbd.Export{Device: dev})
+			if tt.alone {
+				h.s.SetSpareWorkers(0)
+				h.spare = 0
 			}
 			h.s.SetSettleTime(time.Millisecond)
 			a, server, result := tt.connect(t, h, p)
@@ -161,11 +182,11 @@ func TestStaleWrites(t *testing.T) {
 			}
 			// In one call, so that the server takes them together, if they are short.
 			sent := make(chan struct{})
-			go func() { a.Conn.Write(append(hanging(2), tt.send...)); close(sent) }()
-			eventually(t, "two reads hang", func() bool { return started.Load() == 2 })
+			go func() { a.Conn.Write(append(first, tt.send...)); close(sent) }()
+			eventually(t, "the first hang", func() bool { return started.Load() == hang })
 			if len(tt.send) <= 16<<10 {
 				<-sent
-				eventually(t, "the others wait", func() bool { return h.s.Stats().InFlight == 2+tt.taken })
+				eventually(t, "the others wait", func() bool { return h.s.Stats().InFlight == int(hang)+tt.taken })
 			}
 			tt.leave(a.Conn)
 			<-sent

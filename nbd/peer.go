@@ -3,6 +3,7 @@ package nbd
 import (
 	"crypto/tls"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -102,10 +103,10 @@ func (s *Server) requiresTLS(conn net.Conn) bool {
 }
 
 // closeTLS tells a TLS peer that the stream ends here and was not cut, and takes what
-// the peer may have said of that: a TCP connection that is closed with something unread
-// is reset, and the last replies are lost.
+// the peer still says, up to its end, for a moment: a TCP connection that is closed with
+// something unread is reset, and the last replies are lost.
 func closeTLS(conn net.Conn) {
 	if tc, ok := conn.(*tls.Conn); ok && tc.SetDeadline(time.Now().Add(lastCalls)) == nil && tc.CloseWrite() == nil {
-		_, _ = tc.Read(make([]byte, 1))
+		_, _ = io.Copy(io.Discard, tc)
 	}
 }

@@ -218,11 +218,13 @@ func (l *ringLoop) work(w *worker) {
 		switch r := l.slow.pop(); {
 		case r != nil:
 			l.wakeWorker()
+			begins := c.begins(r) // it may have waited for a thread
 			c.mu.Unlock()
-			var errno uint32
-			if r.io.plain {
+			errno := errShutdown
+			switch {
+			case r.io.plain:
 				errno = l.plainly(r)
-			} else {
+			case begins:
 				errno = c.execute(r)
 			}
 			if r.cmd == cmdWrite {
