@@ -41,6 +41,9 @@ func sealHostKey(opts Options, volume string, key *[KeySize]byte) (token, error)
 		// Read what the file holds: another Seal may have made it first.
 		err = readHostKey(path, &secret)
 	}
+	if err == nil && secret == [KeySize]byte{} {
+		err = errors.New("holds zeros, which are no key") // what was sealed with it once, it opens
+	}
 	if err != nil {
 		return nil, fail("read host key", path, ClassWrongKey, err)
 	}
@@ -138,9 +141,6 @@ func readHostKey(path string, dst *[KeySize]byte) error {
 	defer clear(buf[:])
 	if _, err := io.ReadFull(f, buf[:]); err != nil {
 		return err
-	}
-	if buf == [KeySize]byte{} {
-		return errors.New("holds zeros, which are no key")
 	}
 	*dst = buf
 	return nil
