@@ -284,7 +284,8 @@ func describeTokens(uuid string, tokens []sector.KeyToken) *tabTokens {
 
 // hostKey adds the host key. That no line names is added if it opens the volume: who can
 // write to the disk can put a token of another volume of this host's into the header, to
-// have the key of that one where he can read it.
+// have the key of that one where he can read it. (He can put the whole header there, UUID
+// and all, if the line doesn't say which volume it means.)
 func (n *initramfsNeeds) hostKey(ctx context.Context, e *tabEntry, h *tabTokens, keys *keyFlags) {
 	name := e.unit.Name
 	const who = "the host key of %s is in the initramfs: who has that, and the disk, opens the volume"

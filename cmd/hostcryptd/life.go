@@ -974,7 +974,7 @@ func (d *daemon) erase(ctx context.Context, uuid string) (*eraseAnswer, error) {
 	case uuid != d.uuid:
 		return refuse(fmt.Sprintf("this is volume %s, not %q", d.uuid, uuid))
 	case d.opts.randomKey:
-		return refuse("the volume's key is random and stored nowhere: 'hostcryptd lock' destroys it")
+		return refuse("the volume's key is random and stored nowhere: 'hostcryptd lock --force' destroys it")
 	case d.opts.readOnly:
 		return refuse("the volume is served read-only")
 	case life == nil || v == nil:
