@@ -531,7 +531,8 @@ func wait(fd int, room bool) error {
 	// It blocks, but the scheduler isn't told: it would give the processor to
 	// somebody else and have the thread wait for one when it comes back, which cost
 	// half of the requests with two connections.
-	n, _, errno := unix.RawSyscall(unix.SYS_POLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(answerMax/time.Millisecond))
+	most := unix.NsecToTimespec(int64(answerMax))
+	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(unsafe.Pointer(&most)), 0, 0, 0)
 	if n == 0 && errno == 0 {
 		return fmt.Errorf("no answer for %v", answerMax)
 	}
