@@ -201,7 +201,7 @@ func drive(ctx context.Context, socket string, l load, m *volumeModel, d time.Du
 		}
 		conns[i] = newClient(fd, l, m, uint64(i)*share, share, whole)
 	}
-	// The collector stops the world, which a thread that waits in receive would
+	// The collector stops the world, which a thread that waits for a server would
 	// hold up. Without it, each has a processor of its own, and one is left.
 	runtime.GC()
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
