@@ -810,6 +810,27 @@ func TestKeeperRollback(t *testing.T) {
 			k.end()
 		})
 	}
+	// It dies while the server before it, which was told to leave, waits for its disk.
+	t.Run("killed early", func(t *testing.T) {
+		t.Parallel()
+		k := startKeeper(t, "flushes")
+		k.serves(1, true)
+		k.line("flushes")
+		k.kill(k.cmd.Process.Pid, unix.SIGHUP)
+		standby, err := strconv.Atoi(strings.Fields(k.line("stands by:"))[2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.line("the server leaves the volume to another")
+		k.kill(standby, unix.SIGKILL)
+		k.line("a server died before it served")
+		if err := os.WriteFile(filepath.Join(k.dir, "unpin"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		k.line("rollback: the new program died before it served: ")
+		k.serves(2, false)
+		k.end()
+	})
 	t.Run("no program", func(t *testing.T) {
 		t.Parallel()
 		k := startKeeper(t, "plain")

@@ -103,7 +103,7 @@ func (k *keeper) reloadWith(next *program, err error, store bool) {
 		return
 	}
 	k.dropStandby()
-	k.next, k.storing = next, store
+	k.next, k.storing, k.failed = next, store, ""
 	c, err := k.start(next)
 	if err != nil {
 		k.refuse(err.Error())

@@ -98,16 +98,20 @@ func (k *keeper) standsBy() {
 func (k *keeper) standbyEnded(p *os.ProcessState) {
 	how := describeDeath(p)
 	switch {
-	case k.next != nil && k.active != nil:
+	case k.next != nil && k.active != nil && (!k.active.told || k.storing):
 		k.refuse("the new program did not come up: " + how)
 	case k.active == nil && k.state == nil:
 		k.ended(&child{over: true}, p) // the first one: its own message says why
-	case k.active == nil:
+	case k.active == nil || k.next != nil:
 		if k.next != nil {
 			k.failed = "the new program died before it served: " + how
+			k.next.close()
 			k.next = nil
 		}
 		k.log.Error("a server died before it served", zap.String("how", how))
+		if k.active != nil {
+			return // it leaves, as it was told to; then it is the turn of this program again
+		}
 		if p.Exited() {
 			k.backToTabLine()
 		}
