@@ -393,9 +393,9 @@ func TestRetiredToken(t *testing.T) {
 	for _, may := range []bool{false, true} {
 		slow := ring(a, &kek{name: "b", hang: true})
 		asked := 0
-		ask := OpenOptions{HeadStart: time.Millisecond, TryTimeout: 50 * time.Millisecond, Retired: func(others error) bool {
-			if asked++; others == nil || !strings.Contains(others.Error(), fmt.Sprintf("token %d ", id)) || strings.Contains(others.Error(), "token 0 ") {
-				t.Errorf("asked with %v", others)
+		ask := OpenOptions{HeadStart: time.Millisecond, TryTimeout: 50 * time.Millisecond, Retired: func(of KeyToken, others []TokenReport) bool {
+			if asked++; of.ID != 0 || len(others) != 1 || others[0].ID != id || others[0].Type != of.Type || !strings.Contains(others[0].Err.Error(), fmt.Sprintf("token %d ", id)) {
+				t.Errorf("asked of %d with %v", of.ID, others)
 			}
 			return may
 		}}

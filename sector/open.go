@@ -41,10 +41,10 @@ type OpenOptions struct {
 	SkipRetired bool
 
 	// Retired, if not nil, keeps those tokens back until all others have failed, and
-	// is then asked with what was said of these whether they may be tried. Their
-	// version of a KEK may still be enabled where that of their successors was taken
+	// is then asked of each, with what was said of the others, whether it may be tried.
+	// Its version of a KEK may still be enabled where that of its successor was taken
 	// away.
-	Retired func(others error) bool
+	Retired func(t KeyToken, others []TokenReport) bool
 
 	// Changed, if not nil, is told of a header that was written, and of the key tokens
 	// before, under the lock on the header, by functions that change one, and by

@@ -134,7 +134,7 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 			later = time.After(headStart)
 		}
 	}
-	failed := make([]error, len(tokens))
+	failed := make([]TokenReport, len(tokens))
 	start()
 	for running > 0 {
 		select {
@@ -148,8 +148,10 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 				copy(k.dek[:], a.keys.dek[:])
 				return opened{a.token, a.fingerprint, v.generation(), v.Signature}, a.keys.free()
 			}
-			failed[a.index] = a.err
-			if running == 0 && may < len(tokens) && next == may && ctx.Err() == nil && o.Retired(errors.Join(failed...)) {
+			failed[a.index] = TokenReport{KeyToken: tokens[a.index], Err: a.err}
+			if running == 0 && may < len(tokens) && next == may && ctx.Err() == nil {
+				others := failed[:may]
+				tokens = slices.DeleteFunc(tokens, func(t KeyToken) bool { return !t.Retired.IsZero() && !o.Retired(t, others) })
 				may = len(tokens)
 			}
 			if next < may && ctx.Err() == nil {
@@ -157,7 +159,11 @@ func unlock(ctx context.Context, h *luks2.Header, k *keys, unseal Unsealer, o Op
 			}
 		}
 	}
-	return opened{}, tokensFailed{errors.Join(failed...)}
+	var errs []error
+	for _, t := range failed {
+		errs = append(errs, t.Err)
+	}
+	return opened{}, tokensFailed{errors.Join(errs...)}
 }
 
 // tokensFailed is the error of unlock when none of the tokens that may opens the

@@ -145,23 +145,23 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 			r.Unknown = append(r.Unknown, id)
 		}
 	}
-	var others error // of those that aren't retired, which come first
+	var others []TokenReport // that fail and aren't retired, which come first
 	works := false
 	for i, t := range r.Tokens {
 		if t.Err != nil {
 			find("%v", t.Err)
 			if t.Retired.IsZero() {
-				others = errors.Join(others, t.Err)
+				others = append(others, t)
 			}
 			continue
 		}
-		works = works || t.Retired.IsZero()
+		works = works || t.Retired.IsZero() || o.Retired == nil || len(others) == 0 || o.Retired(t.KeyToken, others)
 		if r.PinError == nil {
 			if r.PinError = o.checkOrigin(h.UUID, opened{t.ID, prints[i], v.generation(), v.Signature}); r.PinError != nil {
 				find("%v", r.PinError)
 			}
 		}
-		r.Opens = r.PinError == nil && unfit == nil && (works || o.Retired == nil || others == nil || o.Retired(others))
+		r.Opens = r.PinError == nil && unfit == nil && works
 	}
 	return r, nil
 }

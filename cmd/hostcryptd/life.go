@@ -226,31 +226,40 @@ func (h *keyHost) Unseal(ctx context.Context, obtained func()) lifecycle.Outcome
 	return outcome
 }
 
-// retiredMayOpen tells whether retired tokens may open a volume, given how the
-// others have failed. The version of the key that they need is kept enabled for a
+// retiredMayOpen tells whether a retired token may open a volume, given how those that
+// aren't retired have failed. The version of the key that it needs is kept enabled for a
 // while, for a vault that was restored and has no newer one (404), and for tokens that
-// are damaged. Where a newer one was refused or disabled, they must not undo that: a host
-// that was stopped would come back by a reboot. So they must not where that couldn't be
-// heard either, for a vault that is throttled or down, or a network that comes up later, as
-// after any power cut: the next try of the newer one helps as much. Nobody says no by a
-// TPM, so one that doesn't work hides nothing.
-func retiredMayOpen(others error) bool {
-	if others == nil {
-		return true
-	}
-	if several, ok := others.(interface{ Unwrap() []error }); ok {
-		return !slices.ContainsFunc(several.Unwrap(), func(err error) bool { return !retiredMayOpen(err) })
-	}
-	if e, ok := errors.AsType[*keyunseal.Error](others); ok {
+// are damaged. Where a newer one was refused or disabled, it must not undo that: a host
+// that was stopped would come back by a reboot. So a version of a vault's key must not
+// where that couldn't be heard either, for a vault that is throttled or down, or a network
+// that comes up later, as after any power cut: the next try of the newer one helps as
+// much. A TPM's or a host key's doesn't wait for that, but for its own successor.
+func retiredMayOpen(t sector.KeyToken, others []sector.TokenReport) bool {
+	return !slices.ContainsFunc(others, func(other sector.TokenReport) bool {
+		switch retiredWaits(other.Err) {
+		case lifecycle.Denied:
+			return true
+		case lifecycle.Transient:
+			return other.Type == t.Type
+		}
+		return false
+	})
+}
+
+// retiredWaits is whether the failure of a token is a denial, or may hide one. Nobody
+// says no by a TPM, so one that doesn't work hides nothing.
+func retiredWaits(err error) lifecycle.Kind {
+	if e, ok := errors.AsType[*keyunseal.Error](err); ok {
 		switch e.Class {
 		case keyunseal.ClassNoTPM, keyunseal.ClassTPMBusy, keyunseal.ClassTPMLockout:
-			return true
+			return lifecycle.Misconfigured
 		case keyunseal.ClassKeyUnusable:
-			return e.Status == http.StatusNotFound || !e.Denied()
+			if e.Status == http.StatusNotFound {
+				return lifecycle.Misconfigured
+			}
 		}
 	}
-	kind := outcomeOf(others).Kind
-	return kind != lifecycle.Transient && kind != lifecycle.Denied
+	return outcomeOf(err).Kind
 }
 
 // A headerFault is why the header on the disk of a volume that is served is not

@@ -73,47 +73,56 @@ func TestOutcomeOf(t *testing.T) {
 // TestRetiredMayOpen: an older version of a key opens a volume only when each newer one
 // is gone for good, and not when somebody may have said no to one.
 func TestRetiredMayOpen(t *testing.T) {
-	e := func(class keyunseal.Class, status int) error {
-		return fmt.Errorf("token 1: %w", &keyunseal.Error{Op: "unwrap", Class: class, Status: status, Code: "c"})
+	failed := func(typ string, err error) sector.TokenReport {
+		return sector.TokenReport{KeyToken: sector.KeyToken{Type: typ}, Err: fmt.Errorf("token 1 (%s): %w", typ, err)}
 	}
-	token := func(class keyunseal.Class) error {
-		return fmt.Errorf("token 1: %w", &keyunseal.Error{Op: "token", Class: class})
+	vault := func(class keyunseal.Class, status int) sector.TokenReport {
+		return failed(keyunseal.TypeKeyVault, &keyunseal.Error{Op: "unwrap", Class: class, Status: status, Code: "c"})
 	}
-	notHere := e(keyunseal.ClassKeyUnusable, 404)
+	tpm := func(class keyunseal.Class) sector.TokenReport {
+		return failed(keyunseal.TypeTPM, &keyunseal.Error{Op: "unseal", Class: class, Code: "c"})
+	}
+	noDescriptor := &os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}
+	notHere := vault(keyunseal.ClassKeyUnusable, 404)
 	for name, tt := range map[string]struct {
-		others error
-		may    bool
+		others     []sector.TokenReport
+		vault, tpm bool // may the vault's retired token open the volume, may the TPM's
 	}{
-		"none":        {nil, true},
-		"disabled":    {e(keyunseal.ClassKeyUnusable, 403), false},
-		"not allowed": {e(keyunseal.ClassDenied, 403), false},
-		"not allowed, and another is unreachable": {errors.Join(e(keyunseal.ClassUnreachable, 0), e(keyunseal.ClassDenied, 403)), false},
-		"expired, which is denied here":           {e(keyunseal.ClassKeyUnusable, 0), false},
-		"identity not assigned":                   {&keyunseal.Error{Class: keyunseal.ClassIdentity, Status: 400, Code: "c", Refused: true}, false},
-		"not in this vault":                       {notHere, true},
-		"a token that is damaged":                 {token(keyunseal.ClassIntegrity), true},
-		"another volume's key":                    {fmt.Errorf("token 1: %w", sector.ErrAuth), true},
-		"no host key file":                        {&keyunseal.Error{Op: "read host key", Class: keyunseal.ClassKeyUnusable}, true},
-		"not the TPM's":                           {e(keyunseal.ClassTPMState, 0), true},
-		"the TPM is broken":                       {e(keyunseal.ClassNoTPM, 0), true},
+		"none":        {nil, true, true},
+		"disabled":    {[]sector.TokenReport{vault(keyunseal.ClassKeyUnusable, 403)}, false, false},
+		"not allowed": {[]sector.TokenReport{vault(keyunseal.ClassDenied, 403)}, false, false},
+		"not allowed, and another is unreachable": {[]sector.TokenReport{vault(keyunseal.ClassUnreachable, 0), vault(keyunseal.ClassDenied, 403)}, false, false},
+		"expired, which is denied here":           {[]sector.TokenReport{vault(keyunseal.ClassKeyUnusable, 0)}, false, false},
+		"identity not assigned":                   {[]sector.TokenReport{failed(keyunseal.TypeKeyVault, &keyunseal.Error{Class: keyunseal.ClassIdentity, Status: 400, Code: "c", Refused: true})}, false, false},
+		"not in this vault":                       {[]sector.TokenReport{notHere}, true, true},
+		"a token that is damaged":                 {[]sector.TokenReport{failed(keyunseal.TypeKeyVault, &keyunseal.Error{Op: "token", Class: keyunseal.ClassIntegrity})}, true, true},
+		"another volume's key":                    {[]sector.TokenReport{failed(keyunseal.TypeKeyVault, sector.ErrAuth)}, true, true},
+		"no host key file":                        {[]sector.TokenReport{failed(keyunseal.TypeHostKey, &keyunseal.Error{Op: "read host key", Class: keyunseal.ClassKeyUnusable})}, true, true},
+		"not the TPM's":                           {[]sector.TokenReport{tpm(keyunseal.ClassTPMState)}, true, true},
+		"the TPM is broken":                       {[]sector.TokenReport{tpm(keyunseal.ClassNoTPM)}, true, true},
 
-		// A denial that isn't heard is a denial.
-		"token not accepted":        {e(keyunseal.ClassDenied, 401), false},
-		"unreachable":               {e(keyunseal.ClassUnreachable, 0), false},
-		"a fault":                   {e(keyunseal.ClassUnreachable, 503), false},
-		"throttled":                 {e(keyunseal.ClassThrottled, 429), false},
-		"malformed":                 {e(keyunseal.ClassMalformed, 200), false},
-		"child died":                {e(keyunseal.ClassInternal, 0), false},
-		"no identity yet":           {e(keyunseal.ClassIdentity, 429), false},
-		"no answer in time":         {fmt.Errorf("token 1: no answer in 25s: %w", context.DeadlineExceeded), false},
-		"no descriptor":             {fmt.Errorf("token 1: %w", &os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}), false},
-		"gone, another unreachable": {errors.Join(notHere, e(keyunseal.ClassUnreachable, 0)), false},
-		"gone, another not asked":   {errors.Join(errors.Join(notHere), fmt.Errorf("token 2: %w", syscall.EMFILE)), false},
-		"TPM broken, throttled":     {errors.Join(e(keyunseal.ClassNoTPM, 0), e(keyunseal.ClassThrottled, 429)), false},
-		"gone, and gone":            {errors.Join(errors.Join(notHere), notHere), true},
+		// A denial that isn't heard is a denial. A TPM's token has heard none.
+		"token not accepted":        {[]sector.TokenReport{vault(keyunseal.ClassDenied, 401)}, false, true},
+		"unreachable":               {[]sector.TokenReport{vault(keyunseal.ClassUnreachable, 0)}, false, true},
+		"a fault":                   {[]sector.TokenReport{vault(keyunseal.ClassUnreachable, 503)}, false, true},
+		"throttled":                 {[]sector.TokenReport{vault(keyunseal.ClassThrottled, 429)}, false, true},
+		"malformed":                 {[]sector.TokenReport{vault(keyunseal.ClassMalformed, 200)}, false, true},
+		"child died":                {[]sector.TokenReport{vault(keyunseal.ClassInternal, 0)}, false, true},
+		"no identity yet":           {[]sector.TokenReport{vault(keyunseal.ClassIdentity, 429)}, false, true},
+		"no answer in time":         {[]sector.TokenReport{failed(keyunseal.TypeKeyVault, context.DeadlineExceeded)}, false, true},
+		"no descriptor":             {[]sector.TokenReport{failed(keyunseal.TypeKeyVault, noDescriptor)}, false, true},
+		"gone, another unreachable": {[]sector.TokenReport{notHere, vault(keyunseal.ClassUnreachable, 0)}, false, true},
+		"gone, another not asked":   {[]sector.TokenReport{notHere, failed(keyunseal.TypeKeyVault, noDescriptor)}, false, true},
+		"TPM broken, throttled":     {[]sector.TokenReport{tpm(keyunseal.ClassNoTPM), vault(keyunseal.ClassThrottled, 429)}, false, true},
+		"TPM changed, unreachable":  {[]sector.TokenReport{tpm(keyunseal.ClassTPMState), vault(keyunseal.ClassUnreachable, 0)}, false, true},
+		"TPM changed, disabled":     {[]sector.TokenReport{tpm(keyunseal.ClassTPMState), vault(keyunseal.ClassKeyUnusable, 403)}, false, false},
+		"TPM not asked":             {[]sector.TokenReport{failed(keyunseal.TypeTPM, noDescriptor)}, true, false},
+		"gone, and gone":            {[]sector.TokenReport{notHere, notHere}, true, true},
 	} {
-		if got := retiredMayOpen(tt.others); got != tt.may {
-			t.Errorf("%s: %v", name, got)
+		for typ, want := range map[string]bool{keyunseal.TypeKeyVault: tt.vault, keyunseal.TypeTPM: tt.tpm} {
+			if got := retiredMayOpen(sector.KeyToken{Type: typ}, tt.others); got != want {
+				t.Errorf("%s: a token %s may: %v", name, typ, got)
+			}
 		}
 	}
 }
