@@ -163,7 +163,16 @@ func TestChildErrors(t *testing.T) {
 	}
 
 	s.Unassign(s.System())
-	wantClass(t, c.Unseal(t.Context(), Options{}, token, testVolume, &dst), ClassIdentity)
+	if e := wantClass(t, c.Unseal(t.Context(), Options{}, token, testVolume, &dst), ClassIdentity); !e.Denied() {
+		t.Errorf("without an identity: %v", e)
+	}
+	// That a VM got other identities is no denial, it's to be told which is meant.
+	for range 2 {
+		s.AddIdentity(vaulttest.Identity{ClientID: randomUUID(), Assigned: true}, allPermissions...)
+	}
+	if e := wantClass(t, c.Unseal(t.Context(), Options{}, token, testVolume, &dst), ClassIdentity); e.Denied() || !e.Transient() || !strings.Contains(e.Error(), "--identity managed:CLIENT-ID") {
+		t.Errorf("with several identities: %v", e)
+	}
 	if dst != before {
 		t.Error("a failed Unseal changed dst")
 	}

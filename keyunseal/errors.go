@@ -215,6 +215,8 @@ func (e *Error) hint() string {
 			return "renew it, here and in the application; that takes nothing away meanwhile, but nobody hears of a revocation either"
 		case tooMany[e.Code]:
 			return "too many requests for tokens of one application or tenant at once; it's tried again, and takes nothing away"
+		case e.Op == opEntra && e.Code == invalidClient && !e.Refused:
+			return "is the clock right, and is the certificate or the issuer's token the one that the application has? nothing says that it takes the identity away, so it's tried again"
 		case e.Op == opEntra && e.Refused:
 			return "is the application in this tenant and not disabled, does it have this certificate or federated credential, and does Conditional Access let it in from here?"
 		case e.Op == opEntra && strings.HasPrefix(e.Code, "AADSTS"):
@@ -227,6 +229,8 @@ func (e *Error) hint() string {
 			return "is the Azure Arc agent running and connected (azcmagent show), and does this process run as root?"
 		case e.Refused:
 			return "is this managed identity assigned to this machine?"
+		case e.Op == opIMDS && e.Code == "invalid_request":
+			return "which of this machine's identities is meant? --identity managed:CLIENT-ID names it; that takes nothing away, so it's tried again"
 		case e.Code != "" && e.Status != http.StatusTooManyRequests && e.Status < 500:
 			return "is this managed identity assigned to this machine? nothing says that it isn't, so it's tried again"
 		}

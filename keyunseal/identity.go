@@ -8,9 +8,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -121,7 +124,7 @@ type credential struct {
 	next     azcore.TokenCredential
 	endpoint *identityEndpoint
 	op       string
-	kind     string
+	identity identity
 	expires  time.Time // of a client certificate
 	unread   error     // of the last try to read an issuer's token
 }
@@ -129,7 +132,8 @@ type credential struct {
 // newCredential makes no request. What it can't use now for want of a file, a
 // later call may.
 func newCredential(client *http.Client, i identity, where *site, log *zap.Logger) (*credential, error) {
-	c := &credential{endpoint: new(identityEndpoint), op: opEntra, kind: i.kind}
+	public := slices.Contains(slices.Collect(maps.Values(authorities)), where.authority)
+	c := &credential{endpoint: &identityEndpoint{public: public}, op: opEntra, identity: i}
 	options := azcore.ClientOptions{
 		Transport:        client,
 		Retry:            policy.RetryOptions{MaxRetries: -1, TryTimeout: tokenTimeout},
@@ -264,7 +268,7 @@ func readAssertion(path string) (string, error) {
 }
 
 func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions) (azcore.AccessToken, error) {
-	*c.endpoint = identityEndpoint{arc: c.op == opArc}
+	*c.endpoint = identityEndpoint{arc: c.op == opArc, public: c.endpoint.public}
 	tk, err := c.next.GetToken(ctx, o)
 	if err == nil {
 		return tk, nil
@@ -278,11 +282,12 @@ func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions)
 	}
 	e := &Error{
 		Op: c.op, Class: ClassIdentity, Code: c.endpoint.code, Status: c.endpoint.status, RetryAfter: c.endpoint.retryAfter,
-		Refused: c.endpoint.refuses(c.kind), Err: err,
+		Refused: c.endpoint.refuses(c.identity), Err: err,
 	}
-	if e.Code == codeAssertion && !c.expires.IsZero() && time.Now().After(c.expires) {
+	if (e.Code == codeAssertion || e.Code == invalidClient) && !c.expires.IsZero() && time.Now().After(c.expires) {
 		// Entra ID has one number for a certificate that it was told to forget and for
-		// one that has expired. That nobody has renewed it is nobody's decision.
+		// one that has expired, and OAuth 2 one word for all that may be wrong with a
+		// client. That nobody has renewed it is nobody's decision.
 		e.Code, e.Refused = codeExpired, false
 		e.Err = fmt.Errorf("the client certificate has expired on %s: %w", c.expires.UTC().Format(time.DateOnly), err)
 	}
@@ -292,6 +297,9 @@ func (c *credential) GetToken(ctx context.Context, o policy.TokenRequestOptions)
 const (
 	// codeAssertion is that of an assertion whose signature Entra ID can't verify.
 	codeAssertion = "AADSTS700027"
+	// invalidClient is what OAuth 2 has for a client that isn't known or can't show that
+	// it's the one (RFC 6749 section 5.2).
+	invalidClient = "invalid_client"
 	// codeExpired is our own.
 	codeExpired = "CertificateExpired"
 )
@@ -324,53 +332,75 @@ var refusals = map[int]bool{
 	700213: true, // none for this subject
 }
 
-// refuses tells whether the answer says that an identity of a kind is none, or not any
-// more. Without a code it's something else that answers, such as a proxy.
-func (e *identityEndpoint) refuses(kind string) bool {
+// notAssigned is what the endpoint of an Azure VM says of an identity that the VM
+// doesn't have, in lower case.
+const notAssigned = "identity not found"
+
+// maxSkew is how much a clock may differ from the login host's where the assertion that
+// it dates is judged. Login hosts allow five minutes.
+const maxSkew = time.Minute
+
+// refuses tells whether the answer says that an identity is none, or not any more.
+// Without a code it's something else that answers, such as a proxy.
+func (e *identityEndpoint) refuses(i identity) bool {
 	switch e.status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden:
 	default:
 		return false // 404 and 410: it's being updated (how-to-use-vm-token, "Error handling")
 	}
-	switch kind {
+	switch i.kind {
 	case identityWorkload, identityCertificate:
 		switch e.said {
 		case "temporarily_unavailable", "server_error": // RFC 6749, whatever else it says
 			return false
 		}
 		for _, n := range e.numbers {
-			if !refusals[n] || kind == identityWorkload && n == 700027 {
+			if !refusals[n] || i.kind == identityWorkload && n == 700027 {
 				// Of an issuer it may be that of a key that it has just made, and that
 				// Entra ID hasn't fetched.
 				return false
 			}
 		}
-		// An authority of a private cloud has no numbers.
-		return len(e.numbers) > 0 || e.said == "unauthorized_client" || e.said == "access_denied"
+		switch {
+		case len(e.numbers) > 0, e.said == "unauthorized_client", e.said == "access_denied":
+			return true
+		}
+		// The authority of a private cloud may have no numbers, and only this for an
+		// application that was removed or has another certificate now; and for an
+		// assertion that one of two clocks has made too old or too young, and an issuer's
+		// token that is, or whose key is new.
+		return e.said == invalidClient && !e.public && i.kind == identityCertificate && e.skew < maxSkew
 	case identityArc:
 		if e.status == http.StatusUnauthorized {
 			return false // it asks for a proof, or the proof is out of date
 		}
 	}
-	return e.said == "invalid_request" && e.status == http.StatusBadRequest || // "Identity not found"
-		e.said == "unauthorized_client" || e.said == "access_denied"
+	if e.said == "invalid_request" && e.status == http.StatusBadRequest {
+		// Where the identity isn't named, it's said too when another one was assigned to
+		// a VM that had one: which of them is meant has to be said then, and nobody has
+		// taken anything away.
+		return i.kind != identityManaged || i.id != "" || strings.Contains(strings.ToLower(e.message), notAssigned)
+	}
+	return e.said == "unauthorized_client" || e.said == "access_denied"
 }
 
 // An identityEndpoint is a policy that keeps the last answer of the endpoint.
 type identityEndpoint struct {
 	arc        bool
+	public     bool // the login host is one of a public cloud
 	status     int
 	said       string // "error" of the answer
 	numbers    []int  // its "error_codes", which Entra ID alone has
 	code       string // the first of these, else what it said
 	message    string
 	retryAfter time.Duration
-	err        error // there was no answer
+	skew       time.Duration // between its clock and ours
+	err        error         // there was no answer
 }
 
 func (e *identityEndpoint) Do(req *policy.Request) (*http.Response, error) {
 	resp, err := req.Next()
-	*e = identityEndpoint{arc: e.arc, err: err}
+	*e = identityEndpoint{arc: e.arc, public: e.public, err: err}
 	if err != nil {
 		return nil, err
 	}
@@ -382,6 +412,11 @@ func (e *identityEndpoint) Do(req *policy.Request) (*http.Response, error) {
 		}
 	}
 	e.status, e.retryAfter = resp.StatusCode, retryAfter(resp.Header, time.Now())
+	if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+		e.skew = time.Since(date).Abs()
+	} else {
+		e.skew = math.MaxInt64
+	}
 	if body, err := runtime.Payload(resp); err == nil && resp.StatusCode != http.StatusOK {
 		var b struct {
 			Error       string `json:"error"`

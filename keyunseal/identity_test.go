@@ -426,6 +426,7 @@ func TestIdentityRefused(t *testing.T) {
 		{"access denied", managed.Identity, 403, `{"error":"access_denied"}`, true, ""},
 		{"throttled behind the endpoint", managed.Identity, 400, `{"error":"temporarily_unavailable"}`, false, ""},
 		{"an error that nobody knows", managed.Identity, 403, `{"error":"fabric_busy"}`, false, "assigned to this machine"},
+		{"one of several, that is named", managed.Identity, 400, `{"error":"invalid_request"}`, true, "assigned to this machine"},
 		{"the vault's application, by the endpoint", managed.Identity, 400, `{"error":"invalid_resource"}`, false, ""},
 	} {
 		route := "token"
@@ -446,6 +447,66 @@ func TestIdentityRefused(t *testing.T) {
 			if e.Denied() != tt.refused || e.Transient() == tt.refused || e.Status != tt.status || !strings.Contains(e.Error(), tt.text) {
 				t.Errorf("%s, %s: denied %v, want %v: %v", tt.name, where, e.Denied(), tt.refused, e)
 			}
+		}
+	}
+}
+
+// TestIdentityRefusedPrivate: a login host without numbers has only OAuth 2's words.
+func TestIdentityRefusedPrivate(t *testing.T) {
+	s, _ := newDouble(t, vaulttest.Options{})
+	cert, file := newCertificate(t, time.Now().AddDate(1, 0, 0))
+	old, oldFile := newCertificate(t, time.Now().Add(-time.Hour))
+	clientID, oldID, workloadID := randomUUID(), randomUUID(), randomUUID()
+	s.AddIdentity(vaulttest.Identity{ClientID: clientID, Certificate: cert}, allPermissions...)
+	s.AddIdentity(vaulttest.Identity{ClientID: oldID, Certificate: old}, allPermissions...)
+	s.AddIdentity(vaulttest.Identity{ClientID: workloadID}, allPermissions...)
+	issued, err := s.Federate(workloadID, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.AddKey(privateKeyURL, 2048); err != nil {
+		t.Fatal(err)
+	}
+	tr := s.Transport()
+	t.Cleanup(tr.CloseIdleConnections)
+	opts := Options{Transport: tr, Cloud: writeFile(t, "cloud.json", 0o644, []byte(privateCloudFile))}
+	certificate := "certificate:" + vaulttest.DefaultTenant + ":" + clientID + ":" + file
+	workload := "workload:" + vaulttest.DefaultTenant + ":" + workloadID + ":" + writeFile(t, "token", 0o600, []byte(issued))
+	expired := "certificate:" + vaulttest.DefaultTenant + ":" + oldID + ":" + oldFile
+	opts.Identity = certificate
+	token := mustSeal(t, opts, privateKeyURL, randomKey(t))
+	date := func(ahead time.Duration) http.Header {
+		return http.Header{"Date": {time.Now().Add(ahead).UTC().Format(http.TimeFormat)}}
+	}
+	const msis = `{"error":"invalid_client","error_description":"MSIS9622: Client authentication failed."}`
+	for _, tt := range []struct {
+		name, identity string
+		header         http.Header
+		status         int
+		body           string
+		refused        bool
+		text           string
+	}{
+		{"application or certificate removed", certificate, nil, 400, msis, true, "does it have this certificate"},
+		{"the same with the other status", certificate, nil, 401, msis, true, ""},
+		{"not permitted", certificate, nil, 400, `{"error":"unauthorized_client"}`, true, ""},
+
+		{"its clock is ahead", certificate, date(10 * time.Minute), 400, msis, false, "is the clock right"},
+		{"ours is", certificate, date(-10 * time.Minute), 400, msis, false, "is the clock right"},
+		{"it tells no time", certificate, http.Header{"Date": nil}, 400, msis, false, "is the clock right"},
+		{"a certificate that nobody has renewed", expired, nil, 400, msis, false, "renew"},
+		{"an issuer's token", workload, nil, 400, msis, false, "issuer's token"},
+		{"a fault", certificate, nil, 500, msis, false, ""},
+		{"busy", certificate, nil, 400, `{"error":"temporarily_unavailable"}`, false, ""},
+		{"another resource", certificate, nil, 400, `{"error":"invalid_scope"}`, false, ""},
+		{"a number that is no refusal", certificate, nil, 401, `{"error":"invalid_client","error_codes":[700024]}`, false, ""},
+	} {
+		s.Inject(vaulttest.Fault{Route: "token", Times: -1, Do: vaulttest.Answer(tt.status, tt.header, tt.body)})
+		opts.Identity = tt.identity
+		e := wantClass(t, Unseal(t.Context(), opts, token, testVolume, new([KeySize]byte)), ClassIdentity)
+		s.ClearFaults()
+		if e.Denied() != tt.refused || e.Transient() == tt.refused || e.Status != tt.status || !strings.Contains(e.Error(), tt.text) {
+			t.Errorf("%s: denied %v, want %v: %v", tt.name, e.Denied(), tt.refused, e)
 		}
 	}
 }

@@ -109,7 +109,7 @@ func (s *Server) arc(header http.Header, r *http.Request) (answer map[string]str
 	if !s.arcAnswer(secret) {
 		return refuse(http.StatusUnauthorized, "unauthorized_client", "The authorization is wrong or was used before")
 	}
-	id := s.assigned(q.Get("client_id"), q.Get("object_id"), q.Get("msi_res_id"))
+	id, _ := s.assigned(q.Get("client_id"), q.Get("object_id"), q.Get("msi_res_id"))
 	if id == nil {
 		return refuse(http.StatusBadRequest, "invalid_request", "Identity not found")
 	}

@@ -191,8 +191,11 @@ func (s *Server) imds(r *http.Request) (answer map[string]string, status int) {
 	case !strings.HasPrefix(resource, "https://") || strings.HasSuffix(resource, "/.default"):
 		return bad("invalid_resource", "AADSTS500011: The resource principal named "+resource+" was not found in the tenant.")
 	}
-	id := s.assigned(q.Get("client_id"), q.Get("object_id"), q.Get("msi_res_id")+q.Get("mi_res_id"))
-	if id == nil {
+	id, several := s.assigned(q.Get("client_id"), q.Get("object_id"), q.Get("msi_res_id")+q.Get("mi_res_id"))
+	switch {
+	case several:
+		return bad("invalid_request", "Multiple user assigned identities exist, please specify the clientId / resourceId of the identity in the token request")
+	case id == nil:
 		return bad("invalid_request", "Identity not found")
 	}
 	answer, status = s.managedToken(id, resource)
@@ -216,8 +219,8 @@ func (s *Server) managedToken(id *Identity, resource string) (answer map[string]
 
 // assigned finds the identity that the IMDS takes for a request. Without a
 // selector that's the system assigned one or, if there is none, the only user
-// assigned one.
-func (s *Server) assigned(clientID, objectID, resourceID string) *Identity {
+// assigned one; several are none.
+func (s *Server) assigned(clientID, objectID, resourceID string) (id *Identity, several bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var matches []*Identity
@@ -241,10 +244,10 @@ func (s *Server) assigned(clientID, objectID, resourceID string) *Identity {
 		}
 	}
 	if len(matches) != 1 {
-		return nil
+		return nil, len(matches) > 1
 	}
 	copied := *matches[0]
-	return &copied
+	return &copied, false
 }
 
 // serveEntra is https://login.microsoftonline.com and its sisters.

@@ -483,8 +483,14 @@ func TestIMDS(t *testing.T) {
 	if a := imdsGet(t, c, vaultQuery, metadata); a.status != 200 || a.json(t)["client_id"] != user.ClientID {
 		t.Errorf("default identity: %d %s", a.status, a.body)
 	}
+	another := Identity{ClientID: newUUID(), Assigned: true}
+	s.AddIdentity(another)
+	if a := imdsGet(t, c, vaultQuery, metadata); a.status != 400 || !strings.Contains(string(a.body), "Multiple user assigned identities exist") {
+		t.Errorf("several identities: %d %s", a.status, a.body)
+	}
 	s.Unassign(user.ClientID)
-	if a := imdsGet(t, c, vaultQuery, metadata); a.status != 400 {
+	s.Unassign(another.ClientID)
+	if a := imdsGet(t, c, vaultQuery, metadata); a.status != 400 || !strings.Contains(string(a.body), "Identity not found") {
 		t.Errorf("no identity: %d %s", a.status, a.body)
 	}
 }
