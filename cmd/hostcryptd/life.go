@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -787,41 +788,68 @@ func outcomeOf(err error) lifecycle.Outcome {
 	}
 	// What nobody has thought of must not end a boot: a process that could not be
 	// started, no descriptor left. What is on the disk is the same at the next try.
-	o := lifecycle.Outcome{Kind: lifecycle.Transient, Text: err.Error()}
-	for _, target := range []error{sector.ErrAuth, sector.ErrNotVolume, sector.ErrDamaged, sector.ErrUnsupported, sector.ErrDevice} {
-		if errors.Is(err, target) {
-			o.Kind = lifecycle.Misconfigured
-		}
+	o, _ := knownOutcome(err)
+	if ended := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled); ended && (o.Kind != lifecycle.Transient || o.Class == "") {
+		o = lifecycle.Outcome{Class: "no answer"}
 	}
-	rank := -1
-	walk(err, func(e error) bool {
-		k, ok := e.(*keyunseal.Error)
-		if !ok {
-			return true
-		}
-		kind, r := lifecycle.Misconfigured, 0
-		switch {
-		case k.Transient():
-			kind, r = lifecycle.Transient, 3
-		case k.Denied():
-			kind, r = lifecycle.Denied, 2
-		case k.Class == keyunseal.ClassIntegrity && k.Op != "token" && k.Op != "unseal":
-			kind, r = lifecycle.Integrity, 1
-		}
-		if r > rank {
-			rank = r
-			o.Kind, o.Class, o.Code, o.RequestID = kind, k.Class.String(), k.Code, k.RequestID
-			o.Answered, o.RetryAfter = k.Status != 0, k.RetryAfter
-			if k.Class == keyunseal.ClassIdentity {
-				o.RetryAfter = max(o.RetryAfter, time.Second)
+	o.Text = err.Error()
+	return o
+}
+
+// hope ranks failures: a larger one is more hopeful, or as hopeful and says more.
+func hope(o lifecycle.Outcome) int {
+	rank := 2 * slices.Index([]lifecycle.Kind{lifecycle.Misconfigured, lifecycle.Integrity, lifecycle.Denied, lifecycle.Transient}, o.Kind)
+	if o.Class != "" {
+		rank++
+	}
+	return rank
+}
+
+// knownOutcome is outcomeOf of errors that something is known of. An error that joins
+// others, by [errors.Join], is the errors of several tokens, each with an outcome of its
+// own: what isn't known passes there too. One that wraps several is one of all their
+// kinds, such as a disk that can't be read and EIO.
+func knownOutcome(err error) (o lifecycle.Outcome, known bool) {
+	switch err {
+	case sector.ErrAuth, sector.ErrNotVolume, sector.ErrDamaged, sector.ErrUnsupported, sector.ErrDevice:
+		return lifecycle.Outcome{Kind: lifecycle.Misconfigured}, true
+	}
+	switch e := err.(type) {
+	case *keyunseal.Error:
+		return keyOutcome(e), true
+	case interface{ Unwrap() error }:
+		return knownOutcome(e.Unwrap())
+	case interface{ Unwrap() []error }:
+		for _, err := range e.Unwrap() {
+			got, ok := knownOutcome(err)
+			ok = ok || reflect.TypeOf(e) == joined
+			if ok && (!known || hope(got) > hope(o)) {
+				o, known = got, true
 			}
 		}
-		return true
-	})
-	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-		if rank < 3 {
-			o.Kind, o.Class = lifecycle.Transient, "no answer"
-		}
+	}
+	return o, known
+}
+
+// joined is the type of what errors.Join returns.
+var joined = reflect.TypeOf(errors.Join(errors.ErrUnsupported))
+
+// keyOutcome is outcomeOf of what keyunseal says.
+func keyOutcome(k *keyunseal.Error) lifecycle.Outcome {
+	o := lifecycle.Outcome{
+		Kind: lifecycle.Misconfigured, Class: k.Class.String(), Code: k.Code, RequestID: k.RequestID,
+		Answered: k.Status != 0, RetryAfter: k.RetryAfter,
+	}
+	switch {
+	case k.Transient():
+		o.Kind = lifecycle.Transient
+	case k.Denied():
+		o.Kind = lifecycle.Denied
+	case k.Class == keyunseal.ClassIntegrity && k.Op != "token" && k.Op != "unseal":
+		o.Kind = lifecycle.Integrity
+	}
+	if k.Class == keyunseal.ClassIdentity {
+		o.RetryAfter = max(o.RetryAfter, time.Second)
 	}
 	return o
 }

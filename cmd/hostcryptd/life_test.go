@@ -65,6 +65,36 @@ func TestOutcomeOf(t *testing.T) {
 			t.Errorf("%s: %+v, want %v", tt.name, got, tt.want)
 		}
 	}
+
+	// Of two tokens the more hopeful counts, in whichever order they were tried.
+	type failure struct {
+		name, class string
+		err         error
+		kind        lifecycle.Kind
+	}
+	singles := []failure{ // the most hopeful first
+		{"vault down", "vault unreachable", down, lifecycle.Transient},
+		{"timeout", "no answer", context.DeadlineExceeded, lifecycle.Transient},
+		{"no descriptor", "", &os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}, lifecycle.Transient},
+		{"disabled", "key unusable", disabled, lifecycle.Denied},
+		{"wrong answer", "integrity failure", wrongAnswer, lifecycle.Integrity},
+		{"bad token", "integrity failure", badToken, lifecycle.Misconfigured},
+		{"forged header", "", sector.ErrAuth, lifecycle.Misconfigured},
+		{"disk that can't be read", "", fmt.Errorf("x: %w: %w", sector.ErrDevice, syscall.EIO), lifecycle.Misconfigured},
+	}
+	for i, a := range singles {
+		for _, b := range singles[i:] {
+			x, y := fmt.Errorf("token 0: %w", a.err), fmt.Errorf("token 1: %w", b.err)
+			for _, err := range []error{errors.Join(x, y), errors.Join(y, x), fmt.Errorf("the volume: %w", errors.Join(y, x)), errors.Join(errors.Join(y), x)} {
+				if got := outcomeOf(err); got.Kind != a.kind || got.Class != a.class || got.Text != err.Error() {
+					t.Errorf("%s, and %s: %+v, want %v, %q", a.name, b.name, got, a.kind, a.class)
+				}
+			}
+		}
+	}
+	if o := outcomeOf(errors.Join(&os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}, disabled)); o.Code != "" || o.RequestID != "" || o.Answered {
+		t.Errorf("a denial beside another failure is told of: %+v", o)
+	}
 	if o := outcomeOf(errors.Join(noFile, disabled)); o.Code != "c" || o.RequestID != "r" || !o.Answered || o.Class != "key unusable" {
 		t.Errorf("%+v", o)
 	}
