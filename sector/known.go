@@ -65,7 +65,7 @@ func (k *Known) follows(next *Known) error {
 	case next.Fingerprint != k.Fingerprint:
 		return fmt.Errorf("%w: the header was made with another volume key than the one of the volume that is served", ErrAuth)
 	case next.Generation < k.Generation:
-		return fmt.Errorf("%w: the header is of generation %d, and the volume that is served had one of generation %d: an older header was put back; if that was meant, 'hostcryptd header accept' says so", ErrAuth, next.Generation, k.Generation)
+		return fmt.Errorf("%w: the header is of generation %d, and the volume that is served had one of generation %d: an older header was put back; if that was meant, 'hostcryptd header accept' says so", ErrOlder, next.Generation, k.Generation)
 	}
 	return nil
 }

@@ -235,7 +235,7 @@ func (o *OpenOptions) checkPin(volume string, got opened) error {
 	case p.Fingerprint != got.fingerprint:
 		return fmt.Errorf("%w: the header was made with another volume key than the one that this host knows volume %s by: somebody formatted it elsewhere, or forged it with the public part of its key; if it was you, 'hostcryptd header accept' says so", ErrAuth, volume)
 	case p.Generation > got.generation:
-		return fmt.Errorf("%w: the header is of generation %d, and this host has seen generation %d of volume %s: an older header was put back; if that was meant, 'hostcryptd header accept' says so", ErrAuth, got.generation, p.Generation, volume)
+		return fmt.Errorf("%w: the header is of generation %d, and this host has seen generation %d of volume %s: an older header was put back; if that was meant, 'hostcryptd header accept' says so", ErrOlder, got.generation, p.Generation, volume)
 	}
 	return nil
 }

@@ -56,6 +56,9 @@ var (
 	// ErrAuth means that the header, or a wrapped key in it, is not what was
 	// written with this volume key: it was changed or put together from others.
 	ErrAuth = errors.New("header authenticity")
+	// ErrOlder is the ErrAuth of a header of this volume key that is older than the one
+	// that was seen last: [Accept] makes it the one to go by.
+	ErrOlder = fmt.Errorf("%w", ErrAuth)
 	// ErrDevice means that the backing device can't hold or be a volume:
 	// too small, misaligned, read-only, not a disk.
 	ErrDevice = errors.New("unsuitable device")

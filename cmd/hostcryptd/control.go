@@ -145,11 +145,11 @@ func (d *daemon) serveControl() (stop func(), err error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		d.readTokens()
+		d.readTokens(statusTimeout)
 		json.NewEncoder(w).Encode(d.status())
 	})
 	mux.HandleFunc("POST /v1/detach", func(w http.ResponseWriter, r *http.Request) {
-		if why := d.wouldLose(r); why != "" {
+		if why := d.wouldLose(r, guardTimeout); why != "" {
 			http.Error(w, why, http.StatusConflict)
 			return
 		}
@@ -245,7 +245,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 				return
 			}
 			if command.event == audit.Lock {
-				if why := d.wouldLose(r); why != "" {
+				if why := d.wouldLose(r, guardTimeout); why != "" {
 					fail(http.StatusConflict, why, "")
 					return
 				}
@@ -370,65 +370,110 @@ func (d *daemon) requestDetach() error {
 }
 
 // wouldLose says why a request to lock or detach needs ?force=true, or "": what it
-// wipes are the last keys to the data.
-func (d *daemon) wouldLose(r *http.Request) string {
+// wipes are the last keys to the data. It looks at the disk for no longer than limit.
+func (d *daemon) wouldLose(r *http.Request, limit time.Duration) string {
 	d.mu.Lock()
 	v := d.volume
 	d.mu.Unlock()
 	if r.URL.Query().Get("force") == "true" || v == nil || v.Suspended() {
 		return "" // or there are none
 	}
-	d.readTokens()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	switch locks := r.URL.Path == "/v1/lock"; {
-	case d.opts.randomKey && locks:
-		return "the volume's key is random and stored nowhere: to lock it is to destroy its data for ever, which --force does"
-	case d.lost:
-		return "the header on " + d.opts.device + " is gone, and this server has the last key to the data; copy the data first, or, if you have a backup of the header, go on with --force and 'hostcryptd header restore' it then; nothing was changed"
-	}
-	return ""
-}
-
-// readTokens notes which tokens the header has. A disk that hangs or fails is not
-// waited for: what was noted before stays, and nobody else asks the disk meanwhile.
-func (d *daemon) readTokens() {
-	if d.opts.randomKey || !d.readingTokens.CompareAndSwap(false, true) {
-		return
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		defer d.readingTokens.Store(false)
-		ctx, cancel := context.WithTimeout(context.Background(), tokensTimeout)
-		defer cancel()
-		h, copies, err := sector.ReadHeader(ctx, d.device)
-		var list []tokenInfo
-		damage, lost := "", false
-		switch {
-		case err == nil:
-			if copies.Damaged() {
-				damage = copies.Describe() + "; 'hostcryptd header repair' repairs it"
-			}
-			list = slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
-		case errors.Is(err, sector.ErrNotVolume) || errors.Is(err, sector.ErrDamaged):
-			// It's gone, and its tokens with it.
-			damage, lost = headerGone+": "+err.Error(), true
-		default:
-			return
+	if d.opts.randomKey {
+		if r.URL.Path == "/v1/lock" {
+			return "the volume's key is random and stored nowhere: to lock it is to destroy its data for ever, which --force does"
 		}
-		d.mu.Lock()
-		d.tokens, d.damage, d.lost = list, damage, lost
-		d.mu.Unlock()
-	}()
+		return ""
+	}
+	seen := d.readTokens(limit)
+	d.mu.Lock()
+	lost, h := d.lost, d.lifeHost
+	d.mu.Unlock()
+	if lost == "" && h != nil {
+		// What only a look with the key tells, and what one has told that could read it.
+		if f := h.fault(); f != nil && (f.lost != lostGone || !seen) {
+			lost = f.lost
+		}
+	}
+	if lost == "" {
+		return ""
+	}
+	return "the header on " + d.opts.device + " " + lost + "; copy the data first, or, if you have a backup of the header, go on with --force and 'hostcryptd header restore' it then; nothing was changed"
+}
+
+// What the header on the disk of a volume is that it opens no more.
+const (
+	lostGone    = "is gone, and this server has the last key to the data"
+	lostAnother = "is that of another volume, and this server has the last key to the data"
+	lostForged  = "is not authentic, and this server may have the last key to the data"
+)
+
+// readTokens notes which tokens the header has, and tells whether it could in limit. A
+// disk that hangs or fails is not waited for longer: what was noted before stays, and
+// nobody else asks the disk meanwhile, but waits for the look that is under way.
+func (d *daemon) readTokens(limit time.Duration) (seen bool) {
+	if d.opts.randomKey {
+		return false
+	}
+	d.mu.Lock()
+	look := d.tokensLook
+	if look == nil {
+		look = &tokensLook{done: make(chan struct{})}
+		d.tokensLook = look
+		go func() {
+			look.seen = d.lookAtTokens()
+			d.mu.Lock()
+			d.tokensLook = nil
+			d.mu.Unlock()
+			close(look.done)
+		}()
+	}
+	d.mu.Unlock()
 	select {
-	case <-done:
-	case <-time.After(tokensTimeout):
+	case <-look.done:
+		return look.seen
+	case <-time.After(limit):
+		return false
 	}
 }
 
-// tokensTimeout is less than what a client waits for a status.
-const tokensTimeout = time.Second
+// A tokensLook is a call of lookAtTokens.
+type tokensLook struct {
+	done chan struct{} // closed when seen is there
+	seen bool
+}
+
+func (d *daemon) lookAtTokens() (seen bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	h, copies, err := sector.ReadHeader(ctx, d.device)
+	var list []tokenInfo
+	damage, lost := "", ""
+	switch {
+	case err == nil && h.UUID != d.uuid:
+		damage, lost = "is that of another volume, "+h.UUID+": this one goes on, and won't open again without a backup of its header; without one, copy the data while it's served", lostAnother
+	case err == nil:
+		if copies.Damaged() {
+			damage = copies.Describe() + "; 'hostcryptd header repair' repairs it"
+		}
+		list = slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
+	case errors.Is(err, sector.ErrNotVolume) || errors.Is(err, sector.ErrDamaged):
+		damage, lost = headerGone+": "+err.Error(), lostGone // and its tokens with it
+	default:
+		return false
+	}
+	d.mu.Lock()
+	d.tokens, d.damage, d.lost = list, damage, lost
+	d.mu.Unlock()
+	return true
+}
+
+// statusTimeout is less than what a client waits for a status. guardTimeout is for who
+// asks to wipe the keys: a disk that hangs must not keep them, and a busy one not hide
+// that they are the last.
+const (
+	statusTimeout = time.Second
+	guardTimeout  = 3 * time.Second
+)
 
 func (d *daemon) status() *status {
 	d.mu.Lock()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/keyunseal/audit"
 	"hostcryptd/keyunseal/lifecycle"
@@ -213,4 +215,107 @@ func TestLateErase(t *testing.T) {
 		t.Errorf("erase = %v", err)
 	}
 	_ = d.volume.Close()
+}
+
+// TestWouldLose: who asks to wipe the keys is told that they are the last also where a
+// look at the header is under way, which began before it was gone, where only a look
+// with the key could tell, and where the disk can't be read now.
+func TestWouldLose(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, 24<<20); err != nil {
+		t.Fatal(err)
+	}
+	device, err := sector.OpenDevice(image, sector.DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer device.Close()
+	if _, err := sector.Format(t.Context(), device, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	v, err := sector.Open(t.Context(), device, openUnseal, sector.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	d := &daemon{volume: v, device: device, uuid: v.UUID(), log: zap.NewNop(), opts: serveOptions{device: image, keys: keyFlags{auditLog: "none"}}}
+	h := &keyHost{d: d}
+	d.lifeHost = h
+	limit := time.Minute
+	ask := func(query string) string {
+		return d.wouldLose(httptest.NewRequest("POST", "/v1/detach"+query, nil), limit)
+	}
+	const last = "this server has the last key to the data"
+	if why := ask(""); why != "" {
+		t.Errorf("the header is there: %s", why)
+	}
+	// What a look with the key has found, and one without can't.
+	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrAuth))
+	if why := ask(""); !strings.Contains(why, "is not authentic, and this server may have the last key") {
+		t.Errorf("the header isn't authentic: %q", why)
+	}
+	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrNotVolume)) // and it's there again
+	if why := ask(""); why != "" {
+		t.Errorf("the header is there again: %s", why)
+	}
+
+	// It's destroyed while somebody who looks at the status waits for the lock on it.
+	locked, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer locked.Close()
+	if err := unix.Flock(int(locked.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if d.readTokens(time.Millisecond) {
+		t.Error("the header was read under its lock")
+	}
+	limit = time.Millisecond
+	if why := ask(""); !strings.Contains(why, last) {
+		t.Errorf("it can't be read, and was gone when it was read last: %q", why)
+	}
+	h.judgeHeader(nil)
+	limit = time.Minute
+	answer := make(chan string)
+	go func() { answer <- ask("") }()
+	if _, err := locked.WriteAt(make([]byte, 4<<20), 0); err != nil {
+		t.Error(err)
+	}
+	if err := unix.Flock(int(locked.Fd()), unix.LOCK_UN); err != nil {
+		t.Error(err)
+	}
+	if why := <-answer; !strings.Contains(why, "is gone, and "+last) {
+		t.Errorf("the header was destroyed meanwhile: %q", why)
+	}
+	if why := ask("?force=true"); why != "" {
+		t.Errorf("by force: %s", why)
+	}
+
+	// That of another volume is as good as none.
+	other := filepath.Join(t.TempDir(), "other.img")
+	if err := os.WriteFile(other, make([]byte, 24<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	od, err := sector.OpenDevice(other, sector.DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sector.Format(t.Context(), od, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	od.Close()
+	b, err := os.ReadFile(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := locked.WriteAt(b[:1<<20], 0); err != nil {
+		t.Fatal(err)
+	}
+	if why := ask(""); !strings.Contains(why, "is that of another volume, and "+last) {
+		t.Errorf("another volume's header: %q", why)
+	}
 }

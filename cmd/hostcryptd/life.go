@@ -268,6 +268,7 @@ func retiredWaits(err error) lifecycle.Kind {
 type headerFault struct {
 	what string // for a status, and to tell one fault from another
 	err  error
+	lost string // why it opens the volume no more, one of the lost constants, or ""
 }
 
 const headerGone = "is gone: the volume goes on, and won't open again without a backup of the header; without one, copy the data while it's served"
@@ -400,15 +401,18 @@ func (h *keyHost) judgeHeader(err error) {
 	switch o := outcomeOf(err); {
 	case err == nil:
 	case errors.Is(err, sector.ErrDevice):
-		now = &headerFault{"can't be read", err}
+		now = &headerFault{"can't be read", err, ""}
 	case errors.Is(err, sector.ErrNotVolume), errors.Is(err, sector.ErrDamaged):
-		now = &headerFault{headerGone, err}
+		now = &headerFault{headerGone, err, lostGone}
 	case !errors.Is(err, sector.ErrAuth) && (o.Kind == lifecycle.Transient || o.Kind == lifecycle.Denied):
-		now = &headerFault{"is not the one that is known, and can't be authenticated now", err}
+		now = &headerFault{"is not the one that is known, and can't be authenticated now", err, ""}
 	case h.isDistrusted():
-		now = &headerFault{"is not the one that this host remembers: the initramfs has opened the volume by what it remembered when it was made; make it anew once the header is the right one", err}
+		now = &headerFault{"is not the one that this host remembers: the initramfs has opened the volume by what it remembered when it was made; make it anew once the header is the right one", err, ""}
 	default:
-		now = &headerFault{"is not authentic: the volume goes on, and won't open again before the header is restored", err}
+		now = &headerFault{"is not authentic: the volume goes on, and won't open again before the header is restored", err, lostForged}
+		if errors.Is(err, sector.ErrOlder) {
+			now.lost = "" // or accepted
+		}
 	}
 	h.mu.Lock()
 	before := h.header
@@ -458,12 +462,18 @@ func (h *keyHost) isDistrusted() bool {
 
 // headerProblem is what status says of the header, or "".
 func (h *keyHost) headerProblem() string {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.header == nil {
+	f := h.fault()
+	if f == nil {
 		return ""
 	}
-	return h.header.what + ": " + h.header.err.Error()
+	return f.what + ": " + f.err.Error()
+}
+
+// fault is what the last look at the header has found.
+func (h *keyHost) fault() *headerFault {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.header
 }
 
 // Probe looks at every KEK that could open the volume: access is lost when all
@@ -624,7 +634,7 @@ func (h *keyHost) changeApart(ctx context.Context, change func() lifecycle.Outco
 // has ended, and had known before. Whatever was written then, one copy of the
 // header is whole, and it's the one of before or the new one.
 func (h *keyHost) leftHeader(before *sector.Known) string {
-	ctx, cancel := context.WithTimeout(context.Background(), tokensTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
 	defer cancel()
 	header, _, err := sector.ReadHeader(ctx, h.d.device)
 	var now uint64

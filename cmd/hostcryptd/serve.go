@@ -370,9 +370,9 @@ type daemon struct {
 	left     serverState
 	tokens   []tokenInfo // that the header had when it was last looked at
 	damage   string      // of the header then
-	lost     bool        // it was gone then
+	lost     string      // why that opens nothing, one of the lost constants, or ""
 
-	readingTokens atomic.Bool
+	tokensLook    *tokensLook   // that is under way, or nil
 	headerChanged chan struct{} // capacity 1: to watchHeader
 	resizing      chan struct{} // capacity 1: full while the volume grows, and from when it is left
 	pushing       sync.Mutex    // held while the keeper is told a state: the last must be the newest
