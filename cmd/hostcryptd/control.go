@@ -631,14 +631,11 @@ func tellServer(ctx context.Context, volume string, k *sector.Known, accepted bo
 		return nil
 	}
 	err = newControlClient(path).send(ctx, "POST", fmt.Sprintf("/v1/header?accepted=%t", accepted), body, nil)
-	if errors.Is(err, unix.ECONNREFUSED) {
-		return nil // left behind by a server that was killed
+	if nobodyThere(err) {
+		return nil
 	}
 	return err
 }
-
-// errNotServed is the error of running when every server has answered.
-var errNotServed = errors.New("no volume")
 
 // running returns the status of every daemon that which may mean: a control
 // socket, a UUID, a label, a backing or kernel device; "" means all.
@@ -650,25 +647,13 @@ func running(ctx context.Context, which string) ([]*status, error) {
 	} else {
 		paths, _ = filepath.Glob(filepath.Join(controlDir(), "*.sock"))
 	}
-	// One daemon that doesn't answer must not hide the others.
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	all, errs := make([]*status, len(paths)), make([]error, len(paths))
-	var asking sync.WaitGroup
-	for i, p := range paths {
-		asking.Go(func() {
-			all[i] = &status{}
-			errs[i] = newControlClient(p).do(ctx, "GET", "/v1/status", all[i])
-		})
-	}
-	asking.Wait()
+	all, errs := askAll(ctx, paths)
 	list, failed := []*status{}, []error{}
 	for i, s := range all {
 		switch {
 		case errs[i] == nil:
 			list = append(list, s)
-		case errors.Is(errs[i], unix.ECONNREFUSED) && !named:
-			// left behind by a daemon that was killed
+		case nobodyThere(errs[i]) && !named:
 		default:
 			failed = append(failed, errs[i])
 		}
@@ -680,21 +665,57 @@ func running(ctx context.Context, which string) ([]*status, error) {
 		return list, errors.Join(failed...)
 	}
 	if which != "" && len(list) == 0 {
-		return nil, withCode(codeDevice, fmt.Errorf("%w %q is being served; 'hostcryptd status' lists those that are", errNotServed, which))
+		return nil, withCode(codeDevice, fmt.Errorf("no volume %q is being served; 'hostcryptd status' lists those that are", which))
 	}
 	return list, nil
+}
+
+// askAll returns the status of the daemon of each control socket, or why there is none.
+// One that doesn't answer doesn't hide the others.
+func askAll(ctx context.Context, paths []string) ([]*status, []error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	all, errs := make([]*status, len(paths)), make([]error, len(paths))
+	var asking sync.WaitGroup
+	for i, p := range paths {
+		asking.Go(func() {
+			all[i] = &status{}
+			errs[i] = newControlClient(p).do(ctx, "GET", "/v1/status", all[i])
+		})
+	}
+	asking.Wait()
+	return all, errs
+}
+
+// nobodyThere tells whether a socket was left behind by a daemon that was killed, or has
+// just been removed by one that ended.
+func nobodyThere(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ENOENT)
 }
 
 // notServed returns an error if a server of this host serves a volume, or if that can't
 // be told. Whatever name the disk has: device-mapper has more of them than OpenDevice
 // can see through.
-func notServed(ctx context.Context, uuid string) error {
-	list, err := running(ctx, uuid)
-	if len(list) > 0 {
-		return withCode(codeBusy, fmt.Errorf("volume %s is being served from %s", uuid, list[0].Device))
+func notServed(ctx context.Context, uuid string) error { return notServedIn(ctx, controlDir(), uuid) }
+
+// notServedIn is notServed of the servers whose control sockets are in dir.
+func notServedIn(ctx context.Context, dir, uuid string) error {
+	paths, _ := filepath.Glob(filepath.Join(dir, "*.sock"))
+	all, errs := askAll(ctx, paths)
+	for i, s := range all {
+		if errs[i] == nil && s.UUID == uuid {
+			return withCode(codeBusy, fmt.Errorf("volume %s is being served from %s", uuid, s.Device))
+		}
 	}
-	if !errors.Is(err, errNotServed) {
-		return withCode(codeBusy, fmt.Errorf("whether volume %s is being served can't be told; 'hostcryptd status' shows which server doesn't answer: %w", uuid, err))
+	for i, path := range paths {
+		name := strings.TrimSuffix(filepath.Base(path), ".sock")
+		switch {
+		case errs[i] == nil, nobodyThere(errs[i]):
+		case name == uuid:
+			return withCode(codeBusy, fmt.Errorf("volume %s has a server on this host that can't be asked; it has to end first: %w", uuid, errs[i]))
+		case !sector.IsUUID(name): // else it's that of another volume
+			return withCode(codeBusy, fmt.Errorf("a server on this host can't be asked whether it serves volume %s; 'hostcryptd status' shows the others, and it has to answer or end first: %w", uuid, errs[i]))
+		}
 	}
 	return nil
 }

@@ -257,6 +257,10 @@ func TestWouldLose(t *testing.T) {
 	if why := ask(""); !strings.Contains(why, "is not authentic, and this server may have the last key") {
 		t.Errorf("the header isn't authentic: %q", why)
 	}
+	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrOlder))
+	if why := ask(""); why != "" || !strings.HasPrefix(h.headerProblem(), "is not authentic") {
+		t.Errorf("the header is an older one: %q; the status says %q", why, h.headerProblem())
+	}
 	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrNotVolume)) // and it's there again
 	if why := ask(""); why != "" {
 		t.Errorf("the header is there again: %s", why)
@@ -318,4 +322,60 @@ func TestWouldLose(t *testing.T) {
 	if why := ask(""); !strings.Contains(why, "is that of another volume, and "+last) {
 		t.Errorf("another volume's header: %q", why)
 	}
+}
+
+// TestNotServed: of servers that don't answer only those keep a volume from being
+// changed that may be its own.
+func TestNotServed(t *testing.T) {
+	const ours, another = "5a0c8b0e-0c62-4a86-8d70-6b4d0a8f1f3e", "e3f1f8a0-d4b6-407d-8a68-260ce0b8c0a5"
+	dir := t.TempDir()
+	listen := func(name string) net.Listener {
+		l, err := net.Listen("unix", filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	serve := func(name, uuid string) *http.Server {
+		s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			json.NewEncoder(w).Encode(status{UUID: uuid, Device: "/dev/x"})
+		})}
+		go s.Serve(listen(name))
+		t.Cleanup(func() { s.Close() })
+		return s
+	}
+	want := func(text string, limit time.Duration) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
+		defer cancel()
+		err := notServedIn(ctx, dir, ours)
+		if text == "" && err != nil || text != "" && (exitCode(err) != codeBusy || !strings.Contains(err.Error(), text)) {
+			t.Errorf("%v, want %q", err, text)
+		}
+	}
+	want("", time.Minute)
+	named := serve("named.sock", another)
+	dead := listen(ours + ".sock").(*net.UnixListener)
+	dead.SetUnlinkOnClose(false)
+	dead.Close()
+	want("", time.Minute)
+
+	// Those below are listened to and nobody answers.
+	named.Close()
+	const soon = 200 * time.Millisecond
+	foreign := listen(another + ".sock")
+	want("", soon)
+	hung := listen("any.sock")
+	want("a server on this host can't be asked whether it serves volume "+ours, soon)
+	hung.Close()
+	if err := os.Remove(filepath.Join(dir, ours+".sock")); err != nil {
+		t.Fatal(err)
+	}
+	hung = listen(ours + ".sock")
+	want("volume "+ours+" has a server on this host that can't be asked", soon)
+	hung.Close()
+	foreign.Close()
+	serve("mine.sock", ours)
+	want("is being served from /dev/x", time.Minute)
 }
