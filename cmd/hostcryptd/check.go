@@ -105,7 +105,7 @@ something is wrong, even if the volume would open by another key.`,
 		},
 	}
 	keys.add(c)
-	c.Flags().StringVar(&uuid, "uuid", "", "ask as for a host that wants the volume with this `UUID` on DEVICE")
+	c.Flags().Var((*uuidFlag)(&uuid), "uuid", "ask as for a host that wants the volume with this `UUID` on DEVICE")
 	c.Flags().StringVar(&expired, "expired-key", "warn", "ask as for a host that takes this `ACTION` when the key has expired: warn or deny")
 	c.Flags().BoolVar(&requirePin, "require-pin", false, "ask as for a host that serves only volumes it knows")
 	return a.jsonFlag(c)

@@ -737,7 +737,7 @@ func theOne(ctx context.Context, which string) (*status, error) {
 // another.
 func called(list []*status, which string) []*status {
 	for _, is := range []func(*status) bool{
-		func(s *status) bool { return which == s.UUID },
+		func(s *status) bool { return strings.EqualFold(which, s.UUID) },
 		func(s *status) bool { return s.Name != "" && which == s.Name },
 		func(s *status) bool { return s.is(which) },
 	} {

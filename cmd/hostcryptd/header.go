@@ -383,9 +383,9 @@ volume should come back, it's one that this host has never seen: whatever header
 has is trusted at first sight.`,
 		Args: oneArg("UUID"),
 		RunE: func(c *cobra.Command, args []string) error {
-			uuid := strings.ToLower(args[0])
-			if !sector.IsUUID(uuid) {
-				return usagef("%q is not the UUID of a volume", args[0])
+			uuid, err := volumeUUID(args[0])
+			if err != nil {
+				return withCode(codeUsage, err)
 			}
 			if err := notServed(c.Context(), uuid); err != nil {
 				return fmt.Errorf("nothing was changed: %w", err)

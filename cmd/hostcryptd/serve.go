@@ -229,7 +229,7 @@ name, of processes that systemd doesn't kill.`,
 	f.IntVar(&o.sectorSize, "sector-size", 4096, "with --random-key: size of an encrypted sector in `BYTES`, 512 or 4096")
 	f.BoolVar(&o.force, "force", false, "with --random-key: take DEVICE whatever it carries")
 	f.BoolVar(&o.requirePin, "require-pin", false, "refuse a volume that this host has neither formatted nor opened before, instead of trusting it at first sight")
-	f.StringVar(&o.uuid, "uuid", "", "refuse any volume but that with this `UUID`, whatever is on DEVICE")
+	f.Var((*uuidFlag)(&o.uuid), "uuid", "refuse any volume but that with this `UUID`, whatever is on DEVICE")
 	f.BoolVar(&o.initrd, "initrd", false, "go to the background when the volume is ready, print its kernel device, and live on in the real root until the power is off: for an initramfs")
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
@@ -260,9 +260,6 @@ func (o *serveOptions) settle(c *cobra.Command, arg string, goesOn bool) error {
 	}
 	if err := o.checkSwap(); err != nil {
 		return err
-	}
-	if o.uuid != "" && !sector.IsUUID(o.uuid) {
-		return usagef("--uuid: %q is not the UUID of a volume", o.uuid)
 	}
 	if o.certificates != "" {
 		o.tls = readCertificates(o.certificates)

@@ -89,7 +89,11 @@ var tabWords = map[string]tabWord{
 	"size": {no: "it is in the header"}, "cipher": {no: "it is always aes-xts-plain64"}, "hash": {no: "there is no passphrase"},
 	"plain": {no: "there is no volume without a header; for a key that is drawn at each boot, the key is /dev/urandom"},
 
-	"uuid":   {flag: "uuid", value: someText},
+	"uuid": {value: someText, set: func(e *tabEntry, value string) error {
+		id, err := volumeUUID(value)
+		e.flags = append(e.flags, tabFlag{"uuid", id})
+		return err
+	}},
 	"attach": {flag: "attach", value: someText}, "listen": {flag: "listen", value: someText},
 	"tcp": {flag: "tcp", value: someText}, "tls-certificates": {flag: "tls-certificates", value: someText},
 	"connections": {flag: "connections", value: someText}, "direct": {flag: "direct"},
@@ -210,8 +214,6 @@ func (e *tabEntry) bind() error {
 	id, ok := strings.CutPrefix(e.unit.Device, byUUID)
 	given := e.flag("uuid")
 	switch {
-	case given != "" && !sector.IsUUID(given):
-		return fmt.Errorf("option \"uuid=%s\": it is not the UUID of a volume", given)
 	case !ok || !sector.IsUUID(id) || e.randomKey():
 	case given == "":
 		e.flags = append(e.flags, tabFlag{"uuid", id})
@@ -409,6 +411,9 @@ func tabDevice(s string) (string, error) {
 			}
 			if v == "" {
 				return "", fmt.Errorf("device %q names nothing", s)
+			}
+			if id, err := volumeUUID(v); err == nil && strings.HasSuffix(dir, "uuid") {
+				v = id // as udev has those of this form
 			}
 			return filepath.Join("/dev/disk", dir, udevName(v)), nil
 		}
