@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -84,7 +85,7 @@ func MayDial(address string, only []string, clouds func() ([]string, error)) err
 		return err
 	case port != "443":
 		return errors.New("it is neither on port 443 nor an endpoint for the identity of a machine")
-	case len(only) > 0 && slices.Contains(only, host):
+	case slices.ContainsFunc(only, func(name string) bool { return strings.EqualFold(name, host) }):
 		return nil
 	case len(only) > 0:
 		return errors.New("the unit of hostcryptd-dial names the hosts that it connects to, and this one isn't among them")
@@ -106,6 +107,15 @@ func MayDial(address string, only []string, clouds func() ([]string, error)) err
 		return fmt.Errorf("%s: %w", text, err)
 	}
 	return errors.New(text)
+}
+
+// CheckDialHost says what is wrong with a name for the only of [MayDial], which would
+// never be asked for: what is asked for are names, without anything before or behind.
+func CheckDialHost(name string) error {
+	if !isDNSName(name) || !strings.Contains(name, ".") {
+		return fmt.Errorf("%.100q is not the full name of a host, such as NAME.vault.azure.net: no https://, no port (it is always 443), no address", name)
+	}
+	return nil
 }
 
 // dial connects for directTransport.

@@ -71,6 +71,7 @@ func TestMayDial(t *testing.T) {
 		// A unit that names the hosts.
 		{"unit.vault.azure.net:443", []string{"unit.vault.azure.net"}, unread, ""},
 		{"169.254.169.254:80", []string{"unit.vault.azure.net"}, unread, ""},
+		{"unit.vault.azure.net:443", []string{"Unit.Vault.Azure.NET"}, unread, ""},
 		{"login.elsewhere.example:443", []string{"unit.vault.azure.net", "login.elsewhere.example"}, unread, ""},
 		{"other.vault.azure.net:443", []string{"unit.vault.azure.net"}, unread, "names the hosts"},
 		{"login.microsoftonline.com:443", []string{"unit.vault.azure.net"}, unread, "names the hosts"},
@@ -79,6 +80,19 @@ func TestMayDial(t *testing.T) {
 		err := MayDial(tt.address, tt.only, tt.clouds)
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("MayDial(%q, %q) = %v, want %q", tt.address, tt.only, err, tt.want)
+		}
+	}
+}
+
+func TestCheckDialHost(t *testing.T) {
+	for name, ok := range map[string]bool{
+		"unit.vault.azure.net": true, "Login.Cloud.Example": true, "a-1.example": true,
+		"https://unit.vault.azure.net/": false, "unit.vault.azure.net:443": false, "unit.vault.azure.net/": false, "unit.vault.azure.net.": false,
+		"unit.vault.azure.net,login.cloud.example": false, "*.vault.azure.net": false, ".vault.azure.net": false, "unit": false, "localhost": false,
+		"10.0.0.1": false, "::1": false, "[::1]": false, "": false, " unit.vault.azure.net": false, "--help": false, strings.Repeat("a", 64) + ".example": false,
+	} {
+		if err := CheckDialHost(name); (err == nil) != ok {
+			t.Errorf("%q: %v", name, err)
 		}
 	}
 }

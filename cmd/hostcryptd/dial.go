@@ -27,6 +27,11 @@ func (a *app) dialCommand() *cobra.Command {
 		Hidden: true,
 		Args:   cobra.MatchAll(cobra.MinimumNArgs(1), notEmpty),
 		RunE: func(c *cobra.Command, args []string) error {
+			for _, host := range args[1:] {
+				if err := keyunseal.CheckDialHost(host); err != nil {
+					return usagef("ExecStart= of hostcryptd-dial: %w", err)
+				}
+			}
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
 			log := a.daemonLog(true)

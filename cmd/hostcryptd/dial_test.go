@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestMayDial: the private clouds are those that the table names now, and the service
@@ -55,5 +57,24 @@ func TestMayDial(t *testing.T) {
 	}
 	if err := mayDial([]string{"unit.vault.cloud.example"}, dir)(address); err != nil {
 		t.Errorf("named by the unit: %v", err)
+	}
+}
+
+// TestDialHosts: a host that would never be asked for is refused before it listens, and
+// before the socket of a dialer that runs is removed.
+func TestDialHosts(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "dial")
+	if err := os.WriteFile(socket, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var out, errs strings.Builder
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	code := run(ctx, []string{"dial", socket, "unit.vault.azure.net", "https://login.cloud.example/"}, os.Stdin, &out, &errs)
+	if code != codeUsage || !strings.Contains(errs.String(), `"https://login.cloud.example/" is not the full name of a host`) {
+		t.Errorf("exit code %d, %q", code, errs.String())
+	}
+	if _, err := os.Stat(socket); err != nil {
+		t.Errorf("the socket: %v", err)
 	}
 }
