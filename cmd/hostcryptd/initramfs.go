@@ -224,9 +224,29 @@ func (n *initramfsNeeds) volume(ctx context.Context, e *tabEntry) {
 		pins: cmp.Or(path("pins"), string(sector.DefaultPins)), tpm: flag("tpm"),
 		hostKey: n.usual, auditLog: flag("audit-log"), auditFailed: new(sync.Once),
 	}
-	n.hostKey(ctx, e, h, &n.keys)
-	n.vault(e, h, flag("identity"), path("cloud"))
+	left := n.hostKey(ctx, e, h, &n.keys)
+	if e.flag("tpm") == keyunseal.NoTPM {
+		left = append(left, slices.Repeat([]string{"the line has tpm=none, so its key in the TPM doesn't open it"}, len(h.of(keyunseal.TypeTPM)))...)
+	}
+	left = append(left, n.vault(e, h, flag("identity"), path("cloud"))...)
+	n.leftOut(name, h, left)
 	n.pins(name, h, &n.keys, flag("require-pin") == "true")
+}
+
+// leftOut tells of the keys of a volume that don't open it at boot, one text for each.
+// If that is all of them, it's an error.
+func (n *initramfsNeeds) leftOut(name string, h *tabTokens, left []string) {
+	none := h != nil && len(left) == len(h.tokens)
+	if none && len(left) == 0 {
+		n.fail("volume %s: its header has no key of hostcryptd's, so nothing opens it at boot; 'hostcryptd key add --recovery-key' adds one", name)
+	}
+	for _, text := range slices.Compact(left) {
+		if none {
+			n.fail("volume %s: %s; no other key opens it at boot", name, text)
+		} else {
+			n.warn("volume %s: %s", name, text)
+		}
+	}
 }
 
 // tabTokens is what a header says of the keys.
@@ -282,47 +302,60 @@ func describeTokens(uuid string, tokens []sector.KeyToken) *tabTokens {
 	return r
 }
 
-// hostKey adds the host key. That no line names is added if it opens the volume: who can
+// hostKey adds the host key, and says for each token of a host key that opens nothing
+// why. A file that no line names is added if it opens the volume: who can
 // write to the disk can put a token of another volume of this host's into the header, to
 // have the key of that one where he can read it. (He can put the whole header there, UUID
 // and all, if the line doesn't say which volume it means.)
-func (n *initramfsNeeds) hostKey(ctx context.Context, e *tabEntry, h *tabTokens, keys *keyFlags) {
-	name := e.unit.Name
+func (n *initramfsNeeds) hostKey(ctx context.Context, e *tabEntry, h *tabTokens, keys *keyFlags) (left []string) {
+	name, tokens := e.unit.Name, h.of(keyunseal.TypeHostKey)
+	file := cmp.Or(e.unit.KeyFile, n.usual)
 	const who = "the host key of %s is in the initramfs: who has that, and the disk, opens the volume"
-	switch _, err := os.Stat(n.usual); {
-	case e.unit.KeyFile != "":
-		if n.named(name, "the host key", e.unit.KeyFile) {
-			n.warn(who, name)
-		}
-	case h == nil:
+	if e.unit.KeyFile != "" && n.named(name, "the host key", file) {
+		n.warn(who, name)
+	}
+	if h == nil && e.unit.KeyFile == "" {
 		n.warn("no host key of %s is in the initramfs; if that is what opens it, it will not open at boot, unless the third field of its line is the key's file", name)
-	case len(h.of(keyunseal.TypeHostKey)) == 0:
-	case err != nil:
-		n.warn("the host key of %s can't be read: %v", name, err)
-	case n.tokens != nil:
-		n.secret(n.usual, who, name)
-	default:
-		var errs []error
-		for _, t := range h.of(keyunseal.TypeHostKey) {
+	}
+	if len(tokens) == 0 {
+		return nil
+	}
+	var errs []error
+	if _, err := os.Stat(file); err != nil {
+		errs = append(errs, err)
+	} else if n.tokens == nil {
+		options := keys.options(h.uuid, zap.NewNop())
+		options.HostKey = file
+		for _, t := range tokens {
 			var key [sector.VolumeKeySize]byte
-			err := keyunseal.Unseal(ctx, keys.options(h.uuid, zap.NewNop()), t.text, h.uuid, &key)
+			err := keyunseal.Unseal(ctx, options, t.text, h.uuid, &key)
 			clear(key[:])
 			if err == nil {
-				n.secret(n.usual, who, name)
-				return
+				errs = nil
+				break
 			}
 			errs = append(errs, err)
 		}
-		n.warn("the host key %s isn't in the initramfs, as volume %s opens by none of its keys with that: %v", n.usual, name, errors.Join(errs...))
 	}
+	if errs == nil {
+		if e.unit.KeyFile == "" {
+			n.secret(file, who, name)
+		}
+		return nil
+	}
+	why := "none of its keys opens with the host key %s that its line names: %v"
+	if e.unit.KeyFile == "" {
+		why = "the host key %s isn't in the initramfs, as none of its keys opens with that: %v"
+	}
+	return slices.Repeat([]string{fmt.Sprintf(why, file, errors.Join(errs...))}, len(tokens))
 }
 
 // vault adds what the way to a vault needs, for a volume that has a key there, or may
-// have one.
-func (n *initramfsNeeds) vault(e *tabEntry, h *tabTokens, identity, cloud string) {
+// have one, and says for each that opens nothing why.
+func (n *initramfsNeeds) vault(e *tabEntry, h *tabTokens, identity, cloud string) (left []string) {
 	name, tokens := e.unit.Name, h.of(keyunseal.TypeKeyVault)
 	if h != nil && len(tokens) == 0 || h == nil && !e.unit.NetDev && identity == "" && cloud == "" {
-		return
+		return nil
 	}
 	if !e.unit.NetDev {
 		n.warn("volume %s has a key in a vault, and no _netdev in its line: the initramfs doesn't wait for the network, and does without that key", name)
@@ -330,7 +363,7 @@ func (n *initramfsNeeds) vault(e *tabEntry, h *tabTokens, identity, cloud string
 	if identity != "" {
 		n.identity(name, identity)
 	} else {
-		n.identitiesOf(name, h)
+		left = n.identitiesOf(name, h)
 	}
 
 	private := h == nil
@@ -356,6 +389,7 @@ func (n *initramfsNeeds) vault(e *tabEntry, h *tabTokens, identity, cloud string
 	for _, f := range roots {
 		n.add(f)
 	}
+	return left
 }
 
 // identity adds the file that the identity of a line logs in with.
@@ -384,24 +418,14 @@ func (n *initramfsNeeds) warnIdentity(volume, identity string) {
 // identitiesOf says what the identities of a header's tokens lack, and adds none of
 // their files: nothing authenticates the header here, and who can write to the disk
 // would choose the file of root's that he then reads in /boot.
-func (n *initramfsNeeds) identitiesOf(volume string, h *tabTokens) {
-	if h == nil {
-		return
-	}
-	var missing []string
+func (n *initramfsNeeds) identitiesOf(volume string, h *tabTokens) (left []string) {
 	for _, t := range h.of(keyunseal.TypeKeyVault) {
 		n.warnIdentity(volume, t.Identity)
 		if file, err := keyunseal.IdentityFile(t.Identity); err == nil && file != "" {
-			missing = append(missing, fmt.Sprintf("a key in the header is for an identity that names the file %s, and the line has no identity=; what only the header names isn't put into an initramfs, so that key won't open the volume at boot; if this is how the host logs in, the line needs identity=%s", file, t.Identity))
+			left = append(left, fmt.Sprintf("a key in the header is for an identity that names the file %s, and the line has no identity=; what only the header names isn't put into an initramfs, so that key won't open the volume at boot; if this is how the host logs in, the line needs identity=%s", file, t.Identity))
 		}
 	}
-	for _, text := range missing {
-		if len(missing) == len(h.tokens) {
-			n.fail("volume %s: %s", volume, text)
-		} else {
-			n.warn("volume %s: %s", volume, text)
-		}
-	}
+	return left
 }
 
 // pins adds what this host remembers of the volume, so that an older header is refused
