@@ -11,32 +11,44 @@ import (
 )
 
 // A brokenDisk is a device of the device mapper over a disk, whose sectors
-// can be made to fail while it is in use.
+// can be made to fail while it is in use. Above it, its flushes can be held back.
 type brokenDisk struct {
 	m       *machine
 	raw     string
 	sectors int64 // of 512 bytes
+	flushes *heldDisk
 }
 
-const brokenName = "hostcryptd-broken"
+const (
+	brokenName = "hostcryptd-broken"
+	heldName   = "hostcryptd-held"
+)
 
 // headerCopy is the size of a copy of the header in sectors of 512 bytes, see
 // sector/FORMAT.md.
 const headerCopy = 256 << 10 / 512
 
+// breakable puts such a device in the place of the machine's disk, which has some room
+// left to grow.
 func (m *machine) breakable() (*brokenDisk, error) {
 	size, err := deviceSize(m.disk)
 	if err != nil {
 		return nil, err
 	}
-	b := &brokenDisk{m: m, raw: m.disk, sectors: size / 512}
+	b := &brokenDisk{m: m, raw: m.disk, sectors: (size - brokenGrows) / 512}
 	if _, err := m.run("dmsetup", "create", brokenName, "--table", b.good()); err != nil {
 		return nil, err
 	}
-	m.disk = filepath.Join("/dev/mapper", brokenName)
+	if b.flushes, err = m.holdable(heldName, filepath.Join("/dev/mapper", brokenName), b.sectors); err != nil {
+		return nil, err
+	}
+	m.disk = b.flushes.path()
 	m.brokenDisk = true
 	return b, nil
 }
+
+// brokenGrows is by how many bytes it can grow.
+const brokenGrows = 16 << 20
 
 func (b *brokenDisk) good() string {
 	return fmt.Sprintf("0 %d linear %s 0", b.sectors, b.raw)
@@ -58,14 +70,48 @@ func (b *brokenDisk) become(table string) error {
 	return b.m.replaceTable(brokenName, table, "--noflush") // what is in flight must meet the new table
 }
 
-// diskErrors checks that errors of the disk reach the application, and that a
-// flush that failed is never followed by one that succeeds.
+// diskErrors checks that errors of the disk reach the application, that a flush that
+// failed is never followed by one that succeeds, and what becomes of a flush whose server
+// is killed, stopped or replaced meanwhile.
 func diskErrors(m *machine) error {
 	b, err := m.breakable()
 	if err != nil {
 		return err
 	}
 	m.step(1, "A header that can't be read")
+	if err := m.unreadableHeader(b); err != nil {
+		return err
+	}
+
+	if err := b.become(b.good()); err != nil {
+		return err
+	}
+	s, err := m.serve("--host-key", hostKey)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(s.dev, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	m.step(2, "A write that fails")
+	if err := failedWrite(b, f); err != nil {
+		return err
+	}
+	m.step(3, "A flush that fails, and those after it")
+	if err := failedFlush(b, f); err != nil {
+		return err
+	}
+	m.step(4, "Detaching what could not be flushed")
+	if err := errors.Join(f.Close(), s.detachFails()); err != nil {
+		return err
+	}
+	return m.hangingFlushes(b)
+}
+
+// unreadableHeader has one and both copies of a new header fail.
+func (m *machine) unreadableHeader(b *brokenDisk) error {
 	if err := m.formatHostKey(); err != nil {
 		return err
 	}
@@ -86,22 +132,11 @@ func diskErrors(m *machine) error {
 	if s, err = m.serve("--host-key", hostKey); err != nil {
 		return fmt.Errorf("the second copy of the header can be read: %w", err)
 	}
-	if err := s.detach(); err != nil {
-		return err
-	}
+	return s.detach()
+}
 
-	m.step(2, "A write that fails")
-	if err := b.become(b.good()); err != nil {
-		return err
-	}
-	if s, err = m.serve("--host-key", hostKey); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(s.dev, os.O_RDWR|unix.O_DIRECT, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+// failedWrite leaves a disk behind that can't be written to, and a write that failed.
+func failedWrite(b *brokenDisk, f *os.File) error {
 	block := alignedPage()
 	// The control: without the error all of it works.
 	if _, err := f.WriteAt(block, 0); err != nil {
@@ -122,8 +157,10 @@ func diskErrors(m *machine) error {
 	if _, err := f.ReadAt(block, 0); err != nil {
 		return fmt.Errorf("a read from a disk that fails writes only: %w", err)
 	}
+	return nil
+}
 
-	m.step(3, "A flush that fails, and those after it")
+func failedFlush(b *brokenDisk, f *os.File) error {
 	if err := f.Sync(); !errors.Is(err, unix.EIO) {
 		return fmt.Errorf("an fsync on the broken disk: %v, want EIO", err)
 	}
@@ -132,30 +169,48 @@ func diskErrors(m *machine) error {
 	if err := b.become(b.good()); err != nil {
 		return err
 	}
+	if err := neverFlushed(f); err != nil {
+		return err
+	}
+	return b.m.saysOfFlushes(true, 0)
+}
+
+// neverFlushed flushes, which must fail each time.
+func neverFlushed(f *os.File) error {
 	for range 3 {
 		if err := f.Sync(); !errors.Is(err, unix.EIO) {
 			return fmt.Errorf("an fsync after one that failed: %v, want EIO", err)
 		}
 	}
-	out, err := m.run("hostcryptd", "status", s.m.disk)
+	return nil
+}
+
+// saysOfFlushes checks what status says: that the volume has failed, or not, and how many
+// servers were killed that waited for a flush.
+func (m *machine) saysOfFlushes(failed bool, killed int) error {
+	out, err := m.run("hostcryptd", "status", m.disk)
 	if err != nil {
 		return err
 	}
-	if !strings.Contains(out, "FAILED") {
-		return errors.New("hostcryptd status doesn't say that the volume has failed")
+	if strings.Contains(out, "FAILED") != failed {
+		return fmt.Errorf("hostcryptd status says that the volume has failed: %v, want %v", !failed, failed)
 	}
+	const of = "a server was killed while it waited for the disk to flush its cache"
+	if n := fmt.Sprintf("%s (%d since", of, killed); strings.Contains(out, of) != (killed > 0) || killed > 0 && !strings.Contains(out, n) {
+		return fmt.Errorf("hostcryptd status doesn't say of %d servers that they were killed while they waited for a flush", killed)
+	}
+	return nil
+}
 
-	m.step(4, "Detaching what could not be flushed")
-	if err := f.Close(); err != nil {
-		return err
-	}
-	code, out, err := m.try("hostcryptd", "detach", m.disk)
+// detachFails is detach where something was not written.
+func (s *server) detachFails() error {
+	code, out, err := s.m.try("hostcryptd", "detach", s.m.disk)
 	if err != nil {
 		return err
 	}
 	<-s.ended
-	m.figure("exit code of detach", float64(code), "")
-	m.figure("exit code of serve", float64(s.code), "")
+	s.m.figure("exit code of detach", float64(code), "")
+	s.m.figure("exit code of serve", float64(s.code), "")
 	if s.code == 0 {
 		return errors.New("hostcryptd serve ended with exit code 0 after a flush that failed")
 	}

@@ -150,9 +150,38 @@ type server struct {
 	ended    chan struct{} // closed after the fields below are set
 	code     int
 	err      error
-	log      bytes.Buffer
+	log      lockedBuffer
 	stopping bool                // it has said STOPPING=1
 	stored   map[string]*os.File // what it has given to the service manager to keep
+}
+
+// A lockedBuffer is a buffer that is read while it is written to.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// waitLog waits until the server or its keeper has logged a text, or until something has
+// ended that makes it needless.
+func (s *server) waitLog(text string, needless <-chan error) error {
+	for end := time.Now().Add(commandLimit); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if strings.Contains(s.log.String(), text) || len(needless) > 0 {
+			return nil
+		}
+	}
+	return fmt.Errorf("in %v, hostcryptd hasn't logged: %s", commandLimit, text)
 }
 
 // listenNotify makes the socket that a service manager would listen on.
