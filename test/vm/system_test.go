@@ -167,13 +167,16 @@ func (l *systemLab) formatHere(t *testing.T, d vmtest.Disk, uuid string, files *
 	files.AddFile("/etc/hostcryptd/host.key", keyFile, 0o600)
 }
 
-// testWatchdog has the disk of a volume hang, and then its server.
+// testWatchdog has the disk of a volume hang, and then its server, and all the while a
+// flush of another volume.
 func testWatchdog(t *testing.T, l *systemLab) {
 	begun := time.Now()
-	disks := []vmtest.Disk{l.sparse(t, "data", 64<<20), l.root(t, "watchdog")}
+	disks := []vmtest.Disk{l.sparse(t, "data", 64<<20), l.sparse(t, "held", 64<<20), l.root(t, "watchdog")}
 	files := vmtest.NewFiles()
 	l.formatHere(t, disks[0], "44444444-4444-4444-8444-444444444444", files)
-	files.AddBytes("/etc/hostcrypttab", []byte("data /dev/mapper/behind /etc/hostcryptd/host.key noauto,tmp=ext4\n"), 0o600)
+	files.AddBytes("/etc/hostcrypttab", []byte(`data /dev/mapper/behind /etc/hostcryptd/host.key noauto,tmp=ext4
+held /dev/mapper/held   /dev/urandom             noauto,tmp=ext4
+`), 0o600)
 	files.AddBytes("/etc/systemd/system/hostcryptd@data.service.d/watchdog.conf", []byte("[Service]\nWatchdogSec=8\n"), 0o644)
 	r := l.bootSystem(t, vmtest.SystemBoot{Scenario: "system-watchdog", Files: files, Disks: disks})
 	l.row("Watchdog", time.Since(begun), r)

@@ -30,6 +30,8 @@ type volumeStatus struct {
 	}
 	Volume struct {
 		KeyMemory string `json:"key_memory"`
+		Failed    bool
+		Warnings  []string
 	}
 	Server struct {
 		Engine string

@@ -733,7 +733,7 @@ func (m *machine) whileWriting(f func() error) (longest time.Duration, err error
 // systemWatchdog stops servers and disks, and looks whom the service manager
 // replaces. Its table has data behind a device that can be suspended, and a
 // watchdog that waits for seconds only.
-func systemWatchdog(m *machine) error {
+func systemWatchdog(m *machine) (err error) {
 	m.reconnects = true
 	if err := m.checkSystem(); err != nil {
 		return err
@@ -751,39 +751,62 @@ func systemWatchdog(m *machine) error {
 	if err := m.mount("/dev/hostcryptd/data"); err != nil {
 		return err
 	}
-	pids := func() (u unitState, server int, err error) {
-		if u, err = m.unit("hostcryptd@data.service", "MainPID", "NRestarts", "ActiveState"); err != nil {
-			return nil, 0, err
-		}
-		s, err := statusOf("data")
-		return u, s.PID, err
-	}
-	before, server, err := pids()
+	m.step(1, "Until the last step, a flush of another volume hangs, which is reloaded")
+	held, err := m.startHeldFlush()
 	if err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil {
+			held.disk.letGo() // or the machine would not power off
+		}
+	}()
+	m.step(2, "The disk hangs for longer than the watchdog waits")
+	if err := m.hangingDisk(); err != nil {
+		return err
+	}
+	m.step(3, "The server hangs")
+	if err := m.hangingServer(); err != nil {
+		return err
+	}
+	m.step(4, "Reloaded and restarted in use")
+	if err := m.replacedInUse(); err != nil {
+		return err
+	}
+	m.step(5, "Stopped while a process that the sandbox hides has the device open")
+	if err := m.stopWhileOpen(); err != nil {
+		return err
+	}
+	m.step(6, "The flush that hung, and the reload, which comes to nothing")
+	return held.end()
+}
 
-	m.step(1, "The disk hangs for longer than the watchdog waits")
+// service returns what systemd says of a volume's service, and the process that serves.
+func (m *machine) service(name string) (u unitState, server int, err error) {
+	if u, err = m.unit("hostcryptd@"+name+".service", "MainPID", "NRestarts", "ActiveState"); err != nil {
+		return nil, 0, err
+	}
+	s, err := statusOf(name)
+	return u, s.PID, err
+}
+
+// hangingDisk suspends the disk below data.
+func (m *machine) hangingDisk() error {
+	before, server, err := m.service("data")
+	if err != nil {
+		return err
+	}
 	if _, err := m.run("dmsetup", "suspend", "--noflush", "behind"); err != nil {
 		return err
 	}
-	written := make(chan error, 1)
-	write := func(name string) {
-		f, err := os.Create(filepath.Join(m.mnt, name))
-		if err == nil {
-			_, err = f.WriteString(name)
-			err = errors.Join(err, f.Sync(), f.Close())
-		}
-		written <- err
-	}
-	go write("while the disk hung")
+	written := m.writeSynced(filepath.Join(m.mnt, "hung-disk"), "while the disk hung")
 	time.Sleep(20 * time.Second)
 	select {
 	case err := <-written:
 		return fmt.Errorf("a write came back from a disk that hangs: %v", err)
 	default:
 	}
-	after, same, err := pids()
+	after, same, err := m.service("data")
 	if err != nil {
 		return err
 	}
@@ -796,16 +819,22 @@ func systemWatchdog(m *machine) error {
 	if err := <-written; err != nil {
 		return fmt.Errorf("the write that waited for the disk: %w", err)
 	}
+	return nil
+}
 
-	m.step(2, "The server hangs")
+// hangingServer stops the server of data by a signal.
+func (m *machine) hangingServer() error {
+	_, server, err := m.service("data")
+	if err != nil {
+		return err
+	}
 	begun := time.Now()
 	m.typed("kill", "-STOP", strconv.Itoa(server))
 	if err := unix.Kill(server, unix.SIGSTOP); err != nil {
 		return err
 	}
-	go write("while the server hung")
 	select {
-	case err := <-written:
+	case err := <-m.writeSynced(filepath.Join(m.mnt, "hung-server"), "while the server hung"):
 		if err != nil {
 			return fmt.Errorf("the write that waited for the server: %w", err)
 		}
@@ -814,8 +843,9 @@ func systemWatchdog(m *machine) error {
 	}
 	m.figure("I/O goes on after the server hung", time.Since(begun).Seconds(), "s")
 	// The write is done before the service says that it is ready.
+	var after unitState
 	for end := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-		if after, _, err = pids(); err == nil && after["ActiveState"] == "active" || time.Now().After(end) {
+		if after, _, err = m.service("data"); err == nil && after["ActiveState"] == "active" || time.Now().After(end) {
 			break
 		}
 	}
@@ -825,14 +855,19 @@ func systemWatchdog(m *machine) error {
 	if after["ActiveState"] != "active" || after["NRestarts"] == "0" {
 		return fmt.Errorf("the service is %v, want it to have been restarted", after)
 	}
+	return nil
+}
 
-	m.step(3, "Reloaded and restarted in use")
+// replacedInUse has the server of data replaced by the service manager while its file
+// system is written to, kills it, and unmounts.
+func (m *machine) replacedInUse() error {
 	mounted, err := m.mountID()
 	if err != nil {
 		return err
 	}
 	for _, verb := range []string{"reload", "restart"} {
-		if before, server, err = pids(); err != nil {
+		before, server, err := m.service("data")
+		if err != nil {
 			return err
 		}
 		longest, err := m.whileWriting(func() error {
@@ -842,7 +877,7 @@ func systemWatchdog(m *machine) error {
 		if err != nil {
 			return fmt.Errorf("systemctl %s: %w", verb, err)
 		}
-		after, next, err := pids()
+		after, next, err := m.service("data")
 		if err != nil {
 			return err
 		}
@@ -857,7 +892,7 @@ func systemWatchdog(m *machine) error {
 	// The service manager has no copy of the kernel's socket left, which would keep
 	// the kernel from seeing that this server is dead.
 	longest, err := m.whileWriting(func() error {
-		_, dead, err := pids()
+		_, dead, err := m.service("data")
 		if err != nil {
 			return err
 		}
@@ -866,7 +901,7 @@ func systemWatchdog(m *machine) error {
 			return err
 		}
 		for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-			if _, next, err := pids(); err == nil && next != 0 && next != dead {
+			if _, next, err := m.service("data"); err == nil && next != 0 && next != dead {
 				return nil
 			}
 		}
@@ -882,12 +917,8 @@ func systemWatchdog(m *machine) error {
 	if err := m.unmount(); err != nil {
 		return err
 	}
-	if _, err := m.run("e2fsck", "-fn", "/dev/hostcryptd/data"); err != nil {
-		return err
-	}
-
-	m.step(4, "Stopped while a process that the sandbox hides has the device open")
-	return m.stopWhileOpen()
+	_, err = m.run("e2fsck", "-fn", "/dev/hostcryptd/data")
+	return err
 }
 
 // stopWhileOpen stops the service under a process that has the device open and
