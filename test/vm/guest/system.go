@@ -472,6 +472,9 @@ func (m *machine) restartVolumes() error {
 	if err := os.WriteFile(file, text, 0o600); err != nil {
 		return err
 	}
+	if err := m.reloadFails("data"); err != nil {
+		return err
+	}
 	for _, verb := range []string{"reload", "restart"} {
 		for _, name := range []string{"swap", "var", "data"} {
 			m.disk = name // as the control command takes it
@@ -521,6 +524,44 @@ func (m *machine) restartVolumes() error {
 		return errors.Join(fmt.Errorf("%s has %d bytes, and not what was written before the restarts", file, len(got)), err)
 	}
 	return os.Remove(file)
+}
+
+// reloadFails reloads a volume while what is installed can be asked for that, and can't
+// serve: the service manager has to say that it failed, and all stays as it was.
+func (m *machine) reloadFails(name string) error {
+	m.disk = name
+	before, err := m.waitServed(0)
+	if err != nil {
+		return err
+	}
+	const program, good = "/usr/sbin/hostcryptd", "/usr/sbin/hostcryptd.good"
+	if err := os.Rename(program, good); err != nil {
+		return err
+	}
+	script := "#!/bin/sh\n[ \"$1\" = reload ] && exec " + good + " \"$@\"\nexit 1\n"
+	if err := os.WriteFile(program, []byte(script), 0o755); err != nil {
+		return err
+	}
+	unit := "hostcryptd@" + name + ".service"
+	code, _, err := m.try("systemctl", "reload", unit)
+	if err := errors.Join(err, os.Rename(good, program)); err != nil {
+		return err
+	}
+	if code == 0 {
+		return errors.New("systemctl reload succeeds with a program that can't serve")
+	}
+	after, err := m.waitServed(0)
+	if err != nil {
+		return err
+	}
+	u, err := m.unit(unit, "ActiveState", "MainPID", "NRestarts")
+	if err != nil {
+		return err
+	}
+	if after.PID != before.PID || u["ActiveState"] != "active" || u["MainPID"] != strconv.Itoa(before.Keeper) || u["NRestarts"] != "0" {
+		return fmt.Errorf("after a reload that failed, %s is %v, its server process %d; want keeper %d, server %d as before", unit, u, after.PID, before.Keeper, before.PID)
+	}
+	return nil
 }
 
 // Of leaveBusy: the file that is open until the last moment, and how far it
