@@ -116,6 +116,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			if err != nil {
 				a.warnf("%s: %v; the first host that opens the volume will trust what it finds", device, err)
 			}
+			hintFormatted(device, h.UUID)
 			return errors.Join(a.printFormatted(device, h, recovery), commitSigner())
 		},
 	}

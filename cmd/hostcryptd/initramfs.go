@@ -60,7 +60,13 @@ an error.`,
 			var list []string
 			switch args[0] {
 			case "lines":
-				list = initramfsLines(ours, entries)
+				list = initramfsLines(ours, entries, func(device string) string {
+					h, err := readTokens(c.Context(), device)
+					if err != nil {
+						return "" // files warns
+					}
+					return h.uuid
+				})
 			case "devices":
 				for _, e := range ours {
 					list = append(list, e.unit.Device)
@@ -110,12 +116,20 @@ func initramfsEntries(entries []*tabEntry, option string) (ours []*tabEntry, err
 // initramfsLines is the table for the initramfs, whose scripts read it with less than
 // the daemon: blanks are single, devices are paths, comments are left out. Where the
 // kernel device of one is any that is free, those of the other volumes are there too,
-// without the option, to be left to them.
-func initramfsLines(ours, all []*tabEntry) (lines []string) {
+// without the option, to be left to them. A line that doesn't say which volume it means
+// means the one that is there now, by uuid: who has the storage could put a disk of
+// another volume in its place, of which the initramfs may have no pin.
+func initramfsLines(ours, all []*tabEntry, uuid func(device string) string) (lines []string) {
 	auto := false
 	for _, e := range ours {
 		auto = auto || e.unit.Attach == "auto"
-		lines = append(lines, strings.Join(append([]string{e.unit.Name, e.unit.Device}, e.rest...), " "))
+		line := strings.Join(append([]string{e.unit.Name, e.unit.Device}, e.rest...), " ")
+		if e.flag("uuid") == "" && !e.randomKey() {
+			if id := uuid(e.unit.Device); id != "" {
+				line += ",uuid=" + id
+			}
+		}
+		lines = append(lines, line)
 	}
 	for _, e := range all {
 		if _, err := nbdnl.ParsePath(e.unit.Attach); auto && err == nil && !slices.Contains(ours, e) {
@@ -454,6 +468,25 @@ func (n *initramfsNeeds) pins(name string, h *tabTokens, keys *keyFlags, require
 		n.fail("volume %s: require-pin, and this host doesn't remember the volume, neither in %s nor in a TPM: open it once without", name, dir)
 	case pin == nil:
 		n.warn("this host doesn't remember volume %s, neither in %s nor in a TPM: at boot it is trusted at first sight", name, dir)
+	}
+}
+
+// hintFormatted says if the initramfs of this host attaches the volume that was on a
+// device, and takes no other, as the one that is there now.
+func hintFormatted(device, uuid string) {
+	entries, _, err := readTab(cmp.Or(os.Getenv(initramfsTab), tabFile))
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		if !slices.Contains(e.words, "x-initrd.attach") || !sameFile(e.unit.Device, device) || e.flag("uuid") == uuid {
+			continue
+		}
+		text := "takes there only the volume that was on it when it was made"
+		if id := e.flag("uuid"); id != "" {
+			text = "its line means volume " + id + ": first change that"
+		}
+		fmt.Fprintf(os.Stderr, "hostcryptd: warning: the initramfs attaches volume %s, and %s: 'update-initramfs -u' or 'dracut -f' makes it anew\n", e.unit.Name, text)
 	}
 }
 

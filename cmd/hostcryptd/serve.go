@@ -530,6 +530,9 @@ func (d *daemon) readHeader(ctx context.Context) error {
 	if err == nil {
 		// Not after a vault has come back. What is opened later is held to be this one.
 		err = (&sector.OpenOptions{UUID: d.opts.uuid}).CheckUUID(h)
+		if err != nil && os.Getenv(initrdEnv) != "" {
+			err = fmt.Errorf("%w If it was replaced on purpose, the initramfs has to be made anew; until then a shell in it can change the line in its %s", err, tabFile)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", d.opts.device, err)
