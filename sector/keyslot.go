@@ -10,7 +10,11 @@ import (
 	"fmt"
 	"hash"
 	"maps"
+	"os"
+	"runtime/debug"
 	"slices"
+	"strings"
+	"syscall"
 
 	"golang.org/x/crypto/argon2"
 	"golang.org/x/crypto/pbkdf2"
@@ -83,6 +87,14 @@ func keyslotCipher(k *luks2.Keyslot, passphrase []byte) (*xts.Cipher, error) {
 		if kdf.Type == "argon2i" {
 			derive = argon2.Key
 		}
+		if kdf.Memory > recoveryMemory {
+			if err := haveMemory(kdf.Memory); err != nil {
+				return nil, fmt.Errorf("%s of a keyslot: %w", kdf.Type, err)
+			}
+			// Else the next such keyslot would need as much beside it: Go's collector lets
+			// what is garbage grow to the size of what isn't.
+			defer debug.FreeOSMemory()
+		}
 		key = derive(passphrase, kdf.Salt, kdf.Time, kdf.Memory, uint8(kdf.CPUs), 64)
 	case "pbkdf2":
 		newHash := hashes[kdf.Hash]
@@ -95,6 +107,46 @@ func keyslotCipher(k *luks2.Keyslot, passphrase []byte) (*xts.Cipher, error) {
 	}
 	defer clear(key)
 	return xts.NewCipher((*[64]byte)(key))
+}
+
+// haveMemory returns an error if this host hasn't as much memory to give, in KiB.
+// cryptsetup asks for up to 1 GiB in a header that it writes. As this process locks its
+// memory, where it may, the kernel would kill it or another for that.
+func haveMemory(need uint32) error {
+	b, err := os.ReadFile(memInfo)
+	if err != nil {
+		return nil // the kernel will say
+	}
+	var have, n uint64
+	for line := range strings.Lines(string(b)) {
+		// What others can be moved to swap for counts too.
+		for _, name := range []string{"MemAvailable:", "SwapFree:"} {
+			if value, ok := strings.CutPrefix(line, name); ok {
+				if _, err := fmt.Sscan(value, &n); err == nil {
+					have += n
+				}
+			}
+		}
+	}
+	if uint64(need) > have {
+		return fmt.Errorf("%w: it takes %d MiB, and this host has %d MiB to give; try again with more", syscall.ENOMEM, need>>10, have>>10)
+	}
+	return nil
+}
+
+var memInfo = "/proc/meminfo"
+
+// kdfCost orders keyslots: those that this program writes come first, then by what it
+// takes to try them.
+func kdfCost(k *luks2.Keyslot) uint64 {
+	switch kdf := k.KDF; {
+	case kdf.Type == "argon2id" && kdf.Time == recoveryTime && kdf.Memory == recoveryMemory && kdf.CPUs == recoveryCPUs:
+		return 0
+	case kdf.Type == "pbkdf2":
+		return 1
+	default:
+		return 1 + uint64(kdf.Time)*uint64(kdf.Memory)
+	}
 }
 
 // sealKeyslot fills area (keyslotAreaSize bytes, zeroed) with the DEK under a

@@ -2,12 +2,14 @@ package sector
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
 	"strconv"
+	"syscall"
 	"unicode"
 	"unicode/utf8"
 
@@ -122,13 +124,20 @@ func findKeyslot(b luks2.File, h *luks2.Header, recoveryKey []byte, dek *[dekSiz
 	if len(slots) == 0 {
 		return 0, fmt.Errorf("%w: the volume has no recovery keyslot; 'hostcryptd recovery add' makes one", ErrWrongKey)
 	}
-	var failed []error
+	slices.SortStableFunc(slots, func(a, b int) int { return cmp.Compare(kdfCost(h.Keyslots[a]), kdfCost(h.Keyslots[b])) })
+	var failed, untried []error
 	for _, id := range slots {
 		err := openKeyslot(b, h, id, recoveryKey, dek)
-		if err == nil {
+		switch {
+		case err == nil:
 			return id, nil
+		case errors.Is(err, syscall.ENOMEM):
+			untried = append(untried, fmt.Errorf("keyslot %d could not be tried: %w", id, err))
 		}
 		failed = append(failed, err)
+	}
+	if untried != nil {
+		return 0, errors.Join(untried...) // so nobody knows whether the key is wrong
 	}
 	return 0, errors.Join(failed...)
 }

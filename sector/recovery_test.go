@@ -5,9 +5,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -191,4 +194,91 @@ func TestRecoveryAfterCryptsetup(t *testing.T) {
 	if err := v.unwrapVolumeKey(k, key, h.UUID, 0); err == nil {
 		t.Error("the volume key is unwrapped without the DEK")
 	}
+}
+
+// TestCostlyKeyslots: keyslots of another program are tried last and one after the
+// other in memory, and not in more of it than there is.
+func TestCostlyKeyslots(t *testing.T) {
+	key := NewRecoveryKey()
+	d := formatWith(t, FormatOptions{Seal: []Sealer{(&kek{name: "a"}).seal}, RecoveryKey: key})
+	h, _, err := ReadHeader(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dek [dekSize]byte
+	theirs := func(id int, passes, kib uint32) {
+		k := *h.Keyslots[0]
+		k.KDF.Time, k.KDF.Memory = passes, kib
+		h.Keyslots[id] = &k
+		h.SegmentDigest(0).Keyslots = append(h.SegmentDigest(0).Keyslots, id)
+	}
+	ours := *h.Keyslots[0]
+	theirs(9, 0, 0)
+	*h.Keyslots[9] = ours
+	h.Keyslots[0].KDF.Time = maxKDFTime // takes hours
+	if slot, err := findKeyslot(d, h, key, &dek); err != nil || slot != 9 {
+		t.Fatalf("keyslot %d, %v", slot, err)
+	}
+
+	// None opens it, so all are tried.
+	*h.Keyslots[0] = ours
+	const each = 128 << 10
+	try := func(slots ...int) (grown int) {
+		t.Helper()
+		defer func(was []int) { h.SegmentDigest(0).Keyslots = was }(h.SegmentDigest(0).Keyslots)
+		h.SegmentDigest(0).Keyslots = slots
+		debug.FreeOSMemory()
+		if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0); err != nil { // resets the peak, proc(5)
+			t.Fatal(err)
+		}
+		before := residentPeak(t)
+		if _, err := findKeyslot(d, h, NewRecoveryKey(), &dek); !errors.Is(err, ErrWrongKey) {
+			t.Errorf("a wrong key: %v", err)
+		}
+		return residentPeak(t) - before
+	}
+	for id := 1; id <= 3; id++ {
+		theirs(id, 1, each)
+	}
+	one := try(1)
+	if three := try(1, 2, 3); one < each*7/8 || three > one*3/2 {
+		t.Errorf("a keyslot of %d KiB took %d KiB of memory, and three %d KiB", each, one, three)
+	}
+
+	// One for which there is no memory: whether it opens the volume isn't known.
+	file := filepath.Join(t.TempDir(), "meminfo")
+	defer func(was string) { memInfo = was }(memInfo)
+	memInfo = file
+	for text, tried := range map[string]bool{
+		"MemTotal: 9999999 kB\nMemAvailable:  131071 kB\nSwapFree:            0 kB\n": false,
+		"MemAvailable:  100000 kB\nSwapFree:        31072 kB\n":                       true,
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := findKeyslot(d, h, NewRecoveryKey(), &dek)
+		if errors.Is(err, ErrWrongKey) != tried || errors.Is(err, syscall.ENOMEM) == tried || !tried && !strings.Contains(err.Error(), "keyslot 2 could not be tried: argon2id of a keyslot: cannot allocate memory: it takes 128 MiB, and this host has 127 MiB to give") {
+			t.Errorf("with %q: %v", text, err)
+		}
+		if slot, err := findKeyslot(d, h, key, &dek); err != nil || slot != 0 {
+			t.Errorf("with %q, the right key: keyslot %d, %v", text, slot, err)
+		}
+	}
+}
+
+// residentPeak is the most memory, in KiB, that this process has had.
+func residentPeak(t *testing.T) (kib int) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if value, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			if _, err := fmt.Sscan(value, &kib); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return kib
 }
