@@ -19,6 +19,7 @@ type Volume struct {
 	Device        string         // path of the backing device or image
 	KeyFile       string         // path of the host key; "" if there is none
 	Attach        string         // "auto", "/dev/nbdN", or "" for no kernel device
+	Pins          string         // absolute path of the pins, if it's in /etc and not the usual one; letters, digits, and _ . - /
 	MakeFS        string         // "swap" or a type of file system to make on an empty device; "" for none
 	DeviceTimeout *time.Duration // how long the backing device may take to appear; 0 is for ever, nil the default
 
@@ -95,6 +96,15 @@ ReadWritePaths=/proc/sys/vm
 `
 )
 
+// openPins lets a service write to a directory in /etc, which systemd makes: that above
+// stays closed.
+func openPins(dir string) string {
+	if dir == "" {
+		return ""
+	}
+	return "ConfigurationDirectory=" + strings.TrimPrefix(dir, "/etc/") + "\nReadWritePaths=" + dir + "\n"
+}
+
 func (v *Volume) generate(dir, source string) error {
 	unit := "hostcryptd@" + v.Name + ".service"
 	target := localTarget
@@ -150,6 +160,7 @@ func (v *Volume) generate(dir, source string) error {
 	if v.Network {
 		b.WriteString(openNetwork)
 	}
+	b.WriteString(openPins(v.Pins))
 	if v.Swap {
 		b.WriteString(openSwap)
 		if !v.Vault && strings.HasPrefix(v.Device, "/dev/") {

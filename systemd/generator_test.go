@@ -24,7 +24,7 @@ func TestGenerate(t *testing.T) {
 		{Name: "swap", Device: "/dev/disk/by-partlabel/a\\x20b", Attach: "/dev/nbd7", MakeFS: "swap", Swap: true, DeviceTimeout: &minute},
 		{Name: "my-data", Device: "/srv/a 50%.img", Attach: "auto", NoFail: true},
 		{Name: "far", Device: "/dev/sdb", Attach: "auto", NetDev: true, DeviceTimeout: &forever},
-		{Name: "manual", Device: "/dev/sdc", Attach: "auto", NoAuto: true},
+		{Name: "manual", Device: "/dev/sdc", Attach: "auto", NoAuto: true, Pins: "/etc/hostcryptd/other/pins"},
 		{Name: "qemu", Device: "/dev/sdd", Network: true},
 		{Name: "swapfile", Device: "/dev/sde", Attach: "auto", Swap: true, Vault: true, NoAuto: true},
 	})

@@ -45,7 +45,12 @@ func TestNotify(t *testing.T) {
 
 // TestUnit lets systemd itself judge the units.
 func TestUnit(t *testing.T) {
-	for file, name := range map[string]string{"hostcryptd@.service": "hostcryptd@test.service", "hostcryptd-dial.service": "hostcryptd-dial.service"} {
+	for _, tt := range []struct{ file, name, open string }{
+		{"hostcryptd@.service", "hostcryptd@test.service", ""},
+		{"hostcryptd@.service", "hostcryptd@pins.service", openPins("/etc/hostcryptd/a-b_c/d.e")},
+		{"hostcryptd-dial.service", "hostcryptd-dial.service", ""},
+	} {
+		file, name := tt.file, tt.name
 		b, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
@@ -55,7 +60,7 @@ func TestUnit(t *testing.T) {
 		}
 		// The program need not be installed to check the unit.
 		unit := filepath.Join(t.TempDir(), name)
-		text := strings.ReplaceAll(string(b), "/usr/sbin/hostcryptd", "/bin/true")
+		text := strings.ReplaceAll(string(b), "/usr/sbin/hostcryptd", "/bin/true") + tt.open
 		if err := os.WriteFile(unit, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}

@@ -89,6 +89,10 @@ var tabWords = map[string]tabWord{
 	"size": {no: "it is in the header"}, "cipher": {no: "it is always aes-xts-plain64"}, "hash": {no: "there is no passphrase"},
 	"plain": {no: "there is no volume without a header; for a key that is drawn at each boot, the key is /dev/urandom"},
 
+	"pins": {value: someText, set: func(e *tabEntry, value string) error {
+		e.flags = append(e.flags, tabFlag{"pins", value})
+		return e.pinsIn(filepath.Join("/", value)) // serve runs in /
+	}},
 	"uuid": {value: someText, set: func(e *tabEntry, value string) error {
 		id, err := volumeUUID(value)
 		e.flags = append(e.flags, tabFlag{"uuid", id})
@@ -99,7 +103,7 @@ var tabWords = map[string]tabWord{
 	"connections": {flag: "connections", value: someText}, "direct": {flag: "direct"},
 	"sector-size": {flag: "sector-size", value: someText}, "control": {flag: "control", value: someText},
 	"identity": {flag: "identity", value: someText}, "tpm": {flag: "tpm", value: someText}, "cloud": {flag: "cloud", value: someText},
-	"require-pin": {flag: "require-pin"}, "signer": {flag: "signer", value: someText}, "pins": {flag: "pins", value: someText}, "audit-log": {flag: "audit-log", value: someText},
+	"require-pin": {flag: "require-pin"}, "signer": {flag: "signer", value: someText}, "audit-log": {flag: "audit-log", value: someText},
 	"on-revocation": {flag: "on-revocation", value: someText}, "expired-key": {flag: "expired-key", value: someText},
 	"heartbeat": {flag: "heartbeat", value: someTime}, "grace": {flag: "grace", value: someTime},
 	"max-offline": {flag: "max-offline", value: someTime}, "confirm": {flag: "confirm", value: someTime},
@@ -219,6 +223,28 @@ func (e *tabEntry) bind() error {
 		e.flags = append(e.flags, tabFlag{"uuid", id})
 	case given != id:
 		return fmt.Errorf("option \"uuid=%s\": the device is that of volume %s", given, id)
+	}
+	return nil
+}
+
+// pinsIn says where the service of the line has to be let write, or why it can't.
+func (e *tabEntry) pinsIn(dir string) error {
+	below := func(parent, dir string) bool {
+		return dir == parent || strings.HasPrefix(dir, strings.TrimSuffix(parent, "/")+"/")
+	}
+	plain := !strings.ContainsFunc(dir, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("_.-/", r)
+	})
+	const usual = string(sector.DefaultPins)
+	switch {
+	case dir != usual && below(dir, usual):
+		return fmt.Errorf("the service would have to be let write to all of %s; it has to be a directory of its own, such as %s", dir, usual)
+	case below("/usr", dir), below("/boot", dir), below("/efi", dir): // ProtectSystem=full
+		return errors.New("the service of a volume can't write there")
+	case below("/etc", dir) && !plain:
+		return errors.New("the name of a directory in /etc has only letters, digits and _ . - here")
+	case below("/etc", dir) && !below(usual, dir):
+		e.unit.Pins = dir
 	}
 	return nil
 }
