@@ -95,16 +95,50 @@ func writeWhole(name string, write func(f *os.File) error) (err error) {
 	if err := errors.Join(write(f), f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	err = unix.Renameat2(unix.AT_FDCWD, f.Name(), unix.AT_FDCWD, name, unix.RENAME_NOREPLACE)
-	if errors.Is(err, unix.EINVAL) { // such as of NFS
-		if err = os.Link(f.Name(), name); err == nil {
-			err = os.Remove(f.Name())
+	for _, rename := range newNames {
+		if err = rename(f.Name(), name); !unsupported(err) {
+			break
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	return syncDir(filepath.Dir(name))
+}
+
+// newNames are the ways to rename a file to a name that is new, and never to one that
+// somebody has: the later ones are for file systems that don't have those before.
+var newNames = []func(from, to string) error{renameNew, linkNew, replaceOwn}
+
+// unsupported tells whether a file system hasn't what was asked of it.
+func unsupported(err error) bool {
+	return errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM)
+}
+
+func renameNew(from, to string) error {
+	return unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+}
+
+// linkNew is for NFS.
+func linkNew(from, to string) error {
+	if err := os.Link(from, to); err != nil {
+		return err
+	}
+	return os.Remove(from)
+}
+
+// replaceOwn is for what has no links either, such as some of FUSE: it takes the name
+// with an empty file and replaces that. A crash between the two leaves the empty one,
+// and the whole one under its other name.
+func replaceOwn(from, to string) error {
+	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(f.Close(), os.Rename(from, to)); err != nil {
+		return errors.Join(err, os.Remove(to))
+	}
+	return nil
 }
 
 func (a *app) headerRestoreCommand() *cobra.Command {

@@ -4,7 +4,10 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestWriteWhole: a backup has its name when all of it is there, and not before.
@@ -41,5 +44,84 @@ func TestWriteWhole(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
 		t.Errorf("%v, %v", left, err)
+	}
+}
+
+// TestWriteWholeAnywhere: also on file systems that can't rename to a new name, or have
+// no links, no file that exists is replaced and no half of a new one is left.
+func TestWriteWholeAnywhere(t *testing.T) {
+	all := newNames
+	defer func() { newNames = all }()
+	without := func(errno unix.Errno) func(from, to string) error {
+		return func(from, to string) error { return &os.LinkError{Op: "link", Old: from, New: to, Err: errno} }
+	}
+	for what, ways := range map[string][]func(from, to string) error{
+		"all":                  all,
+		"links":                {without(unix.EINVAL), linkNew, replaceOwn},
+		"neither":              {without(unix.EINVAL), without(unix.EPERM), replaceOwn},
+		"neither, of FUSE":     {without(unix.ENOSYS), without(unix.EOPNOTSUPP), replaceOwn},
+		"neither, and no room": {without(unix.EINVAL), without(unix.EPERM), without(unix.ENOSPC)},
+	} {
+		newNames = ways
+		dir := t.TempDir()
+		name := filepath.Join(dir, "backup")
+		files := func() (list string) {
+			entries, err := os.ReadDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range entries {
+				b, err := os.ReadFile(filepath.Join(dir, e.Name()))
+				if err != nil {
+					t.Fatal(err)
+				}
+				list += e.Name() + "=" + string(b) + " "
+			}
+			return list
+		}
+		write := func(text string, during func()) error {
+			return writeWhole(name, func(f *os.File) error {
+				_, err := f.WriteString(text)
+				during()
+				return err
+			})
+		}
+		err := write("new", func() {
+			if list := files(); strings.Contains(list, "backup= ") || strings.Contains(list, " backup=") {
+				t.Errorf("%s: while it's written there is %q", what, list)
+			}
+		})
+		if strings.Contains(what, "no room") {
+			if list := files(); !errors.Is(err, unix.ENOSPC) || list != "" {
+				t.Errorf("%s: %v, files %q", what, err, list)
+			}
+			continue
+		}
+		if list := files(); err != nil || list != "backup=new " {
+			t.Errorf("%s: %v, files %q", what, err, list)
+		}
+		if err := write("newer", func() {}); !errors.Is(err, os.ErrExist) || files() != "backup=new " {
+			t.Errorf("%s, a file that exists: %v, files %q", what, err, files())
+		}
+		// One that somebody makes meanwhile.
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+		err = write("new", func() {
+			if err := os.WriteFile(name, []byte("other"), 0o600); err != nil {
+				t.Error(err)
+			}
+		})
+		if !errors.Is(err, os.ErrExist) || files() != "backup=other " {
+			t.Errorf("%s, a file that is made meanwhile: %v, files %q", what, err, files())
+		}
+	}
+	// The last step of the last way fails.
+	name := filepath.Join(t.TempDir(), "backup")
+	if err := replaceOwn(name+".none", name); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("replaceOwn() = %v", err)
+	}
+	if _, err := os.Stat(name); err == nil {
+		t.Error("an empty file is left")
 	}
 }
