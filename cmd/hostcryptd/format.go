@@ -68,7 +68,8 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 				return withCode(codeBusy, fmt.Errorf("%s carries %s; if that can go, use --force", device, found))
 			}
 			pins := keys.pinStore(a.cliLog())
-			if err := formatMay(c.Context(), d, pins, strings.ToLower(uuid)); err != nil {
+			was, err := formatMay(c.Context(), d, pins, strings.ToLower(uuid))
+			if err != nil {
 				return fmt.Errorf("%s: nothing was changed: %w", device, err)
 			}
 			if sectorSize != 512 && sectorSize != 4096 {
@@ -116,6 +117,12 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			if err != nil {
 				a.warnf("%s: %v; the first host that opens the volume will trust what it finds", device, err)
 			}
+			if was != "" && was != h.UUID {
+				// Not forgotten by itself: what was there may have been a copy.
+				if known, err := pins.Load(was); known != nil || err != nil {
+					a.warnf("this host still remembers volume %s, which was on %s; if that was its only disk, 'hostcryptd header forget %s' removes that", was, device, was)
+				}
+			}
 			hintFormatted(device, h.UUID)
 			return errors.Join(a.printFormatted(device, h, recovery), commitSigner())
 		},
@@ -134,25 +141,26 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 }
 
 // formatMay returns an error if a volume would be lost that isn't what is on d, or one
-// that is served, from wherever.
-func formatMay(ctx context.Context, d *sector.Device, pins sector.Pins, uuid string) error {
+// that is served, from wherever. It returns the UUID of the one that is there, or "".
+func formatMay(ctx context.Context, d *sector.Device, pins sector.Pins, uuid string) (was string, err error) {
 	h, _, err := sector.ReadHeader(ctx, d)
 	if err == nil && sector.IsUUID(h.UUID) {
-		if err := notServed(ctx, h.UUID); err != nil {
-			return fmt.Errorf("it holds the header of that volume: %w; if it's a copy of that, 'hostcryptd erase --copy' destroys it", err)
+		was = h.UUID
+		if err := notServed(ctx, was); err != nil {
+			return "", fmt.Errorf("it holds the header of that volume: %w; if it's a copy of that, 'hostcryptd erase --copy' destroys it", err)
 		}
 	}
-	if !sector.IsUUID(uuid) || err == nil && h.UUID == uuid {
-		return nil // Format judges what is no UUID
+	if !sector.IsUUID(uuid) || uuid == was {
+		return was, nil // Format judges what is no UUID
 	}
 	if err := notServed(ctx, uuid); err != nil {
-		return err
+		return "", err
 	}
 	known, err := pins.Load(uuid)
 	if known != nil || err != nil && !errors.Is(err, sector.ErrNoPins) {
-		return withCode(codeBusy, errors.Join(fmt.Errorf("this host knows a volume %s already, and would take that one for a forgery from now on; if it is gone, 'hostcryptd header forget %s' says so", uuid, uuid), err))
+		return "", withCode(codeBusy, errors.Join(fmt.Errorf("this host knows a volume %s already, and would take that one for a forgery from now on; if it is gone, 'hostcryptd header forget %s' says so", uuid, uuid), err))
 	}
-	return nil
+	return was, nil
 }
 
 // oneArg checks for exactly one argument, and says what it should have been.
