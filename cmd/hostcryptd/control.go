@@ -921,8 +921,8 @@ without a grace period. The daemon goes on running, and the volume stays locked
 until 'hostcryptd unlock' or a restart of the daemon. Whoever uses the volume sees
 I/O errors, also with --on-revocation freeze, and also where I/O waited for a key.
 
-Where nothing brings the keys back, as with --random-key, or because the header is gone
-from the disk, it asks for --force: the data is lost then.`,
+Where nothing brings the keys back, as with --random-key, or because the header on the disk
+is gone or isn't authentic, it asks for --force: the data is lost then.`,
 		func(lifecycle.State) string { return "is locked: its keys are wiped" })
 }
 
@@ -1057,7 +1057,7 @@ Clients of sockets are cut off; it says how many there were.
 			return a.answer(nil, map[string]any{"uuid": s.UUID, "device": s.Device, "clients_cut_off": cut}, text, s.Device)
 		},
 	}
-	c.Flags().BoolVar(&force, "force", false, "detach also while the header is gone from the disk, and with it the way into the data")
+	c.Flags().BoolVar(&force, "force", false, "detach also while the header is gone from the disk or isn't authentic, and with it the way into the data")
 	return a.jsonFlag(c)
 }
 

@@ -479,14 +479,21 @@ func hintFormatted(device, uuid string) {
 		return
 	}
 	for _, e := range entries {
-		if !slices.Contains(e.words, "x-initrd.attach") || !sameFile(e.unit.Device, device) || e.flag("uuid") == uuid {
+		if !sameFile(e.unit.Device, device) || e.flag("uuid") == uuid {
 			continue
 		}
 		text := "takes there only the volume that was on it when it was made"
 		if id := e.flag("uuid"); id != "" {
 			text = "its line means volume " + id + ": first change that"
 		}
-		fmt.Fprintf(os.Stderr, "hostcryptd: warning: the initramfs attaches volume %s, and %s: 'update-initramfs -u' or 'dracut -f' makes it anew\n", e.unit.Name, text)
+		for option, what := range map[string][2]string{
+			"x-initrd.attach": {"the initramfs", "'update-initramfs -u' or 'dracut -f' makes it anew"},
+			"x-kdump.attach":  {"the initramfs for crash dumps", "make it anew"},
+		} {
+			if slices.Contains(e.words, option) {
+				fmt.Fprintf(os.Stderr, "hostcryptd: warning: %s attaches volume %s, and %s: %s\n", what[0], e.unit.Name, text, what[1])
+			}
+		}
 	}
 }
 

@@ -531,7 +531,7 @@ func (d *daemon) readHeader(ctx context.Context) error {
 		// Not after a vault has come back. What is opened later is held to be this one.
 		err = (&sector.OpenOptions{UUID: d.opts.uuid}).CheckUUID(h)
 		if err != nil && os.Getenv(initrdEnv) != "" {
-			err = fmt.Errorf("%w If it was replaced on purpose, the initramfs has to be made anew; until then a shell in it can change the line in its %s", err, tabFile)
+			err = fmt.Errorf("%w If it was replaced on purpose, the initramfs has to be made anew, with the new UUID if the line has one; until then a shell in it can change the line in its %s", err, tabFile)
 		}
 	}
 	if err != nil {
