@@ -92,6 +92,18 @@ func (k *Known) short() *Known {
 // another server has left it that didn't say. It is not to be changed.
 func (v *Volume) Known() *Known { return v.known.Load() }
 
+// Knows tells whether a header is the one that is known. Of another it doesn't tell
+// whether that is authentic.
+func (v *Volume) Knows(h *luks2.Header) bool {
+	known := v.known.Load()
+	t, err := supported(h)
+	if known == nil || err != nil || h.UUID != v.uuid {
+		return false
+	}
+	digest, err := digestHeader(h, t)
+	return err == nil && digest == known.Digest
+}
+
 // Tokens looks at the header, which other processes may have changed, and returns
 // its key tokens. If it is another one than the one known, it's unlocked as by
 // [Open], and becomes the one known if it is authentic, of the same volume key

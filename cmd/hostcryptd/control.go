@@ -384,20 +384,54 @@ func (d *daemon) wouldLose(r *http.Request, limit time.Duration) string {
 		}
 		return ""
 	}
-	seen := d.readTokens(limit)
-	d.mu.Lock()
-	lost, h := d.lost, d.lifeHost
-	d.mu.Unlock()
-	if lost == "" && h != nil {
-		// What only a look with the key tells, and what one has told that could read it.
-		if f := h.fault(); f != nil && (f.lost != lostGone || !seen) {
-			lost = f.lost
-		}
-	}
+	lost := d.lastKey(limit, authTimeout)
 	if lost == "" {
 		return ""
 	}
 	return "the header on " + d.opts.device + " " + lost + "; copy the data first, or, if you have a backup of the header, go on with --force and 'hostcryptd header restore' it then; nothing was changed"
+}
+
+// lastKey says what the header on the disk is that it opens the volume no more, one of
+// the lost constants, or "". It looks at the disk for no longer than limit. Of a header
+// that isn't the one that is known only the key tells, for which it waits for no longer
+// than auth; with 0 it goes by what the last look with the key has told.
+func (d *daemon) lastKey(limit, auth time.Duration) string {
+	seen := d.readTokens(limit)
+	d.mu.Lock()
+	lost, unknown, h := d.lost, d.unknown, d.lifeHost
+	d.mu.Unlock()
+	if lost != "" || seen && !unknown || h == nil {
+		return lost
+	}
+	if seen && auth > 0 {
+		looked := make(chan struct{})
+		go func() {
+			h.tokens(context.Background()) // it has a limit of its own
+			close(looked)
+		}()
+		select {
+		case <-looked:
+		case <-time.After(auth):
+			return lostUnknown
+		}
+	}
+	switch f := h.fault(); {
+	case seen && auth == 0 && (f == nil || f.lost == lostGone):
+		return lostUnknown // since the last look with the key
+	case f != nil:
+		return f.lost
+	}
+	return ""
+}
+
+// warnLastKey says what a server takes along that can't be asked to stay.
+func (d *daemon) warnLastKey() {
+	if d.opts.randomKey || d.volume.Suspended() {
+		return
+	}
+	if lost := d.lastKey(statusTimeout, 0); lost != "" {
+		d.log.Error("the header on the disk "+lost+", which is wiped now: only a backup of the header opens the volume again", zap.String("device", d.opts.device))
+	}
 }
 
 // What the header on the disk of a volume is that it opens no more.
@@ -405,6 +439,7 @@ const (
 	lostGone    = "is gone, and this server has the last key to the data"
 	lostAnother = "is that of another volume, and this server has the last key to the data"
 	lostForged  = "is not authentic, and this server may have the last key to the data"
+	lostUnknown = "is not the one that this server knows, and nothing has authenticated it, so this server may have the last key to the data"
 )
 
 // readTokens notes which tokens the header has, and tells whether it could in limit. A
@@ -448,12 +483,19 @@ func (d *daemon) lookAtTokens() (seen bool) {
 	h, copies, err := sector.ReadHeader(ctx, d.device)
 	var list []tokenInfo
 	damage, lost := "", ""
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
+	unknown := false
 	switch {
 	case err == nil && h.UUID != d.uuid:
 		damage, lost = "is that of another volume, "+h.UUID+": this one goes on, and won't open again without a backup of its header; without one, copy the data while it's served", lostAnother
 	case err == nil:
 		if copies.Damaged() {
 			damage = copies.Describe() + "; 'hostcryptd header repair' repairs it"
+		}
+		if unknown = v != nil && !v.Knows(h); unknown {
+			damage = "is not the one that this server knows, nor authenticated yet; the next look at the key does that"
 		}
 		list = slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
 	case errors.Is(err, sector.ErrNotVolume) || errors.Is(err, sector.ErrDamaged):
@@ -462,17 +504,18 @@ func (d *daemon) lookAtTokens() (seen bool) {
 		return false
 	}
 	d.mu.Lock()
-	d.tokens, d.damage, d.lost = list, damage, lost
+	d.tokens, d.damage, d.lost, d.unknown = list, damage, lost, unknown
 	d.mu.Unlock()
 	return true
 }
 
 // statusTimeout is less than what a client waits for a status. guardTimeout is for who
 // asks to wipe the keys: a disk that hangs must not keep them, and a busy one not hide
-// that they are the last.
+// that they are the last. authTimeout is for the look with the key that may tell.
 const (
 	statusTimeout = time.Second
 	guardTimeout  = 3 * time.Second
+	authTimeout   = 10 * time.Second
 )
 
 func (d *daemon) status() *status {

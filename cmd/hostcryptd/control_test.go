@@ -252,11 +252,6 @@ func TestWouldLose(t *testing.T) {
 	if why := ask(""); why != "" {
 		t.Errorf("the header is there: %s", why)
 	}
-	// What a look with the key has found, and one without can't.
-	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrAuth))
-	if why := ask(""); !strings.Contains(why, "is not authentic, and this server may have the last key") {
-		t.Errorf("the header isn't authentic: %q", why)
-	}
 	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrOlder))
 	if why := ask(""); why != "" || !strings.HasPrefix(h.headerProblem(), "is not authentic") {
 		t.Errorf("the header is an older one: %q; the status says %q", why, h.headerProblem())
@@ -281,6 +276,10 @@ func TestWouldLose(t *testing.T) {
 	limit = time.Millisecond
 	if why := ask(""); !strings.Contains(why, last) {
 		t.Errorf("it can't be read, and was gone when it was read last: %q", why)
+	}
+	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrAuth))
+	if why := ask(""); !strings.Contains(why, "is not authentic, and this server may have the last key") {
+		t.Errorf("it can't be read, and was not authentic: %q", why)
 	}
 	h.judgeHeader(nil)
 	limit = time.Minute

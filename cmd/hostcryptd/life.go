@@ -405,7 +405,7 @@ func (h *keyHost) judgeHeader(err error) {
 	case errors.Is(err, sector.ErrNotVolume), errors.Is(err, sector.ErrDamaged):
 		now = &headerFault{headerGone, err, lostGone}
 	case !errors.Is(err, sector.ErrAuth) && (o.Kind == lifecycle.Transient || o.Kind == lifecycle.Denied):
-		now = &headerFault{"is not the one that is known, and can't be authenticated now", err, ""}
+		now = &headerFault{"is not the one that is known, and can't be authenticated now", err, lostUnknown}
 	case h.isDistrusted():
 		now = &headerFault{"is not the one that this host remembers: the initramfs has opened the volume by what it remembered when it was made; make it anew once the header is the right one", err, ""}
 	default:

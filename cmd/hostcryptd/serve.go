@@ -368,6 +368,7 @@ type daemon struct {
 	tokens   []tokenInfo // that the header had when it was last looked at
 	damage   string      // of the header then
 	lost     string      // why that opens nothing, one of the lost constants, or ""
+	unknown  bool        // that isn't the one that the volume knows
 
 	tokensLook    *tokensLook   // that is under way, or nil
 	headerChanged chan struct{} // capacity 1: to watchHeader
@@ -708,6 +709,7 @@ wait:
 	select {
 	case <-ctx.Done():
 		d.log.Info("stopping on a signal")
+		d.warnLastKey()
 	case <-d.link.leaving():
 		for _, l := range listeners {
 			if u, ok := l.(*net.UnixListener); ok {
