@@ -253,7 +253,7 @@ func TestCostlyKeyslots(t *testing.T) {
 	memInfo = file
 	for text, tried := range map[string]bool{
 		"MemTotal: 9999999 kB\nMemAvailable:  49151 kB\nSwapFree:            0 kB\n": false,
-		"MemAvailable:  40000 kB\nSwapFree:        9152 kB\n":                       true,
+		"MemAvailable:  40000 kB\nSwapFree:        9152 kB\n":                        true,
 	} {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
