@@ -824,10 +824,16 @@ func systemWatchdog(m *machine) (err error) {
 
 // service returns what systemd says of a volume's service, and the process that serves.
 func (m *machine) service(name string) (u unitState, server int, err error) {
-	if u, err = m.unit("hostcryptd@"+name+".service", "MainPID", "NRestarts", "ActiveState"); err != nil {
+	var s volumeStatus
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) { // all share one processor
+		if s, err = statusOf(name); err == nil || time.Now().After(end) {
+			break
+		}
+	}
+	if err != nil {
 		return nil, 0, err
 	}
-	s, err := statusOf(name)
+	u, err = m.unit("hostcryptd@"+name+".service", "MainPID", "NRestarts", "ActiveState")
 	return u, s.PID, err
 }
 
