@@ -272,6 +272,25 @@ func systemVolumes(m *machine) error {
 		return errors.Join(fmt.Errorf("the TPM is %q, and not that of tpm-udev", out), err)
 	}
 	m.step(1, "Everything is where the tables say")
+	if err := m.volumesReady(); err != nil {
+		return err
+	}
+	m.step(2, "What is state is where it can be found again")
+	if err := m.stateFound(); err != nil {
+		return err
+	}
+	m.step(3, "The sandbox")
+	if err := m.sandboxed(); err != nil {
+		return err
+	}
+	if err := m.restartVolumes(); err != nil {
+		return err
+	}
+	return m.leaveBusy()
+}
+
+// volumesReady checks that each volume was ready before what uses it.
+func (m *machine) volumesReady() error {
 	for _, name := range []string{"var", "swap", "data", "tpm"} {
 		dev, err := filepath.EvalSymlinks("/dev/hostcryptd/" + name)
 		if err != nil {
@@ -329,8 +348,11 @@ func systemVolumes(m *machine) error {
 	if out, err := m.run("cat", "/proc/swaps"); err != nil || !strings.Contains(out, "/dev/nbd") {
 		return errors.Join(errors.New("the volume isn't swapped on"), err)
 	}
+	return nil
+}
 
-	m.step(2, "What is state is where it can be found again")
+// stateFound finds the audit log and the pins, and nothing below the mounted /var.
+func (m *machine) stateFound() error {
 	if _, err := m.run("hostcryptd", "audit", "verify"); err != nil {
 		return err
 	}
@@ -355,8 +377,11 @@ func systemVolumes(m *machine) error {
 	if len(hidden) > 0 {
 		return fmt.Errorf("below the mounted /var there is %v", hidden)
 	}
+	return nil
+}
 
-	m.step(3, "The sandbox")
+// sandboxed checks what the services have from their sandbox, and what they may do.
+func (m *machine) sandboxed() error {
 	for _, name := range []string{"var", "swap", "data", "tpm"} {
 		status, err := statusOf(name)
 		if err != nil {
@@ -406,13 +431,7 @@ func systemVolumes(m *machine) error {
 	if out, err := m.run("hostcryptd", "check", "data"); err != nil || !strings.Contains(out, "opens the volume") || strings.Contains(out, "hostcryptd-dial") {
 		return errors.Join(errors.New("check doesn't ask the vault of data through the dialer"), err)
 	}
-	if err := m.dialerRefuses("elsewhere.example:443"); err != nil {
-		return err
-	}
-	if err := m.restartVolumes(); err != nil {
-		return err
-	}
-	return m.leaveBusy()
+	return m.dialerRefuses("elsewhere.example:443")
 }
 
 // exposure fails if a service is open to more than a score of systemd-analyze, which is
