@@ -254,8 +254,8 @@ func TestVM(t *testing.T) {
 		{{"Revoke", func(t *testing.T) {
 			l.play(t, "revoke", l.sparse(t, "volume", volumeSize), l.sparse(t, "state", stateSize), l.tools(t))
 		}}},
-		{{"QEMUExport", func(t *testing.T) { testQEMUExport(t, l) }}},
 		{{"DiskErrors", func(t *testing.T) { l.play(t, "disk-errors", l.sparse(t, "volume", volumeSize)) }}},
+		{{"QEMUExport", func(t *testing.T) { testQEMUExport(t, l) }}},
 	} {
 		queue <- list
 	}
