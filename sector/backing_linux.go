@@ -33,8 +33,9 @@ type Device struct {
 	block    bool
 	direct   bool
 
-	asking sync.Mutex // held while before is asked
-	before *os.File   // what Sync flushes first, until that has succeeded, see Reopen
+	before *os.File   // nil, or what Reopen was given
+	asking sync.Mutex // held while before is flushed
+	asked  bool       // before was flushed, and that has succeeded
 }
 
 // DeviceOptions say how a device is opened.
@@ -179,7 +180,8 @@ const fenceAt = 1 << 62
 
 // Reopen opens a device again that is open as f, whose name is name, for I/O of
 // this process alone: the lock of Fence is on what it opens. f keeps others
-// out.
+// out, and the Device has a copy of it until it is closed: they stay out also if
+// whoever held f dies.
 //
 // The first Sync flushes f too. Linux tells each open file description of a failed
 // write-back once, and of none that has been told to somebody before it was opened.
@@ -353,15 +355,12 @@ func (d *Device) Sync() error {
 func (d *Device) syncBefore() error {
 	d.asking.Lock()
 	defer d.asking.Unlock()
-	if d.before == nil {
+	if d.before == nil || d.asked {
 		return nil
 	}
-	if err := fdatasync(d.before); err != nil {
-		return err
-	}
-	d.before.Close()
-	d.before = nil
-	return nil
+	err := fdatasync(d.before)
+	d.asked = err == nil
+	return err
 }
 
 func fdatasync(f *os.File) error {

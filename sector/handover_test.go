@@ -180,6 +180,36 @@ func TestFence(t *testing.T) {
 	}
 }
 
+// TestServerWithoutKeeper: when the process that held the device dies, nobody else gets
+// it as long as the one that serves it lives.
+func TestServerWithoutKeeper(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "disk")
+	held := imageFile(t, name, 1<<20, DeviceOptions{})
+	d, err := Reopen(held.File(), name, DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := held.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if other, err := OpenDevice(name, DeviceOptions{}); !errors.Is(err, ErrBusy) {
+			t.Fatalf("opening the device of a server that lives: %v, %v, want %v", other, err, ErrBusy)
+		}
+		if err := d.Sync(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	other, err := OpenDevice(name, DeviceOptions{})
+	if err != nil {
+		t.Fatalf("opening the device when it is closed: %v", err)
+	}
+	other.Close()
+}
+
 // TestWritebackErrorOfServerBefore: behind a page cache, as an image file is, a flush
 // fails for what could not be written, also if only a process was told that is dead. The
 // page cache is a device's here, and is written to memory that is sealed, which is an
