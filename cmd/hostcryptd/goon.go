@@ -198,12 +198,16 @@ func (d *daemon) readFilesAgain() {
 	d.pushState()
 }
 
-// openDevice opens the backing device. With a keeper, that holds it exclusively,
-// and this process opens it once more, behind the fence.
+// openDevice opens the backing device, behind the fence. With a keeper, that holds it
+// exclusively, and this process opens it once more.
 func (d *daemon) openDevice(ctx context.Context) (*sector.Device, error) {
 	o := sector.DeviceOptions{ReadOnly: d.opts.readOnly, Direct: d.opts.direct}
 	if d.link == nil {
-		return sector.OpenDevice(d.opts.device, o)
+		dev, err := sector.OpenDevice(d.opts.device, o)
+		if err != nil {
+			return nil, err
+		}
+		return d.fence(ctx, dev)
 	}
 	held := d.link.take(heldDevice)
 	if held == nil {
@@ -227,6 +231,12 @@ func (d *daemon) openDevice(ctx context.Context) (*sector.Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	return d.fence(ctx, dev)
+}
+
+// fence returns the device when no I/O of a server that has served it before is under
+// way any more.
+func (d *daemon) fence(ctx context.Context, dev *sector.Device) (*sector.Device, error) {
 	begun := time.Now()
 	waited, err := dev.Fence(ctx, func() {
 		d.log.Error("waiting for the I/O of the server before to end; until then nothing may be served, or old data could overwrite new", zap.String("device", d.opts.device))

@@ -397,3 +397,45 @@ func TestChangedOptions(t *testing.T) {
 		_ = d.device.Close()
 	}
 }
+
+// TestFenceWithoutKeeper: a server without --attach, too, waits for what one that was
+// killed still has with the disk.
+func TestFenceWithoutKeeper(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	held, err := sector.OpenDevice(image, sector.DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	killed, err := sector.Reopen(held.File(), image, sector.DeviceOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := killed.Fence(t.Context(), func() {}); err != nil {
+		t.Fatal(err)
+	}
+	// Has what it opened open, as a request in flight does.
+	inFlight, err := unix.FcntlInt(killed.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(killed.Close(), held.Close()); err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{opts: serveOptions{device: image}, log: zap.NewNop()}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := d.openDevice(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("openDevice = %v, want that it has waited", err)
+	}
+	if err := unix.Close(inFlight); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := d.openDevice(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev.Close()
+}
