@@ -413,7 +413,6 @@ func (s *Server) ServeListener(ctx context.Context, ln net.Listener) error {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case temporary(err):
-			// Descriptors or memory are short. They come back.
 			wait = min(max(2*wait, 5*time.Millisecond), time.Second)
 			s.cfg.Log.Warn("accepting a connection", zap.Error(err), zap.Duration("wait", wait))
 			select {
@@ -439,14 +438,20 @@ func (s *Server) ServeListener(ctx context.Context, ln net.Listener) error {
 	}
 }
 
-// temporary reports whether accept may succeed later.
+// temporary reports whether accept may succeed later: of the errors in accept(2), those
+// of the connection that was to be accepted, those of its network, which the page says
+// to treat like EAGAIN, what is short and comes back, and what a policy (LSM, BPF)
+// refuses, which may be changed. The rest say that it is no listening socket.
 func temporary(err error) bool {
 	errno, ok := errors.AsType[syscall.Errno](err)
 	if !ok {
 		return false
 	}
 	switch errno {
-	case syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR:
+	case syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EINTR,
+		syscall.ECONNABORTED, syscall.ETIMEDOUT, syscall.EPROTO, syscall.ENOPROTOOPT,
+		syscall.ENETDOWN, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.EHOSTUNREACH, syscall.ENONET,
+		syscall.EPERM, syscall.EACCES:
 		return true
 	}
 	return false

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -851,6 +853,42 @@ func TestServeListenerFails(t *testing.T) {
 	ln.Close()
 	if err := wait(t, "ServeListener", result); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("ServeListener() = %v, want %v", err, net.ErrClosed)
+	}
+}
+
+// A failingListener has accept fail once with each of its errors.
+type failingListener struct {
+	net.Listener
+	errs []error
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	if len(l.errs) == 0 {
+		return l.Listener.Accept()
+	}
+	err := l.errs[0]
+	l.errs = l.errs[1:]
+	return nil, &net.OpError{Op: "accept", Net: "unix", Err: os.NewSyscallError("accept4", err)}
+}
+
+// TestListenerRecovers: what accept(2) says of one connection, of the network or of a
+// policy does not end a listener.
+func TestListenerRecovers(t *testing.T) {
+	h := newHarness(t, nbd.Config{}, nbd.Export{Device: nbdtest.NewDevice(512, false)})
+	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	failing := &failingListener{ln, []error{syscall.ECONNABORTED, syscall.EPERM, syscall.EPROTO, syscall.ENETDOWN,
+		syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.ETIMEDOUT}}
+	h.serves.Go(func() { _ = h.s.ServeListener(h.ctx, failing) })
+	conn, err := net.Dial("unix", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := nbdtest.Dial(conn, ""); err != nil {
+		t.Fatal(err)
 	}
 }
 

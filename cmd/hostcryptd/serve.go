@@ -663,7 +663,13 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	}
 	for _, l := range listeners {
 		clients.Go(func() {
-			if err := d.server.ServeListener(clientCtx, l); err != nil && !errors.Is(err, errStopping) {
+			err := d.server.ServeListener(clientCtx, l)
+			switch {
+			case err == nil, clientCtx.Err() != nil:
+			case d.opts.attach != "":
+				// What is mounted by the kernel goes on without it.
+				d.log.Error("no client can connect any more: a restart or reload listens again", zap.Stringer("socket", l.Addr()), zap.Error(err))
+			default:
 				failed <- fmt.Errorf("listening on %s: %w", l.Addr(), err)
 			}
 		})
