@@ -419,7 +419,9 @@ func TestDisconnectAndGo(t *testing.T) {
 		t.Fatal(errno, err)
 	}
 	release()
-	wait(t, "Serve", result)
+	if err := wait(t, "Serve", result); err != nil {
+		t.Errorf("Serve() = %v: the client had disconnected", err)
+	}
 	if got := dev.Bytes(4096, 8192); !bytes.Equal(got, append(data, data...)) {
 		t.Error("a write before DISC was not done")
 	}

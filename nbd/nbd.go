@@ -29,7 +29,9 @@
 // waits for a reply, as the protocol says. A write of more than 512 KiB is given to
 // the device in pieces of that size, as they come: of two that overlap and are under
 // way at the same time, one can have won in some pieces and the other in the rest.
-// Shorter ones are one call of the device each.
+// Shorter ones are one call of the device each. So are zeros and trims to their next
+// multiple of 16 MiB and 1 GiB; longer ones are given to the device in parts that end
+// there, and are called off between two parts if the peer is gone or the server stops.
 //
 // # Clients that go
 //

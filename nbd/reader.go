@@ -352,7 +352,7 @@ func (c *conn) parse() error {
 				rd.slots.push(r)
 				return nil
 			}
-			if buf == nil && !c.ses.refuseLate {
+			if buf == nil && !c.refusesLate() {
 				rd.slots.push(r)
 				return context.Cause(c.ctx)
 			}

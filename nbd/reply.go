@@ -26,6 +26,11 @@ func (c *conn) finish(r *request, errno uint32) {
 		c.pieceDone(p)
 		return
 	}
+	if r.unanswered {
+		c.drop(r)
+		c.wakeReader()
+		return
+	}
 	r.errno = errno
 	c.counts.add(r)
 	c.out.push(r)

@@ -300,7 +300,9 @@ func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
 // connection fails, or ctx is done. In the last case it takes no more requests,
 // answers those that it has taken, refuses with ESHUTDOWN those that came
 // meanwhile, and returns; a client that doesn't receive these replies within
-// [Config.Grace] loses them.
+// [Config.Grace] loses them. With [ErrLeave] as the cause of ctx, it refuses nothing:
+// what came meanwhile has no reply, and clients that connect again, to the next server,
+// send it again.
 //
 // Serve owns every goroutine that it starts: none is left when it returns, and
 // no request of this connection is running on the device. It follows that
@@ -313,7 +315,8 @@ func (s *Server) TransmissionFlags(exportName string) (uint16, error) {
 // Who is at the other end of a socket is asked of conn: of a [net.UnixConn],
 // [net.TCPConn] or [Socket]. A Unix socket that is wrapped in something else is refused.
 //
-// It returns nil after a disconnect or an aborted handshake, an error that
+// It returns nil after a disconnect, whether or not the client took the last replies,
+// or an aborted handshake, an error that
 // matches [io.EOF] when the client just went away, and [context.Cause] of ctx
 // after a cancellation. It doesn't close conn, but may leave deadlines set.
 func (s *Server) Serve(ctx context.Context, conn net.Conn) error {

@@ -1015,8 +1015,9 @@ func (a *app) reloadCommand() *cobra.Command {
 		Long: `reload has the program that is installed now take over a volume with a kernel
 device, from the server and its keeper. Both go on with the state of the old ones:
 I/O pauses for a moment, no request fails, and no key is asked for; clients of --listen
-and --tcp have to connect again. If the new program can't run, or can't go on with that
-state, everything stays as it was. SIGHUP to the keeper does the same.
+and --tcp have to connect again and send again what had no reply, as QEMU does with
+reconnect-delay= and nbd-client with -persist. If the new program can't run, or can't go
+on with that state, everything stays as it was. SIGHUP to the keeper does the same.
 
 The volume's options stay as they are. A line of hostcrypttab that was changed counts after
 'systemctl restart' of its service, which interrupts no more than a reload does, except for

@@ -357,7 +357,7 @@ func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, cl
 		if q := d.opts.keys.queue; q != nil && !q.CloseWithin(auditLimit) {
 			d.log.Warn("the log of key use can't be written; if it is on this volume, a restart doesn't end", zap.Duration("waited", auditLimit))
 		}
-		stopClients(errStopping)
+		stopClients(nbd.ErrLeave)
 		clients.Wait()
 		begun = time.Now()
 		stopKernel(nbd.ErrLeave)
