@@ -115,7 +115,11 @@ func TestLeaveFrozen(t *testing.T) {
 	}
 
 	left := make(chan error, 1)
-	stop := func(error) {}
+	stop := func(cause error) {
+		if cause != nbd.ErrLeave {
+			t.Errorf("clients or kernel: stopped for %v, which is an I/O error for them", cause)
+		}
+	}
 	go func() {
 		err := d.leaveVolume(stop, stop, &sync.WaitGroup{}, &serving)
 		if !d.abrupt() { // as run does
