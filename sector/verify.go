@@ -149,9 +149,11 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 	works := false
 	for i, t := range r.Tokens {
 		if t.Err != nil {
-			find("%v", t.Err)
 			if t.Retired.IsZero() {
 				others = append(others, t)
+			}
+			if t.Retired.IsZero() || errors.Is(t.Err, ErrAuth) {
+				find("%v", t.Err) // else it isn't meant to be used any more
 			}
 			continue
 		}

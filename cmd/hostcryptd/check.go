@@ -277,6 +277,11 @@ func (a *app) printCheck(r *checkReport) {
 			line("%-15s opens the volume, in %.1f s: %s", name, t.Took, t.text())
 			continue
 		}
+		if t.Retired != nil {
+			line("%-15s doesn't open the volume, and is to be used no more: %s", name, t.text())
+			line("%-15s %s", "", t.Reason)
+			continue
+		}
 		line("%-15s FAILS: %s", name, t.text())
 		line("%-15s %s", "", t.Reason)
 		line("%-15s %s", "", t.Meaning)

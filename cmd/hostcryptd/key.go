@@ -340,21 +340,28 @@ until 'hostcryptd key remove' takes them out.`,
 	return a.jsonFlag(c)
 }
 
-// warnSameKey says so if another token is of the key that a new one is of. A TPM's may
-// be: its PCRs have changed since.
+// warnSameKey says so if another token is of the key that a new one is of. A TPM's was
+// mostly sealed to what its PCRs held before.
 func (a *app) warnSameKey(ctx context.Context, d *sector.Device, added int) {
 	h, _, err := sector.ReadHeader(ctx, d)
 	if err != nil {
 		return // it was there just now, and what is wrong will be said
 	}
 	infos := tokenInfos(h)
-	i := slices.IndexFunc(infos, func(t tokenInfo) bool { return t.ID == added && t.Key != nil && t.Type != keyunseal.TypeTPM })
+	i := slices.IndexFunc(infos, func(t tokenInfo) bool { return t.ID == added && t.Key != nil })
 	if i < 0 {
 		return
 	}
 	is := infos[i].Key
 	for _, t := range infos {
-		if k := t.Key; t.ID != added && k != nil && t.Retired == nil && k.Type == is.Type && k.KeyID == is.KeyID && k.Identity == is.Identity && k.Tenant == is.Tenant {
+		k := t.Key
+		if t.ID == added || k == nil || k.Type != is.Type || k.KeyID != is.KeyID || k.Identity != is.Identity || k.Tenant != is.Tenant {
+			continue
+		}
+		switch {
+		case k.Type == keyunseal.TypeTPM:
+			a.warnf("token %d is of the same TPM, and goes on opening the volume where the machine starts as it did when that was sealed; where that is not to be so, 'hostcryptd key remove' takes it out", t.ID)
+		case t.Retired == nil:
 			a.warnf("token %d is of the same key, so token %d is no second way in", t.ID, added)
 		}
 	}

@@ -83,9 +83,9 @@ func (l *lifeFlags) config(phase float64, bits int, remote bool) (lifecycle.Conf
 			c.Heartbeat = min(c.Heartbeat, max(time.Second, l.maxOffline/3*2))
 		}
 	}
+	c.Rotation = l.rotation // which removes retired tokens of any kind
 	if remote {
 		c.Splay = lifecycle.DefaultSplay
-		c.Rotation = l.rotation
 	}
 	if l.confirm < time.Second {
 		return c, usagef("--confirm is at least 1s, not %v", l.confirm)

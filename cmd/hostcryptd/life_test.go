@@ -177,7 +177,7 @@ func TestLifeConfig(t *testing.T) {
 		rotation  time.Duration
 		bad       bool
 	}{
-		{"host key", []sector.KeyToken{local}, nil, 0, 0, false},
+		{"host key", []sector.KeyToken{local}, nil, 0, time.Hour, false},
 		{"RSA-2048", []sector.KeyToken{small}, nil, 10 * time.Minute, time.Hour, false},
 		{"RSA-4096", []sector.KeyToken{small, large}, nil, 30 * time.Minute, time.Hour, false},
 		{"both", []sector.KeyToken{local, small}, nil, 10 * time.Minute, time.Hour, false},

@@ -20,6 +20,7 @@ type rewrapped struct {
 	Token   int  `json:"token"`
 	Current bool `json:"current"`       // it was sealed with the newest version already
 	New     *int `json:"new,omitempty"` // the token in its place
+	kept    int  // days for which it stays a way in
 }
 
 func (a *app) rewrapCommand() *cobra.Command {
@@ -41,7 +42,8 @@ is not encrypted anew, and the volume may be in use meanwhile.
 
 The token of a TPM that doesn't unseal any more, because its PCRs hold something
 else or it is another TPM, is sealed anew to what this host's TPM holds now. That
-takes another key which opens the volume.`,
+takes another key which opens the volume. The old token goes at once: it would open the
+volume where the machine starts as it did before, such as without Secure Boot.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if keep < 0 || keep > 3650 {
@@ -61,6 +63,12 @@ takes another key which opens the volume.`,
 						return err
 					}
 				}
+				keepOf := func(id int) int {
+					if h.Tokens[id].Type == keyunseal.TypeTPM && !c.Flags().Changed("keep-old") {
+						return 0
+					}
+					return keep
+				}
 				log := a.cliLog()
 				child := &keyunseal.Child{Log: log}
 				rewrap := func(ctx context.Context, volume string, token json.RawMessage, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
@@ -71,7 +79,8 @@ takes another key which opens the volume.`,
 					failed []error
 				)
 				for _, id := range ids {
-					n, err := sector.ReplaceToken(c.Context(), d, keys.unsealer(log), id, rewrap, time.Duration(keep)*24*time.Hour, keys.open(log))
+					kept := keepOf(id)
+					n, err := sector.ReplaceToken(c.Context(), d, keys.unsealer(log), id, rewrap, time.Duration(kept)*24*time.Hour, keys.open(log))
 					if !errors.Is(err, keyunseal.ErrCurrent) {
 						becomes := fmt.Sprintf("token %d becomes token %d", id, n)
 						if err != nil {
@@ -85,7 +94,7 @@ takes another key which opens the volume.`,
 					case err != nil:
 						failed = append(failed, err)
 					default:
-						done = append(done, rewrapped{Token: id, New: &n})
+						done = append(done, rewrapped{Token: id, New: &n, kept: kept})
 					}
 				}
 				dropped := []int{}
@@ -104,10 +113,10 @@ takes another key which opens the volume.`,
 					switch {
 					case r.Current:
 						fmt.Fprintf(a.stdout, "token %d is sealed with the newest version of its key\n", r.Token)
-					case keep == 0:
+					case r.kept == 0:
 						fmt.Fprintf(a.stdout, "token %d takes the place of token %d\n", *r.New, r.Token)
 					default:
-						fmt.Fprintf(a.stdout, "token %d takes the place of token %d, which is kept for %d days\n", *r.New, r.Token, keep)
+						fmt.Fprintf(a.stdout, "token %d takes the place of token %d, which is kept for %d days\n", *r.New, r.Token, r.kept)
 					}
 				}
 				for _, id := range dropped {
@@ -118,7 +127,7 @@ takes another key which opens the volume.`,
 		},
 	}
 	f := c.Flags()
-	f.IntVar(&keep, "keep-old", 7, "`DAYS` for which the old token stays a way in")
+	f.IntVar(&keep, "keep-old", 7, "`DAYS` for which the old token stays a way in; that of a TPM only where this is given")
 	f.IntVar(&token, "token", -1, "`NUMBER` of the token to rewrap, where there are several")
 	f.Lookup("token").DefValue = "0" // so that --help says nothing
 	f.BoolVar(&all, "all", false, "rewrap all tokens that are not retired")

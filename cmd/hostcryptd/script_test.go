@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 	"github.com/rogpeppe/go-internal/testscript"
+	"go.uber.org/zap"
 
 	"hostcryptd/keyunseal"
 	"hostcryptd/keyunseal/audit"
@@ -147,6 +149,7 @@ func params(dir string) testscript.Params {
 			"terminate":  cmdTerminate,
 			"cmpn":       cmdCompare,
 			"measure":    cmdMeasure,
+			"retire":     cmdRetire,
 		},
 	}
 }
@@ -295,6 +298,20 @@ func cmdCompare(ts *testscript.TestScript, neg bool, args []string) {
 	if (err == nil) == neg {
 		ts.Fatalf("%s and %s: %v", args[1], args[2], err)
 	}
+}
+
+// retire FILE HOSTKEY seals token 0 anew with a host key, and keeps it as rewrap
+// --keep-old does, which counts in days, for no time to speak of.
+func cmdRetire(ts *testscript.TestScript, neg bool, args []string) {
+	keys, log := &keyFlags{hostKey: ts.MkAbs(args[1])}, zap.NewNop()
+	ts.Check(withHeader(ts.MkAbs(args[0]), false, func(d *sector.Device) error {
+		again := keys.sealer("host-key", log)
+		rewrap := func(ctx context.Context, volume string, _ json.RawMessage, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
+			return again(ctx, volume, key)
+		}
+		_, err := sector.ReplaceToken(context.Background(), d, keys.unsealer(log), 0, rewrap, time.Millisecond, sector.OpenOptions{})
+		return err
+	}))
 }
 
 // measure SOCKET PCR TEXT extends a PCR of the TPM behind a socket, as firmware
