@@ -409,12 +409,22 @@ func recoverySlots(h *luks2.Header) []int {
 // has seen before, and returns the pin it had, or nil, and the one it has now.
 // The header must open and be authentic in itself.
 func Accept(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions) (before *Pin, now Pin, err error) {
+	return accept(ctx, b, o, func(h *luks2.Header, k *keys) (opened, error) { return unlock(ctx, h, k, unseal, o) })
+}
+
+// AcceptByRecovery is Accept where no token opens the volume any more, but a recovery
+// key does. Errors are as of [AddTokenByRecovery].
+func AcceptByRecovery(ctx context.Context, b Backing, recoveryKey []byte, o OpenOptions) (before *Pin, now Pin, err error) {
+	return accept(ctx, b, o, func(h *luks2.Header, k *keys) (opened, error) { return unlockByRecovery(b, h, k, recoveryKey) })
+}
+
+func accept(ctx context.Context, b Backing, o OpenOptions, unlock func(h *luks2.Header, k *keys) (opened, error)) (before *Pin, now Pin, err error) {
 	pins := o.Pins
 	if pins == nil {
 		return nil, now, errors.New("sector: internal error: nowhere to keep a pin")
 	}
 	o.Pins = nil
-	u, err := unlockHeader(ctx, b, unseal, o)
+	u, err := unlockWith(ctx, b, o, unlock)
 	if err != nil {
 		return nil, now, err
 	}

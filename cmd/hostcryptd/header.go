@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"hostcryptd/keyunseal"
 	"hostcryptd/keyunseal/audit"
 	"hostcryptd/sector"
 )
@@ -360,8 +361,9 @@ back it doesn't tell.`,
 
 func (a *app) headerAcceptCommand() *cobra.Command {
 	var (
-		keys keyFlags
-		yes  string
+		keys     keyFlags
+		yes      string
+		recovery string
 	)
 	c := &cobra.Command{
 		Use:   "accept DEVICE",
@@ -372,7 +374,9 @@ is refused with exit code 16. accept unseals the header as it is, and replaces w
 the host remembers. Do so only if you know why it is another: who can write to the
 disk could have forged it, or put back an old one with a key that you removed. While
 the volume is served, its server is told, and trusts an older generation too; a header
-with another key it refuses as long as it runs.`,
+with another key it refuses as long as it runs.
+
+Where no key unseals it, --recovery-key does.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
 			return withHeader(args[0], true, func(d *sector.Device) error {
@@ -383,9 +387,27 @@ with another key it refuses as long as it runs.`,
 				if err := a.confirmUUID("This makes the header on "+args[0]+" the one that this host trusts.", "--yes", yes, h.UUID); err != nil {
 					return err
 				}
-				before, now, err := sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open(a.cliLog()))
+				var (
+					before *sector.Pin
+					now    sector.Pin
+					by     = "accept"
+				)
+				if recovery != "" {
+					key, kerr := a.readRecoveryKey(recovery)
+					if kerr != nil {
+						return kerr
+					}
+					defer clear(key)
+					by += " by recovery key"
+					before, now, err = sector.AcceptByRecovery(c.Context(), d, key, keys.open(a.cliLog()))
+				} else {
+					before, now, err = sector.Accept(c.Context(), d, keys.unsealer(a.cliLog()), keys.open(a.cliLog()))
+				}
 				keys.accepted, keys.repinned = true, before == nil || *before != now
-				keys.changed(c.Context(), d, audit.Header, "accept", err)
+				keys.changed(c.Context(), d, audit.Header, by, err)
+				if _, sealed := errors.AsType[*keyunseal.Error](err); sealed {
+					err = fmt.Errorf("%w; before that, 'hostcryptd header accept --recovery-key' makes this host trust the header", err)
+				}
 				if err != nil {
 					return err
 				}
@@ -401,6 +423,7 @@ with another key it refuses as long as it runs.`,
 		},
 	}
 	c.Flags().StringVar(&yes, "yes", "", "confirm with the `UUID` of the volume")
+	c.Flags().StringVar(&recovery, "recovery-key", "", "`FILE` with a recovery key that opens the volume instead of its keys, - for standard input")
 	keys.add(c)
 	return a.jsonFlag(c)
 }
