@@ -868,6 +868,9 @@ func keyOutcome(k *keyunseal.Error) lifecycle.Outcome {
 // ends it; the volume then stays as it is.
 func (d *daemon) startLife(ctx context.Context, c lifecycle.Config, before *serverState) (stop func(), err error) {
 	h := &keyHost{d: d, opened: make(chan struct{})}
+	if d.opts.randomKey {
+		c.Rotation = 0 // there is no header to look at
+	}
 	runner := lifecycle.NewRunner(c, h)
 	switch {
 	case before != nil:

@@ -435,9 +435,6 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	if err != nil {
 		return err
 	}
-	if d.opts.randomKey {
-		life.Rotation = 0 // there is no header
-	}
 	d.opts.keys.startAudit(d.log)
 	defer d.stopAudit()
 	d.setState(stateUnsealing, "")
