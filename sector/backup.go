@@ -317,7 +317,8 @@ var ErrNoHeader = fmt.Errorf("%w: there is no readable header", ErrNotVolume)
 // device must not be in use, and must hold the volume named by its UUID. If it has
 // no readable header the error is [ErrNoHeader], unless force says to erase the area
 // of a new volume's header all the same, such as after an interrupted Erase. That
-// nothing else stands there is then the caller's to know.
+// nothing else stands there is then the caller's to know. Force also erases a LUKS2
+// header with the UUID that has nothing of a volume's: it may have been forged.
 func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, error) {
 	release, err := b.LockHeader(ctx, true)
 	if err != nil {
@@ -333,8 +334,8 @@ func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, err
 	h, _, err := readHeader(b)
 	switch {
 	case err == nil:
-		if _, _, err := findVolumeToken(h); err != nil {
-			return done, err
+		if _, _, err := findVolumeToken(h); err != nil && !force {
+			return done, fmt.Errorf("%w; if it was one of hostcryptd's volumes, which the other copy may still open, --force erases it", err)
 		}
 		if h.UUID != strings.ToLower(uuid) {
 			return done, fmt.Errorf("%w: the device holds volume %s, not %s", ErrDevice, h.UUID, uuid)

@@ -1379,6 +1379,38 @@ func TestErase(t *testing.T) {
 	}
 }
 
+// TestEraseTokenless: that the first copy has lost what shows it to be a volume's keeps
+// nobody from destroying the second, by force.
+func TestEraseTokenless(t *testing.T) {
+	a := &kek{name: "a"}
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+	h := headerOf(t, d)
+	id, _, err := findVolumeToken(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	delete(h.Tokens, id)
+	h.SeqID++
+	enc, err := h.Encode(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.WriteAt(enc, 0)
+	if _, err := Erase(t.Context(), d, h.UUID, false); !errors.Is(err, ErrNotVolume) || errors.Is(err, ErrNoHeader) {
+		t.Errorf("Erase() = %v", err)
+	}
+	if _, err := Erase(t.Context(), d, "00000000-0000-4000-8000-000000000000", true); !errors.Is(err, ErrDevice) {
+		t.Errorf("Erase of another UUID with force = %v", err)
+	}
+	done, err := Erase(t.Context(), d, h.UUID, true)
+	if err != nil || done.UUID != h.UUID || done.Bytes != dataOffset {
+		t.Errorf("Erase with force = %+v, %v", done, err)
+	}
+	if _, _, err := luks2.Read(d); !errors.Is(err, luks2.ErrMagic) {
+		t.Errorf("after Erase: %v", err)
+	}
+}
+
 // TestEraseForged: a header that somebody has forged doesn't say what of the true one
 // stays.
 func TestEraseForged(t *testing.T) {

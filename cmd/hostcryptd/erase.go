@@ -2,10 +2,13 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -36,7 +39,7 @@ it: its server lets requests fail, flushes what was answered, wipes the keys, an
 erases the volume. It goes on running, and says so in its status, until it's detached.
 
 A copy of a volume, which stays, is erased with --copy: this host goes on knowing the
-volume. Where it's being served, from another device, DEVICE is refused without that.
+volume, as it does where its table or its devices show that there is another. Where it's being served, from another device, DEVICE is refused without that.
 
 Out of its reach are backups of the header, copies and snapshots of the disk, and
 blocks that the disk itself has set aside. If there may be such, disable or delete
@@ -83,6 +86,9 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 			answer := &eraseAnswer{Device: args[0], UUID: done.UUID, Bytes: done.Bytes, Discarded: done.Discarded, OutOfReach: eraseOutOfReach}
 			pins := keys.pinStore(a.cliLog())
 			if done.UUID != "" && !copied {
+				answer.elsewhere = volumeElsewhere(c.Context(), cmp.Or(os.Getenv(initramfsTab), tabFile), byUUID, args[0], done.UUID)
+			}
+			if done.UUID != "" && !copied && answer.elsewhere == "" {
 				if answer.Pin, answer.Chip, err = pins.Remove(done.UUID); err != nil {
 					err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w; 'hostcryptd header forget' removes that", args[0], err)
 				}
@@ -93,7 +99,7 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 		},
 	}
 	c.Flags().StringVar(&yes, "yes-erase", "", "don't ask; erase the volume with this `UUID`")
-	c.Flags().BoolVar(&force, "force", false, "erase the place of the header though there is no readable one, as after an interrupted erase")
+	c.Flags().BoolVar(&force, "force", false, "erase the place of the header though there is no readable one, as after an interrupted erase, or one that has nothing of a volume's")
 	c.Flags().BoolVar(&inUse, "in-use", false, "stop the server of the volume, which may be named as for status, and erase it")
 	c.Flags().BoolVar(&copied, "copy", false, "DEVICE holds a copy of the volume, which stays: keep what this host remembers of it")
 	c.MarkFlagsMutuallyExclusive("in-use", "force")
@@ -111,6 +117,33 @@ type eraseAnswer struct {
 	Chip       bool     `json:"tpm_pin_removed"`
 	Kept       string   `json:"pin_kept,omitempty"` // UUID of a volume that this host still remembers
 	OutOfReach []string `json:"out_of_reach"`
+	elsewhere  string   // where that one is, or ""
+}
+
+// volumeElsewhere says where this host has a volume that is not the one on device, by a
+// line of its table or by udev's links, or "". The UUID of a header that was erased may
+// have been written into it to have this host forget another volume, which it would then
+// trust at first sight.
+func volumeElsewhere(ctx context.Context, tab, links, device, uuid string) string {
+	entries, _, err := readTab(tab)
+	if err != nil {
+		entries = nil
+	}
+	for _, e := range entries {
+		if e.randomKey() || sameFile(e.unit.Device, device) {
+			continue
+		}
+		if h, err := readTokens(ctx, e.unit.Device); err == nil && h.uuid == uuid {
+			return e.unit.Device
+		} else if err != nil && e.flag("uuid") == uuid {
+			return e.unit.Device // which isn't there now
+		}
+	}
+	link := filepath.Join(links, uuid)
+	if target, err := filepath.EvalSymlinks(link); err == nil && !sameFile(link, device) {
+		return target
+	}
+	return ""
 }
 
 func (a *app) printErased(e *eraseAnswer) error {
@@ -124,7 +157,9 @@ func (a *app) printErased(e *eraseAnswer) error {
 	if e.Chip {
 		fmt.Fprint(a.stdout, "\nThe TPM has forgotten it")
 	}
-	if e.Kept != "" && e.UUID != "" {
+	if e.elsewhere != "" && e.Kept != "" {
+		fmt.Fprintf(a.stdout, "\n%s is volume %s too, so this host still remembers it;\n'hostcryptd header forget %s' removes that", e.elsewhere, e.Kept, e.Kept)
+	} else if e.Kept != "" && e.UUID != "" {
 		fmt.Fprintf(a.stdout, "\nIt was a copy, so this host still remembers volume %s", e.Kept)
 	} else if e.Kept != "" {
 		fmt.Fprintf(a.stdout, "\nNothing there said which volume it was, so this host still remembers volume %s;\n'hostcryptd header forget %s' removes that", e.Kept, e.Kept)
