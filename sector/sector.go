@@ -38,6 +38,7 @@ import (
 	"fmt"
 	"io"
 	"syscall"
+	"time"
 
 	"hostcryptd/sector/luks2"
 )
@@ -134,14 +135,29 @@ const (
 
 // ReadHeader returns the header of a backing device and the state of its two
 // copies. It says what to do when there is none that can be used.
+//
+// Anybody who may read an image can hold its lock, and so keep a volume from being
+// served. Two good copies of one header are one that nobody is writing, so after
+// lockPatience they do without the lock.
 func ReadHeader(ctx context.Context, b Backing) (*luks2.Header, luks2.Copies, error) {
-	unlock, err := b.LockHeader(ctx, false)
+	patient, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
+	unlock, err := b.LockHeader(patient, false)
+	if patient.Err() != nil && err != nil && ctx.Err() == nil {
+		if h, copies, err := readHeader(b); err == nil && !copies.Damaged() {
+			return h, copies, nil
+		}
+		unlock, err = b.LockHeader(ctx, false)
+	}
 	if err != nil {
 		return nil, luks2.Copies{}, err
 	}
 	defer unlock()
 	return readHeader(b)
 }
+
+// lockPatience is more than any program has to hold the lock for that writes a header.
+var lockPatience = 20 * time.Second
 
 func readHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
 	h, copies, err := luks2.Read(b)

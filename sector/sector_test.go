@@ -1427,3 +1427,37 @@ func TestSecret(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestReadHeaderLocked: a lock that somebody keeps doesn't keep a volume from being
+// served, unless the header may just be being written.
+func TestReadHeaderLocked(t *testing.T) {
+	defer func(d time.Duration) { lockPatience = d }(lockPatience)
+	lockPatience = 10 * time.Millisecond
+	name, _, d := image(t, 4096, dataOffset+1<<20)
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	h, _, err := ReadHeader(t.Context(), d)
+	if err != nil {
+		t.Fatalf("both copies are good: %v", err)
+	}
+	if _, err := d.WriteAt(alignedBytes(4096), int64(h.Size)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, _, err := ReadHeader(ctx, d); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("one copy is good: %v, want the end of the wait", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	if _, copies, err := ReadHeader(t.Context(), d); err != nil || !copies.Damaged() {
+		t.Errorf("without the lock: %v", err)
+	}
+}

@@ -217,6 +217,36 @@ func TestLateErase(t *testing.T) {
 	_ = d.volume.Close()
 }
 
+// TestEraseLocked: who keeps the lock on an image keeps an erase from ending well, and not
+// for ever.
+func TestEraseLocked(t *testing.T) {
+	defer func(d time.Duration) { eraseLock = d }(eraseLock)
+	eraseLock = 10 * time.Millisecond
+	d, _ := leavingServer(t)
+	defer d.stopLife()
+	d.opts.randomKey, d.opts.keys.tpm, d.opts.keys.pins = false, "none", t.TempDir()
+	d.uuid = "01234567-89ab-4def-8123-456789abcdef"
+	f, err := os.Open(d.opts.device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.erase(t.Context(), d.uuid); err == nil || !strings.Contains(err.Error(), "its keys are wiped") || !strings.Contains(err.Error(), "lslocks") {
+		t.Errorf("erase = %v", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	eraseLock = time.Minute
+	if a, err := d.erase(t.Context(), d.uuid); err != nil || a.Bytes == 0 {
+		t.Errorf("erase again = %+v, %v", a, err)
+	}
+	_ = d.volume.Close()
+}
+
 // TestWouldLose: who asks to wipe the keys is told that they are the last also where a
 // look at the header is under way, which began before it was gone, where only a look
 // with the key could tell, and where the disk can't be read now.

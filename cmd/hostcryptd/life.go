@@ -1010,6 +1010,10 @@ func (d *daemon) lookForVault(ctx context.Context, runner *lifecycle.Runner) err
 	return nil
 }
 
+// eraseLock is how long an erase waits for the lock on the header. Anybody who may read
+// an image can hold that.
+var eraseLock = 10 * time.Second
+
 // erase stops the volume for good and destroys every way into it. That is what the
 // state erased is for: only who asks for it gets there. A header that is merely gone
 // does not lead there, see tokens.
@@ -1037,10 +1041,16 @@ func (d *daemon) erase(ctx context.Context, uuid string) (*eraseAnswer, error) {
 	}
 	// With force: an erase of before may have been interrupted, and nobody else has
 	// had the device since.
+	ctx, cancel := context.WithTimeout(ctx, eraseLock)
+	defer cancel()
 	done, err := sector.Erase(ctx, d.device, d.uuid, true)
 	d.opts.keys.recordChange(audit.Erase, d.uuid, d.opts.device+", in use", err)
 	if err != nil {
-		return nil, fmt.Errorf("the volume has stopped and its keys are wiped, but %s: %w", d.opts.device, err)
+		err = fmt.Errorf("the volume has stopped and its keys are wiped, but %s: %w", d.opts.device, err)
+		if ctx.Err() != nil {
+			err = fmt.Errorf("%w; 'lslocks' shows which one, and after it has ended erase can be repeated", err)
+		}
+		return nil, err
 	}
 	a := &eraseAnswer{Device: d.opts.device, UUID: d.uuid, Bytes: done.Bytes, Discarded: done.Discarded, OutOfReach: eraseOutOfReach}
 	if a.Pin, a.Chip, err = d.opts.keys.pinStore(d.log).Remove(d.uuid); err != nil {
