@@ -223,10 +223,19 @@ func (k *keyFlags) inspect(ctx context.Context, volume string, token json.RawMes
 	return (&keyunseal.Child{Log: log}).Inspect(ctx, k.options(volume, log), token, volume)
 }
 
+// deviceEnv is the number of the descriptor by which a server hands its device to a
+// command that it runs. The device's name may be another's by then, see nameOf.
+const deviceEnv = "HOSTCRYPTD_DEVICE_FD"
+
 // withHeader opens the device that a command changes the header of, beside
 // whoever uses it.
 func withHeader(device string, readOnly bool, f func(d *sector.Device) error) error {
-	d, err := sector.OpenDevice(device, sector.DeviceOptions{ReadOnly: readOnly, Shared: true})
+	o := sector.DeviceOptions{ReadOnly: readOnly, Shared: true}
+	open := func() (*sector.Device, error) { return sector.OpenDevice(device, o) }
+	if fd, err := strconv.Atoi(os.Getenv(deviceEnv)); err == nil {
+		open = func() (*sector.Device, error) { return sector.Reopen(os.NewFile(uintptr(fd), device), device, o) }
+	}
+	d, err := open()
 	if err != nil {
 		return err
 	}

@@ -572,9 +572,19 @@ func (h *keyHost) rewrap(ctx context.Context, flag, task string, fields ...zap.F
 	args = slices.DeleteFunc(args, func(arg string) bool { return strings.HasPrefix(arg, "--") && strings.HasSuffix(arg, "=") }) // a flag of a command is never empty
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), controlEnv+"="+h.d.opts.control)
+	const firstExtra = "3"
+	cmd.Env = append(os.Environ(), controlEnv+"="+h.d.opts.control, deviceEnv+"="+firstExtra)
 	cmd.WaitDelay = time.Second // it may leave a process that has its output
 	return h.changeApart(ctx, func() lifecycle.Outcome {
+		// Not the descriptor of the server, whose locks are held as long as a process has
+		// it: the next server would wait for this one.
+		device, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", h.d.device.Descriptor()))
+		if err != nil {
+			h.d.log.Error("rewrap failed; the device can't be opened again", append(fields, zap.String("task", task), zap.Error(err))...)
+			return outcomeOf(err)
+		}
+		defer device.Close()
+		cmd.ExtraFiles = []*os.File{device}
 		begun := time.Now()
 		before := h.d.volume.Known()
 		out, err := cmd.CombinedOutput()

@@ -315,7 +315,7 @@ func TestManStates(t *testing.T) {
 // TestManEnvironment: the page has the variables that the program reads, but for
 // those by which its processes tell each other something.
 func TestManEnvironment(t *testing.T) {
-	own := []string{keeperEnv, serverEnv, initrdEnv, lockEnv, tabEnv}
+	own := []string{keeperEnv, serverEnv, initrdEnv, lockEnv, tabEnv, deviceEnv}
 	name := regexp.MustCompile(`"(HOSTCRYPTD_[A-Z_]+)"`)
 	want := map[string]bool{}
 	err := filepath.WalkDir("../..", func(path string, e fs.DirEntry, err error) error {
