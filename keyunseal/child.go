@@ -101,6 +101,7 @@ type wireError struct {
 	RequestID  string        `json:"request_id,omitempty"`
 	RetryAfter time.Duration `json:"retry_after,omitempty"` // ns
 	Refused    bool          `json:"refused,omitempty"`
+	Local      bool          `json:"local,omitempty"`
 	Text       string        `json:"text"`
 	TLS        bool          `json:"tls,omitempty"`  // the cause is a certificate
 	Kind       string        `json:"kind,omitempty"` // the cause is one of wireKinds
@@ -127,7 +128,7 @@ func newWireError(err error) *wireError {
 	}
 	w := &wireError{
 		Op: e.Op, KeyID: e.KeyID, Class: e.Class.String(), Code: e.Code, Status: e.Status,
-		RequestID: e.RequestID, RetryAfter: e.RetryAfter, Refused: e.Refused, TLS: e.certificate(),
+		RequestID: e.RequestID, RetryAfter: e.RetryAfter, Refused: e.Refused, Local: e.Local, TLS: e.certificate(),
 	}
 	if e.Err != nil {
 		w.Text = clean(e.Err.Error())
@@ -149,7 +150,7 @@ func (w *wireError) err() error {
 	}
 	e := &Error{
 		Op: w.Op, KeyID: w.KeyID, Class: class, Code: w.Code, Status: w.Status,
-		RequestID: w.RequestID, RetryAfter: w.RetryAfter, Refused: w.Refused, Err: errors.New(w.Text),
+		RequestID: w.RequestID, RetryAfter: w.RetryAfter, Refused: w.Refused, Local: w.Local, Err: errors.New(w.Text),
 	}
 	if w.TLS {
 		e.Err = &certificateError{e.Err}

@@ -99,6 +99,7 @@ type Error struct {
 	RequestID  string        // x-ms-request-id, which the vault's own log has too
 	RetryAfter time.Duration // how long the vault asked to wait; 0 if it didn't say
 	Refused    bool          // of ClassIdentity: it was said that the identity is none, or not any more
+	Local      bool          // of ClassIdentity: nobody was asked, for want of something that this host has to have
 	Err        error         // the cause
 }
 

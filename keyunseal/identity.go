@@ -213,7 +213,7 @@ func managedSource(kind string) (op string, err error) {
 // as a host key.
 func readCertificate(path string, log *zap.Logger) ([]*x509.Certificate, crypto.PrivateKey, error) {
 	fail := func(class Class, err error) ([]*x509.Certificate, crypto.PrivateKey, error) {
-		return nil, nil, &Error{Op: opEntra, Class: class, Err: fmt.Errorf("the client certificate: %w", err)}
+		return nil, nil, &Error{Op: opEntra, Class: class, Local: class == ClassIdentity, Err: fmt.Errorf("the client certificate: %w", err)}
 	}
 	st, err := os.Stat(path)
 	if err != nil {
@@ -244,7 +244,7 @@ func readCertificate(path string, log *zap.Logger) ([]*x509.Certificate, crypto.
 // belong to an agent of the issuer's.
 func readAssertion(path string) (string, error) {
 	fail := func(class Class, err error) (string, error) {
-		return "", &Error{Op: opEntra, Class: class, Err: fmt.Errorf("the issuer's token: %w", err)}
+		return "", &Error{Op: opEntra, Class: class, Local: class == ClassIdentity, Err: fmt.Errorf("the issuer's token: %w", err)}
 	}
 	b, err := readFile(path, maxAssertion, func(*unix.Stat_t) error { return nil })
 	if _, not := errors.AsType[notFile](err); not {

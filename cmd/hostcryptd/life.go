@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"os"
 	"os/exec"
@@ -137,6 +138,10 @@ type keyHost struct {
 	distrusted bool
 
 	apart bool // a change of the header is under way, see changeApart
+
+	// failing is since when tokens have failed in each look, by their text. It's of Probe,
+	// which runs once at a time.
+	failing map[string]time.Time
 
 	// expires is when the vault keys of the tokens expire, by a token's text, as
 	// the last looks have shown.
@@ -477,13 +482,13 @@ func (h *keyHost) fault() *headerFault {
 }
 
 // Probe looks at every KEK that could open the volume: access is lost when all
-// of them deny it.
+// of them deny it, see lookOutcome.
 func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
-	var errs []error
-	for _, t := range h.tokens(ctx) {
-		if !t.Retired.IsZero() {
-			continue
-		}
+	var failed []sector.TokenReport
+	since := map[string]time.Time{}
+	defer func() { h.failing = since }()
+	tokens := slices.DeleteFunc(slices.Clone(h.tokens(ctx)), func(t sector.KeyToken) bool { return !t.Retired.IsZero() })
+	for _, t := range tokens {
 		err := h.d.opts.keys.probe(ctx, h.d.uuid, t.Text, h.d.log)
 		if err == nil {
 			err = h.deniedExpired(ctx, h.d.uuid, t.Text)
@@ -494,12 +499,17 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 			expires := h.expires[string(t.Text)]
 			return lifecycle.Outcome{Kind: lifecycle.Success, Expired: !expires.IsZero() && time.Now().After(expires)}
 		}
-		errs = append(errs, fmt.Errorf("token %d: %w", t.ID, err))
+		failed = append(failed, sector.TokenReport{KeyToken: t, Err: fmt.Errorf("token %d: %w", t.ID, err)})
+		if before, ok := h.failing[string(t.Text)]; ok {
+			since[string(t.Text)] = before
+		} else {
+			since[string(t.Text)] = time.Now()
+		}
 		if ctx.Err() != nil {
 			break
 		}
 	}
-	if len(errs) == 0 {
+	if len(failed) == 0 {
 		if h.d.volume.Suspended() { // so the header was not looked at
 			return outcomeOf(context.Canceled)
 		}
@@ -510,7 +520,54 @@ func (h *keyHost) Probe(ctx context.Context) lifecycle.Outcome {
 		}
 		return lifecycle.Outcome{Kind: lifecycle.Integrity, Text: "the header has no token left"}
 	}
-	return outcomeOf(errors.Join(errs...))
+	return lookOutcome(failed, len(failed) == len(tokens), func(t sector.KeyToken) time.Duration { return time.Since(since[string(t.Text)]) })
+}
+
+// lookOutcome is what it means that keys of a served volume have failed: all that there
+// are, or the others could not be looked at in time. The most hopeful of them counts, as
+// in outcomeOf: where a vault denies one, that changes nothing as long as another may be
+// one that opens the volume, such as of a vault that doesn't answer. But a key of a host
+// can be one that will never work again, because the disk was moved or the TPM has died.
+// So what can't be anybody's decision, and no outage of a service either, hides a denial
+// for no longer than hides says. lasting is for how long a key has failed in each look.
+func lookOutcome(failed []sector.TokenReport, all bool, lasting func(sector.KeyToken) time.Duration) lifecycle.Outcome {
+	errs, count := []error{}, []error{}
+	denied := false
+	for _, t := range failed {
+		kind := outcomeOf(t.Err).Kind
+		denied = denied || kind == lifecycle.Denied
+		errs = append(errs, t.Err)
+		if kind != lifecycle.Transient || lasting(t.KeyToken) < hides(t) {
+			count = append(count, t.Err)
+		}
+	}
+	o := outcomeOf(errors.Join(errs...))
+	if denied && all {
+		text := o.Text
+		o = outcomeOf(errors.Join(count...))
+		o.Text = text
+	}
+	return o
+}
+
+// localHides is how long a key of this host that fails in a way that may pass hides that
+// a vault has denied another. A TPM is busy for seconds, and locked out for some minutes
+// or for hours; what fails for longer may do so for ever.
+const localHides = 10 * time.Minute
+
+// hides is how long a failure that may pass hides a denial. A TPM that isn't there, and
+// a file of this host's that is missing, hide none: who needs that for more than the time
+// in which denials are confirmed has lost it. What a vault would have said stays unknown
+// however long it doesn't answer.
+func hides(t sector.TokenReport) time.Duration {
+	e, ok := errors.AsType[*keyunseal.Error](t.Err)
+	switch {
+	case ok && (e.Class == keyunseal.ClassNoTPM || e.Local):
+		return 0
+	case t.Type == keyunseal.TypeKeyVault:
+		return math.MaxInt64
+	}
+	return localHides
 }
 
 // Rotate looks for a newer version of the vault's key, and for its expiry, and

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -97,6 +98,100 @@ func TestOutcomeOf(t *testing.T) {
 	}
 	if o := outcomeOf(errors.Join(noFile, disabled)); o.Code != "c" || o.RequestID != "r" || !o.Answered || o.Class != "key unusable" {
 		t.Errorf("%+v", o)
+	}
+}
+
+// TestLookOutcome: beside a key that a vault denies, each other that there may be. What
+// may be an outage of a vault, or a TPM that is busy, doesn't let a volume stop; what
+// can't work on this host doesn't keep it from that.
+func TestLookOutcome(t *testing.T) {
+	vault := func(class keyunseal.Class, status int) *keyunseal.Error {
+		return &keyunseal.Error{Op: "probe", Class: class, Status: status, Code: map[bool]string{true: "c"}[status != 0]}
+	}
+	tpm := func(class keyunseal.Class) *keyunseal.Error { return &keyunseal.Error{Op: "probe", Class: class} }
+	noProcess := &os.SyscallError{Syscall: "fork/exec", Err: syscall.EAGAIN}
+	const T, D, I, M = lifecycle.Transient, lifecycle.Denied, lifecycle.Integrity, lifecycle.Misconfigured
+	failures := []struct {
+		name      string
+		typ       string
+		err       error
+		alone     lifecycle.Kind
+		now, long lifecycle.Kind // beside a denial, at first and when it has lasted for longer than localHides
+	}{
+		{"key disabled", keyunseal.TypeKeyVault, vault(keyunseal.ClassKeyUnusable, 403), D, D, D},
+		{"no permission", keyunseal.TypeKeyVault, vault(keyunseal.ClassDenied, 403), D, D, D},
+		{"key unknown", keyunseal.TypeKeyVault, vault(keyunseal.ClassKeyUnusable, 404), D, D, D},
+		{"identity not assigned", keyunseal.TypeKeyVault, &keyunseal.Error{Op: "probe", Class: keyunseal.ClassIdentity, Status: 400, Refused: true}, D, D, D},
+
+		{"unreachable", keyunseal.TypeKeyVault, vault(keyunseal.ClassUnreachable, 0), T, T, T},
+		{"a fault", keyunseal.TypeKeyVault, vault(keyunseal.ClassUnreachable, 503), T, T, T},
+		{"throttled", keyunseal.TypeKeyVault, vault(keyunseal.ClassThrottled, 429), T, T, T},
+		{"token not accepted", keyunseal.TypeKeyVault, vault(keyunseal.ClassDenied, 401), T, T, T},
+		{"a proxy's page", keyunseal.TypeKeyVault, vault(keyunseal.ClassMalformed, 200), T, T, T},
+		{"login host down", keyunseal.TypeKeyVault, vault(keyunseal.ClassIdentity, 0), T, T, T},
+		{"identity endpoint busy", keyunseal.TypeKeyVault, vault(keyunseal.ClassIdentity, 429), T, T, T},
+		{"panic of the SDK", keyunseal.TypeKeyVault, vault(keyunseal.ClassInternal, 0), T, T, T},
+		{"no answer in time", keyunseal.TypeKeyVault, context.DeadlineExceeded, T, T, T},
+		{"no process for the vault's", keyunseal.TypeKeyVault, noProcess, T, T, T},
+
+		{"TPM busy", keyunseal.TypeTPM, tpm(keyunseal.ClassTPMBusy), T, T, D},
+		{"TPM locked out", keyunseal.TypeTPM, tpm(keyunseal.ClassTPMLockout), T, T, D},
+		{"TPM doesn't answer in time", keyunseal.TypeTPM, context.DeadlineExceeded, T, T, D},
+		{"no process for the TPM's", keyunseal.TypeTPM, noProcess, T, T, D},
+		{"its process died", keyunseal.TypeTPM, tpm(keyunseal.ClassInternal), T, T, D},
+		{"no process for the host key's", keyunseal.TypeHostKey, noProcess, T, T, D},
+
+		{"no TPM", keyunseal.TypeTPM, tpm(keyunseal.ClassNoTPM), T, D, D},
+		{"no certificate file", keyunseal.TypeKeyVault, &keyunseal.Error{Op: "probe", Class: keyunseal.ClassIdentity, Local: true}, T, D, D},
+
+		{"wrong answer", keyunseal.TypeKeyVault, vault(keyunseal.ClassIntegrity, 0), I, D, D},
+		{"not the TPM's", keyunseal.TypeTPM, tpm(keyunseal.ClassTPMState), M, D, D},
+		{"another TPM", keyunseal.TypeTPM, tpm(keyunseal.ClassWrongKey), M, D, D},
+		{"no host key file", keyunseal.TypeHostKey, &keyunseal.Error{Op: "read host key", Class: keyunseal.ClassKeyUnusable}, M, D, D},
+		{"another host key", keyunseal.TypeHostKey, tpm(keyunseal.ClassWrongKey), M, D, D},
+		{"a token that is damaged", keyunseal.TypeKeyVault, &keyunseal.Error{Op: "token", Class: keyunseal.ClassIntegrity}, M, D, D},
+	}
+	look := func(all bool, lasting time.Duration, errs ...int) lifecycle.Outcome {
+		var list []sector.TokenReport
+		for id, i := range errs {
+			f := failures[i]
+			list = append(list, sector.TokenReport{KeyToken: sector.KeyToken{ID: id, Type: f.typ}, Err: fmt.Errorf("token %d: %w", id, f.err)})
+		}
+		return lookOutcome(list, all, func(sector.KeyToken) time.Duration { return lasting })
+	}
+	hope := []lifecycle.Kind{M, I, D, T}
+	for i, a := range failures {
+		if got := look(true, 0, i); got.Kind != a.alone {
+			t.Errorf("%s: %v, want %v", a.name, got.Kind, a.alone)
+		}
+		for j, b := range failures {
+			want := [2]lifecycle.Kind{}
+			switch {
+			case a.alone == D:
+				want = [2]lifecycle.Kind{b.now, b.long}
+			case b.alone == D:
+				want = [2]lifecycle.Kind{a.now, a.long}
+			default:
+				most := hope[max(slices.Index(hope, a.alone), slices.Index(hope, b.alone))]
+				want = [2]lifecycle.Kind{most, most}
+			}
+			for n, lasting := range []time.Duration{9 * time.Minute, 11 * time.Minute} {
+				got := look(true, lasting, i, j)
+				if got.Kind != want[n] {
+					t.Errorf("%s and %s, for %v: %v, want %v", a.name, b.name, lasting, got.Kind, want[n])
+				}
+				if text := fmt.Sprintf("token 0: %v\ntoken 1: %v", a.err, b.err); got.Text != text {
+					t.Errorf("%s and %s: it says %q", a.name, b.name, got.Text)
+				}
+				if got.Kind == D && got.Class == "" {
+					t.Errorf("%s and %s: a denial of no class", a.name, b.name)
+				}
+			}
+			// As long as one hasn't been looked at, nothing is denied that wasn't before.
+			if got := look(false, time.Hour, i, j); got.Kind != hope[max(slices.Index(hope, a.alone), slices.Index(hope, b.alone))] {
+				t.Errorf("%s and %s, and one that wasn't looked at: %v", a.name, b.name, got.Kind)
+			}
+		}
 	}
 }
 
