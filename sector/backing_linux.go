@@ -89,7 +89,7 @@ func openDevice(name string, o DeviceOptions) (_ *Device, err error) {
 	d.f, err = os.OpenFile(name, flags, 0)
 	switch {
 	case errors.Is(err, unix.EBUSY):
-		return nil, fmt.Errorf("%w: it is mounted, part of another device, or opened by another program", ErrBusy)
+		return nil, fmt.Errorf("%w: it is mounted, part of another device, or opened by another program%s", ErrBusy, whoseServer)
 	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		return nil, fmt.Errorf("%w: it can't be opened for %s: %w", ErrDevice, map[bool]string{true: "reading", false: "writing"}[o.ReadOnly], reason(err))
 	case err != nil:
@@ -114,6 +114,9 @@ func openDevice(name string, o DeviceOptions) (_ *Device, err error) {
 	_, err = d.Measure()
 	return d, err
 }
+
+// whoseServer ends an error about a device that is in use.
+const whoseServer = "; 'hostcryptd status' shows what hostcryptd serves"
 
 // reason takes the path out of an error, which the caller puts in front.
 func reason(err error) error {
@@ -166,7 +169,7 @@ func (d *Device) probeFile(o DeviceOptions) error {
 	}
 	err := unix.FcntlFlock(d.f.Fd(), unix.F_OFD_SETLK, &lock)
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
-		return fmt.Errorf("%w: another program has locked it", ErrBusy)
+		return fmt.Errorf("%w: another program has locked it%s", ErrBusy, whoseServer)
 	}
 	if err != nil {
 		return fmt.Errorf("locking: %w", err)

@@ -244,7 +244,7 @@ func ReplaceToken(ctx context.Context, b Backing, unseal Unsealer, id int, rewra
 }
 
 func noToken(id int) error {
-	return fmt.Errorf("%w: there is no token %d that holds the volume key; 'hostcryptd key list' shows those there are", ErrUnsupported, id)
+	return fmt.Errorf("there is no token %d that holds the volume key; 'hostcryptd key list' shows those there are", id)
 }
 
 // retired returns t with the time until which it's kept. A token that was

@@ -78,7 +78,7 @@ func (d *Device) checkTwins(readOnly bool) error {
 		}
 		fd, err := unix.Open("/dev/"+name, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
 		if errors.Is(err, unix.EBUSY) {
-			return fmt.Errorf("%w: /dev/%s, which is the same disk, is mounted, part of another device, or opened by another program", ErrBusy, name)
+			return fmt.Errorf("%w: /dev/%s, which is the same disk, is mounted, part of another device, or opened by another program%s", ErrBusy, name, whoseServer)
 		}
 		if err == nil {
 			unix.Close(fd)
@@ -133,7 +133,7 @@ func checkUnlocked(path string, id fileID, readOnly bool) error {
 		lock.Type = unix.F_RDLCK
 	}
 	if err := unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &lock); err == nil && lock.Type != unix.F_UNLCK {
-		return fmt.Errorf("%w: another program has locked %s, which is the same disk", ErrBusy, path)
+		return fmt.Errorf("%w: another program has locked %s, which is the same disk%s", ErrBusy, path, whoseServer)
 	}
 	return nil
 }

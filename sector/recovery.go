@@ -277,7 +277,7 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 			return nil
 		}
 		if !slices.Contains(recoverySlots(h), old) {
-			return fmt.Errorf("%w: there is no recovery keyslot %d; there are %v", ErrUnsupported, old, recoverySlots(h))
+			return fmt.Errorf("there is no recovery keyslot %d; there are %v", old, recoverySlots(h))
 		}
 		// Numbers are given again.
 		if is, was := h.Keyslots[old], was.Keyslots[old]; was == nil || is.Area.Offset != was.Area.Offset || !bytes.Equal(is.KDF.Salt, was.KDF.Salt) {

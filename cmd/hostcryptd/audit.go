@@ -79,7 +79,11 @@ of a record, that was kept elsewhere. The daemon logs it with every record
 				if report.First > 1 && len(report.Findings) == 0 {
 					fmt.Fprintf(a.stdout, "the first %d records are in older files\n", report.First-1)
 				}
-				fmt.Fprintf(a.stdout, "%d records, head %v\n", report.Records, report.Head)
+				if report.Records == 0 {
+					fmt.Fprintln(a.stdout, "no record")
+				} else {
+					fmt.Fprintf(a.stdout, "%d records, head %v\n", report.Records, report.Head)
+				}
 			}
 			if len(report.Findings) > 0 {
 				err = errors.Join(err, withCode(codeCheck, fmt.Errorf("the log of key use is not what was written: %d findings", len(report.Findings))))

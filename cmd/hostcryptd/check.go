@@ -290,7 +290,9 @@ func (a *app) printCheck(r *checkReport) {
 		line("%-15s %s", "recovery:", text)
 	}
 	for _, f := range r.Findings {
-		line("%-15s %s", "error:", f)
+		if !slices.ContainsFunc(r.Tokens, func(t checkToken) bool { return t.Reason == f }) { // which stands above
+			line("%-15s %s", "error:", f)
+		}
 	}
 	for _, n := range r.Notices {
 		line("%-15s %s", "notice:", n)

@@ -813,7 +813,7 @@ func (a *app) statusCommand() *cobra.Command {
 		Use:   "status [VOLUME]",
 		Short: "show what the daemons are doing",
 		Long:  "status shows the daemon of one volume, or of all.\n\n" + whichHelp,
-		Args:  cobra.MatchAll(cobra.MaximumNArgs(1), notEmpty),
+		Args:  atMostOneArg("VOLUME"),
 		RunE: func(c *cobra.Command, args []string) error {
 			which := ""
 			if len(args) > 0 {

@@ -54,7 +54,7 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 			}
 			d, err := sector.OpenDevice(args[0], sector.DeviceOptions{})
 			if exitCode(err) == codeBusy {
-				return fmt.Errorf("%w; if it's a volume that hostcryptd serves, --in-use stops and erases it", err)
+				return fmt.Errorf("%w, and --in-use stops and erases that", err)
 			}
 			if err != nil {
 				return err
@@ -63,7 +63,7 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 			uuid := strings.ToLower(yes)
 			h, _, err := sector.ReadHeader(c.Context(), d)
 			if err == nil {
-				if err := a.confirmUUID("This destroys volume "+h.UUID+" on "+args[0]+" for ever.", "--yes-erase", yes, h.UUID); err != nil {
+				if err := a.confirmUUID("destroys volume "+h.UUID+" on "+args[0]+" for ever", "--yes-erase", yes, h.UUID); err != nil {
 					return err
 				}
 				uuid = h.UUID
@@ -177,7 +177,7 @@ func (a *app) eraseInUse(ctx context.Context, which, yes string) error {
 	if err != nil {
 		return err
 	}
-	if err := a.confirmUUID("This stops volume "+s.UUID+" on "+s.Device+", which is in use, and destroys it for ever.", "--yes-erase", yes, s.UUID); err != nil {
+	if err := a.confirmUUID("stops volume "+s.UUID+" on "+s.Device+", which is in use, and destroys it for ever", "--yes-erase", yes, s.UUID); err != nil {
 		return err
 	}
 	var answer eraseAnswer
@@ -210,14 +210,14 @@ var eraseOutOfReach = []string{
 	"blocks that the disk has remapped or not yet erased",
 }
 
-// confirmUUID asks a person for the UUID of the volume; flag is the other way to
-// say it, and said what it said.
+// confirmUUID asks a person for the UUID of the volume, because of what this does; flag
+// is the other way to say it, and said what it said.
 func (a *app) confirmUUID(what, flag, said, uuid string) error {
 	if said == "" {
 		if !isTerminal(a.stdin) {
-			return usagef("%s Confirm with %s %s", what, flag, uuid)
+			return usagef("this %s; confirm with %s %s", what, flag, uuid)
 		}
-		fmt.Fprintf(a.stderr, "%s\nType its UUID, %s, to go on: ", what, uuid)
+		fmt.Fprintf(a.stderr, "This %s.\nType its UUID, %s, to go on: ", what, uuid)
 		line, err := bufio.NewReader(a.stdin).ReadString('\n')
 		if err != nil {
 			return usagef("not confirmed; nothing was changed")

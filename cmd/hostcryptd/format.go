@@ -124,7 +124,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 				}
 			}
 			hintFormatted(device, h.UUID)
-			return errors.Join(a.printFormatted(device, h, recovery), commitSigner())
+			return errors.Join(a.printFormatted(device, h, &keys, recovery), commitSigner())
 		},
 	}
 	f := c.Flags()
@@ -161,25 +161,6 @@ func formatMay(ctx context.Context, d *sector.Device, pins sector.Pins, uuid str
 		return "", withCode(codeBusy, errors.Join(fmt.Errorf("this host knows a volume %s already, and would take that one for a forgery from now on; if it is gone, 'hostcryptd header forget %s' says so", uuid, uuid), err))
 	}
 	return was, nil
-}
-
-// oneArg checks for exactly one argument, and says what it should have been.
-func oneArg(name string) cobra.PositionalArgs {
-	return func(c *cobra.Command, args []string) error {
-		if len(args) != 1 {
-			return usagef("%s takes one argument, %s, not %d", c.CommandPath(), name, len(args))
-		}
-		return notEmpty(c, args)
-	}
-}
-
-// notEmpty refuses what a script makes of a variable that isn't set. It would mean
-// every volume, and so the only one.
-func notEmpty(c *cobra.Command, args []string) error {
-	if slices.Contains(args, "") {
-		return usagef("an argument of %s is empty", c.CommandPath())
-	}
-	return nil
 }
 
 // confirm asks a person, who has to type the device's name.
@@ -345,7 +326,7 @@ func syncDir(name string) error {
 }
 
 // printFormatted tells what was made, and what to do with it.
-func (a *app) printFormatted(device string, h *luks2.Header, recovery string) error {
+func (a *app) printFormatted(device string, h *luks2.Header, keys *keyFlags, recovery string) error {
 	if a.json {
 		return a.printJSON(map[string]any{
 			"device": device, "uuid": h.UUID, "label": h.Label,
@@ -369,9 +350,13 @@ func (a *app) printFormatted(device string, h *luks2.Header, recovery string) er
 	} else {
 		a.warnf("there is no recovery key: if the key is lost, so is the data; 'hostcryptd recovery add %s' makes one", device)
 	}
+	next := "hostcryptd serve " + device
 	if slices.ContainsFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Type == keyunseal.TypeHostKey }) {
 		fmt.Fprintln(a.stdout, "The host key protects a disk that is lost without this host. Keep the host key file off this disk.")
+		if keys.hostKey != keyunseal.DefaultHostKey {
+			next += " --host-key " + keys.hostKey
+		}
 	}
-	fmt.Fprintf(a.stdout, "What was in the data area before is still there until it is overwritten.\nNext: hostcryptd serve %s --attach auto\n", device)
+	fmt.Fprintf(a.stdout, "What was in the data area before is still there until it is overwritten.\nNext: %s --attach auto\n", next)
 	return nil
 }

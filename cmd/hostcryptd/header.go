@@ -23,7 +23,7 @@ func (a *app) headerCommand() *cobra.Command {
 The device has two copies of it; a backup is one more, elsewhere. Whoever has a
 backup and one of the keys that were in it can open the volume, also after that
 key was removed from the volume.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 	}
 	c.AddCommand(a.headerBackupCommand(), a.headerRestoreCommand(), a.headerRepairCommand(), a.headerVerifyCommand(), a.headerAcceptCommand(), a.headerForgetCommand(), a.headerSignCommand())
 	return c
@@ -384,7 +384,7 @@ Where no key unseals it, --recovery-key does.`,
 				if err != nil {
 					return err
 				}
-				if err := a.confirmUUID("This makes the header on "+args[0]+" the one that this host trusts.", "--yes", yes, h.UUID); err != nil {
+				if err := a.confirmUUID("makes the header on "+args[0]+" the one that this host trusts", "--yes", yes, h.UUID); err != nil {
 					return err
 				}
 				var (

@@ -252,7 +252,7 @@ func (a *app) keyCommand() *cobra.Command {
 		Short: "manage the keys that open a volume",
 		Long: `A volume has one or more keys, in a vault or on this host, and any one of them
 opens it. Each has a token in the header.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 	}
 	c.AddCommand(a.keyListCommand(), a.keyAddCommand(), a.keyRemoveCommand())
 	return c

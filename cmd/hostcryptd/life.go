@@ -822,7 +822,7 @@ func (h *keyHost) Changed(from lifecycle.State, s lifecycle.Snapshot) {
 		}
 	default:
 		msg := "key state changed"
-		if s.State == lifecycle.Acquiring {
+		if s.State == lifecycle.Acquiring && s.Failures > 0 {
 			msg = "volume can't be unsealed yet"
 		}
 		d.log.Warn(msg, fields...)

@@ -24,12 +24,10 @@ import (
 	"log"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"unicode"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"hostcryptd/keyunseal"
@@ -76,32 +74,6 @@ func run(ctx context.Context, args []string, stdin *os.File, stdout, stderr io.W
 		fmt.Fprintln(stderr, "hostcryptd:", printable(err.Error()))
 	}
 	return exitCode(err)
-}
-
-// knownCommand refuses a mistyped subcommand, of which cobra says no more than the help
-// of the command above it, and that it all went well.
-func knownCommand(root *cobra.Command, args []string) error {
-	root.InitDefaultHelpCmd()
-	root.InitDefaultCompletionCmd(args...)
-	c, rest, err := root.Find(args)
-	if err != nil {
-		return nil // which cobra says, or it's one of its own, such as for completion
-	}
-	if c.Name() == "help" && c.Parent() == root {
-		if c, rest, err = root.Find(rest); err != nil {
-			return usagef("%w; 'hostcryptd --help' lists them", err)
-		}
-	}
-	i := slices.IndexFunc(rest, func(arg string) bool { return !strings.HasPrefix(arg, "-") })
-	if c.Runnable() || i < 0 {
-		return nil
-	}
-	c.SuggestionsMinimumDistance = 2
-	hint := ""
-	if near := c.SuggestionsFor(rest[i]); len(near) > 0 {
-		hint = fmt.Sprintf("did you mean %s? ", strings.Join(near, " or "))
-	}
-	return usagef("unknown command %q for %q; %s'%s --help' lists them", rest[i], c.CommandPath(), hint, c.CommandPath())
 }
 
 // An answerWriter remembers that an answer, of many writes, was lost.
@@ -168,9 +140,10 @@ func (a *app) root() *cobra.Command {
 			return errors.Join(harden(), noEmptyFlags(c))
 		},
 	}
-	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return withCode(codeUsage, fmt.Errorf("%w; '%s --help' lists the flags", err, c.CommandPath()))
-	})
+	root.SetFlagErrorFunc(flagError)
+	root.Flags().Bool("version", false, "print the version") // cobra's own would have -v too, which is verbose elsewhere
+	root.Version = versionText()
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.AddCommand(
 		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.reloadCommand(), a.resizeCommand(), a.detachCommand(), a.dumpCommand(),
 		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.dialCommand(), a.initramfsCommand(),
@@ -205,17 +178,6 @@ func (a *app) answer(err error, v any, format string, args ...any) error {
 
 func (a *app) warnf(format string, args ...any) {
 	fmt.Fprintf(a.stderr, "hostcryptd: warning: "+format+"\n", args...)
-}
-
-// noEmptyFlags refuses what a script makes of a variable that isn't set. It would mean
-// that the flag wasn't given, such as no recovery key.
-func noEmptyFlags(c *cobra.Command) (err error) {
-	c.Flags().Visit(func(f *pflag.Flag) {
-		if f.Value.String() == "" && err == nil {
-			err = usagef("--%s is empty; leave it out if it is not meant", f.Name)
-		}
-	})
-	return err
 }
 
 // harden keeps keys out of core dumps, and other processes of the same user

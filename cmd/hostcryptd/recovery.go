@@ -23,7 +23,7 @@ func (a *app) recoveryCommand() *cobra.Command {
 ordinary LUKS2 keyslot: cryptsetup open --key-file FILE DEVICE NAME
 After the loss of all keys 'hostcryptd key add --recovery-key' gives the volume
 another one.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 	}
 	c.AddCommand(a.recoveryAddCommand(), a.recoveryRotateCommand(), a.recoveryRemoveCommand(), a.recoveryTestCommand())
 	return c
@@ -111,8 +111,7 @@ has a backup of the header and the old key can still open the volume.`,
 	}
 	keys.add(c)
 	c.Flags().StringVar(&file, "recovery-key", "", "write the generated key to this new `FILE`")
-	c.Flags().IntVar(&slot, "keyslot", sector.OnlySlot, "`NUMBER` of the keyslot to replace, where there are several")
-	c.Flags().Lookup("keyslot").DefValue = "0" // so that --help says nothing
+	numberVar(c.Flags(), &slot, sector.OnlySlot, "keyslot", "`NUMBER` of the keyslot to replace, where there are several")
 	return a.jsonFlag(c)
 }
 
@@ -140,8 +139,7 @@ volume's keys has to unseal it now: the last way in is never removed.`,
 		},
 	}
 	keys.add(c)
-	c.Flags().IntVar(&slot, "keyslot", sector.OnlySlot, "`NUMBER` of the keyslot, where there are several")
-	c.Flags().Lookup("keyslot").DefValue = "0"
+	numberVar(c.Flags(), &slot, sector.OnlySlot, "keyslot", "`NUMBER` of the keyslot, where there are several")
 	return a.jsonFlag(c)
 }
 

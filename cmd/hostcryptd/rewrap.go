@@ -128,8 +128,7 @@ volume where the machine starts as it did before, such as without Secure Boot.`,
 	}
 	f := c.Flags()
 	f.IntVar(&keep, "keep-old", 7, "`DAYS` for which the old token stays a way in; that of a TPM only where this is given")
-	f.IntVar(&token, "token", -1, "`NUMBER` of the token to rewrap, where there are several")
-	f.Lookup("token").DefValue = "0" // so that --help says nothing
+	numberVar(f, &token, -1, "token", "`NUMBER` of the token to rewrap, where there are several")
 	f.BoolVar(&all, "all", false, "rewrap all tokens that are not retired")
 	f.BoolVar(&drop, "drop-only", false, "rewrap nothing, only remove retired tokens whose time is over")
 	keys.add(c)

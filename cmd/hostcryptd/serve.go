@@ -140,7 +140,7 @@ name, of processes that systemd doesn't kill.`,
 				return err
 			}
 			if o.listen == "" && o.attach == "" && o.tcp == "" && inherited == nil {
-				return usagef("nothing to serve to: use --attach auto, --listen SOCKET, or both")
+				return usagef("nothing to serve to: use --attach auto, --listen SOCKET, --tcp ADDRESS:PORT, or several")
 			}
 			if _, kept := os.LookupEnv(serverEnv); o.initrd && !kept && os.Getenv(initrdEnv) == "" {
 				return a.launch(args[0], o.name != "")

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -42,7 +43,7 @@ func (a *app) speedCommand() *cobra.Command {
 		Short: "measure encryption and memory speed on this machine",
 		Long: `speed measures the functions that the daemon encrypts with, on one core, and
 copying in memory beside them. It says which implementation runs here.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(c *cobra.Command, args []string) error {
 			here := xts.Implementation()
 			rows := []speedRow{
@@ -84,19 +85,20 @@ copying in memory beside them. It says which implementation runs here.`,
 }
 
 // throughput runs f, which handles n bytes, for some time and returns the
-// median of its slices in GB/s: other programs disturb a mean.
+// median of its rounds in GB/s: other programs disturb a mean.
 func throughput(n int, f func()) float64 {
-	const slices, slice = 21, 5 * time.Millisecond
+	const rounds, round = 21, 5 * time.Millisecond
 	var rates []float64
-	for range slices {
+	for range rounds {
 		start, calls := time.Now(), 0
-		for time.Since(start) < slice {
+		for time.Since(start) < round {
 			f()
 			calls++
 		}
 		rates = append(rates, float64(n)*float64(calls)/time.Since(start).Seconds()/1e9)
 	}
-	return median(rates)
+	slices.Sort(rates)
+	return rates[rounds/2]
 }
 
 func bar(v, best float64) string {
