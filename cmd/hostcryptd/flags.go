@@ -17,8 +17,6 @@ import (
 // knownCommand refuses a mistyped subcommand. Of one below another command, cobra says
 // no more than the help of that, and that it all went well.
 func knownCommand(root *cobra.Command, args []string) error {
-	root.InitDefaultHelpCmd()
-	root.InitDefaultCompletionCmd(args...)
 	c, rest, err := root.Find(args)
 	if err != nil {
 		// Where it finds no command at all it doesn't say which word it took for one.

@@ -148,6 +148,8 @@ func (a *app) root() *cobra.Command {
 		a.formatCommand(), a.serveCommand(), a.statusCommand(), a.lockCommand(), a.unlockCommand(), a.reloadCommand(), a.resizeCommand(), a.detachCommand(), a.dumpCommand(),
 		a.checkCommand(), a.keyCommand(), a.rewrapCommand(), a.recoveryCommand(), a.headerCommand(), a.eraseCommand(), a.auditCommand(), a.speedCommand(), a.versionCommand(), a.dialCommand(), a.initramfsCommand(),
 	)
+	complete(root)
+	tidyDefaults(root)
 	return root
 }
 
