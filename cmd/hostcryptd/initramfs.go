@@ -471,7 +471,20 @@ func (n *initramfsNeeds) pins(name string, h *tabTokens, keys *keyFlags, require
 	}
 }
 
-// hintFormatted says if the initramfs of this host attaches the volume that was on a
+// An initramfsKind is one of the two that attach volumes, those with an option.
+type initramfsKind struct{ option, name, anew string }
+
+var initramfsKinds = []initramfsKind{
+	{"x-initrd.attach", "the initramfs", "'update-initramfs -u' or 'dracut -f' makes it anew"},
+	{"x-kdump.attach", "the initramfs for crash dumps", "'/etc/kernel/postinst.d/kdump-tools $(uname -r)' and 'kdump-config reload', or 'kdumpctl rebuild' and 'kdumpctl reload', make it anew"},
+}
+
+// initramfsOf returns those that attach the volume of a line.
+func initramfsOf(e *tabEntry) []initramfsKind {
+	return slices.DeleteFunc(slices.Clone(initramfsKinds), func(k initramfsKind) bool { return !slices.Contains(e.words, k.option) })
+}
+
+// hintFormatted says if an initramfs of this host attaches the volume that was on a
 // device, and takes no other, as the one that is there now.
 func hintFormatted(device, uuid string) {
 	entries, _, err := readTab(cmp.Or(os.Getenv(initramfsTab), tabFile))
@@ -482,22 +495,22 @@ func hintFormatted(device, uuid string) {
 		if !sameFile(e.unit.Device, device) || e.flag("uuid") == uuid {
 			continue
 		}
-		text := "takes there only the volume that was on it when it was made"
+		why := "takes there only the volume that was on it when it was made"
 		if id := e.flag("uuid"); id != "" {
-			text = "its line means volume " + id + ": first change that"
+			why = "its line means volume " + id + ": first change that"
 		}
-		for option, what := range map[string][2]string{
-			"x-initrd.attach": {"the initramfs", "'update-initramfs -u' or 'dracut -f' makes it anew"},
-			"x-kdump.attach":  {"the initramfs for crash dumps", "make it anew"},
-		} {
-			if slices.Contains(e.words, option) {
-				fmt.Fprintf(os.Stderr, "hostcryptd: warning: %s attaches volume %s, and %s: %s\n", what[0], e.unit.Name, text, what[1])
-			}
-		}
+		warnInitramfs(e, why)
 	}
 }
 
-// hintInitramfs says if the initramfs of this host has to be made anew since the
+// warnInitramfs tells why those that attach the volume of a line have to be made anew.
+func warnInitramfs(e *tabEntry, why string) {
+	for _, kind := range initramfsOf(e) {
+		fmt.Fprintf(os.Stderr, "hostcryptd: warning: %s attaches volume %s, and %s: %s\n", kind.name, e.unit.Name, why, kind.anew)
+	}
+}
+
+// hintInitramfs says if an initramfs of this host has to be made anew since the
 // header of a volume that it attaches was changed, and why. repinned says that this
 // host was made to trust another header than the one that it remembered.
 func (k *keyFlags) hintInitramfs(device, volume string, before []sector.KeyToken, now *sector.Known, repinned bool) {
@@ -506,12 +519,12 @@ func (k *keyFlags) hintInitramfs(device, volume string, before []sector.KeyToken
 		return
 	}
 	for _, e := range entries {
-		if !slices.Contains(e.words, "x-initrd.attach") || !sameFile(e.unit.Device, device) {
+		if len(initramfsOf(e)) == 0 || !sameFile(e.unit.Device, device) {
 			continue
 		}
 		if why := k.initramfsLacks(e, volume, before, now, repinned); why != "" {
 			k.hinted = true
-			fmt.Fprintf(os.Stderr, "hostcryptd: warning: the initramfs attaches volume %s, and %s: 'update-initramfs -u' or 'dracut -f' makes it anew\n", e.unit.Name, printable(why))
+			warnInitramfs(e, printable(why))
 		}
 	}
 }
