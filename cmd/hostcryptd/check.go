@@ -42,13 +42,19 @@ type checkToken struct {
 	Status  *keyunseal.KeyStatus `json:"status,omitempty"` // of the key in the vault
 }
 
+// A nextBoot is what check is asked about: what the host would have to open the
+// volume, and what it would refuse.
+type nextBoot struct {
+	device     string
+	keys       *keyFlags
+	uuid       string // of the volume that it wants, or ""
+	requirePin bool
+	expired    string // what it does about an expired key
+}
+
 func (a *app) checkCommand() *cobra.Command {
-	var (
-		keys       keyFlags
-		requirePin bool
-		uuid       string
-		expired    string
-	)
+	var keys keyFlags
+	boot := nextBoot{keys: &keys}
 	c := &cobra.Command{
 		Use:   "check DEVICE|NAME",
 		Short: "tell whether a volume would open if this host rebooted now",
@@ -61,8 +67,9 @@ is the way to ask about a volume of a boot. It changes nothing, and ends with 19
 something is wrong, even if the volume would open by another key.`,
 		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
-			device, itself := args[0], true
-			if e, err := named(device); err != nil {
+			itself := true
+			boot.device = args[0]
+			if e, err := named(boot.device); err != nil {
 				return err
 			} else if e != nil {
 				if e.randomKey() {
@@ -73,7 +80,7 @@ something is wrong, even if the volume would open by another key.`,
 				if err := errors.Join(e.apply(c.Flags()), keys.readSigner()); err != nil {
 					return err
 				}
-				device = e.unit.Device
+				boot.device = e.unit.Device
 				// The initramfs has no dialer.
 				if e.unit.Vault && !slices.Contains(e.words, "x-initrd.attach") {
 					if itself, err = dialAsService(c.Context()); err != nil {
@@ -81,15 +88,15 @@ something is wrong, even if the volume would open by another key.`,
 					}
 				}
 			}
-			if err := checkExpired(expired); err != nil {
+			if err := checkExpired(boot.expired); err != nil {
 				return err
 			}
-			return withHeader(device, true, func(d *sector.Device) error {
-				report, err := a.check(c.Context(), &keys, requirePin, uuid, expired, device, d)
+			return withHeader(boot.device, true, func(d *sector.Device) error {
+				report, err := a.check(c.Context(), boot, d)
 				if err != nil {
 					return err
 				}
-				if device != args[0] && uuid == "" {
+				if boot.device != args[0] && boot.uuid == "" {
 					report.Notices = append(report.Notices, "the line doesn't say which volume it means, so another one of this host would be served if its disk were in this place; the option uuid="+report.UUID+" says it")
 				}
 				if !itself && slices.ContainsFunc(report.Tokens, func(t checkToken) bool { return t.Type == keyunseal.TypeKeyVault }) {
@@ -105,17 +112,17 @@ something is wrong, even if the volume would open by another key.`,
 		},
 	}
 	keys.add(c)
-	c.Flags().Var((*uuidFlag)(&uuid), "uuid", "ask as for a host that wants the volume with this `UUID` on DEVICE")
-	c.Flags().StringVar(&expired, "expired-key", "warn", "ask as for a host that takes this `ACTION` when the key has expired: warn or deny")
-	c.Flags().BoolVar(&requirePin, "require-pin", false, "ask as for a host that serves only volumes it knows")
+	c.Flags().Var((*uuidFlag)(&boot.uuid), "uuid", "ask as for a host that wants the volume with this `UUID` on DEVICE")
+	c.Flags().StringVar(&boot.expired, "expired-key", "warn", "ask as for a host that takes this `ACTION` when the key has expired: warn or deny")
+	c.Flags().BoolVar(&boot.requirePin, "require-pin", false, "ask as for a host that serves only volumes it knows")
 	return a.jsonFlag(c)
 }
 
-func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, uuid, expired, device string, d *sector.Device) (*checkReport, error) {
-	log := a.cliLog()
+func (a *app) check(ctx context.Context, boot nextBoot, d *sector.Device) (*checkReport, error) {
+	log, keys := a.cliLog(), boot.keys
 	o := keys.open(log)
-	o.RequirePin, o.UUID, o.Retired = requirePin, uuid, retiredMayOpen
-	r, err := sector.Verify(ctx, d, keys.unsealerUnless(expired, log), o)
+	o.RequirePin, o.UUID, o.Retired = boot.requirePin, boot.uuid, retiredMayOpen
+	r, err := sector.Verify(ctx, d, keys.unsealerUnless(boot.expired, log), o)
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +131,7 @@ func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, uuid, 
 		infos[t.ID] = t
 	}
 	report := &checkReport{
-		Device: device, UUID: r.Header.UUID, Opens: r.Opens, Copies: r.Copies.Describe(), Pin: pinText(r, keys.pinStore(log).inTPM(r.Header.UUID)),
+		Device: boot.device, UUID: r.Header.UUID, Opens: r.Opens, Copies: r.Copies.Describe(), Pin: pinText(r, keys.pinStore(log).inTPM(r.Header.UUID)),
 		Recovery: append([]int{}, r.Keyslots...), Intact: append([]int{}, r.Intact...), unknown: r.Unknown, Findings: append([]string{}, r.Findings...), Notices: []string{},
 		Tokens: make([]checkToken, len(r.Tokens)),
 	}
@@ -160,7 +167,7 @@ func (a *app) check(ctx context.Context, keys *keyFlags, requirePin bool, uuid, 
 	now := time.Now()
 	for _, t := range report.Tokens {
 		if t.Type == keyunseal.TypeHostKey {
-			if where := hostKeyPlace(keys.hostKey, device, r.Header.UUID); where != "" {
+			if where := hostKeyPlace(keys.hostKey, boot.device, r.Header.UUID); where != "" {
 				notice("token %d: the host key file %s is %s", t.ID, keys.hostKey, where)
 			}
 		}
