@@ -254,9 +254,14 @@ type client struct {
 	born []time.Duration
 	at   []uint64 // block of a cookie
 
-	requests []byte // headers, and payload for writes: one slot for each cookie
-	vectors  []unix.Iovec
-	in       []byte
+	requests []byte       // headers, and payload for writes: one slot for each cookie
+	vectors  []unix.Iovec // of requests
+	pending  []unix.Iovec // of vectors, not yet sent
+
+	in     []byte
+	have   int // bytes in it
+	cookie int // whose payload is being received
+	left   int // bytes of that payload to come
 }
 
 func newClient(fd int, l load, m *volumeModel, base, blocks uint64, whole bool) *client {
@@ -303,8 +308,9 @@ func (c *client) block() (n uint64, ok bool) {
 	return n, true
 }
 
-// prepare appends requests for all free cookies to the vectors.
+// prepare makes requests of all free cookies, which are pending then.
 func (c *client) prepare(now time.Duration) {
+	c.vectors = c.vectors[:0]
 	used := 0 // of c.requests, for reads: headers side by side make one vector
 	for len(c.free) > 0 {
 		n, ok := c.block()
@@ -338,6 +344,7 @@ func (c *client) prepare(now time.Duration) {
 	if used > 0 {
 		c.vectors = append(c.vectors, vector(c.requests[:used]))
 	}
+	c.pending = c.vectors
 }
 
 func vector(p []byte) unix.Iovec {
@@ -347,83 +354,38 @@ func vector(p []byte) unix.Iovec {
 // run keeps the queue full until d has passed, or the range if whole, and then
 // waits for what is in flight.
 func (c *client) run(ctx context.Context, start time.Time, d time.Duration) error {
-	var (
-		pending []unix.Iovec // of c.vectors, not yet sent
-		have    int          // bytes in c.in
-		cookie  int          // whose payload is being received
-		left    int          // bytes of that payload to come
-	)
-	done := ctx.Done()
 	for stop := false; ; {
-		now := time.Since(start)
-		if !stop && len(pending) == 0 && len(c.free) > 0 {
-			select {
-			case <-done:
-				stop = true
-			default:
-				stop = !c.whole && now >= d
-			}
-			if !stop {
-				c.vectors = c.vectors[:0]
+		if !stop && len(c.pending) == 0 && len(c.free) > 0 {
+			now := time.Since(start)
+			if stop = ctx.Err() != nil || !c.whole && now >= d; !stop {
 				c.prepare(now)
-				pending = c.vectors
 			}
 		}
-		if len(pending) == 0 && len(c.free) == c.l.Depth {
+		if len(c.pending) == 0 && len(c.free) == c.l.Depth {
 			break
 		}
-		sent, err := c.send(&pending)
+		progress, err := c.send()
 		if err != nil {
 			return err
 		}
-		n, errno := receive(c.fd, c.in[have:])
+		n, errno := receive(c.fd, c.in[c.have:])
 		switch {
+		case errno == unix.EAGAIN && progress && len(c.pending) > 0:
 		case errno == unix.EAGAIN:
-			if !sent || len(pending) == 0 {
-				if err := wait(c.fd, len(pending) > 0); err != nil {
-					return err
-				}
+			if err := wait(c.fd, len(c.pending) > 0); err != nil {
+				return err
 			}
-			continue
 		case errno != 0:
 			return fmt.Errorf("receive: %w", errno)
 		case n == 0:
 			return errors.New("server closed the connection")
+		default:
+			rest, err := c.replies(c.in[:c.have+n], time.Since(start))
+			if err != nil {
+				return err
+			}
+			c.have = copy(c.in, rest)
 		}
-		have += n
-		now = time.Since(start)
-		p := c.in[:have]
-		for {
-			if left > 0 {
-				k, err := c.payload(p, cookie, c.l.Block-left)
-				if err != nil {
-					return err
-				}
-				p, left = p[k:], left-k
-				if left > 0 {
-					break
-				}
-				c.end(cookie, now)
-			}
-			if len(p) < replySize {
-				break
-			}
-			id := binary.BigEndian.Uint64(p[8:])
-			if binary.BigEndian.Uint32(p) != magicSimpleReply || id >= uint64(c.l.Depth) {
-				return fmt.Errorf("malformed reply % x", p[:replySize])
-			}
-			cookie = int(id)
-			if code := binary.BigEndian.Uint32(p[4:]); code != 0 {
-				return fmt.Errorf("request at %d: error %w", c.at[cookie]*uint64(c.l.Block), unix.Errno(code))
-			}
-			p = p[replySize:]
-			if c.l.Write {
-				c.end(cookie, now)
-			} else {
-				left = c.l.Block
-			}
-		}
-		have = copy(c.in, p)
 	}
 	if err := ctx.Err(); err != nil {
 		return err
@@ -435,6 +397,42 @@ func (c *client) run(ctx context.Context, start time.Time, d time.Duration) erro
 	return err
 }
 
+// replies takes the replies in p, of which the last may not have come whole, and
+// returns the rest.
+func (c *client) replies(p []byte, now time.Duration) (rest []byte, err error) {
+	for {
+		if c.left > 0 {
+			n, err := c.payload(p, c.cookie, c.l.Block-c.left)
+			if err != nil {
+				return nil, err
+			}
+			p, c.left = p[n:], c.left-n
+			if c.left > 0 {
+				return p, nil
+			}
+			c.end(c.cookie, now)
+		}
+		if len(p) < replySize {
+			return p, nil
+		}
+		id := binary.BigEndian.Uint64(p[8:])
+		if binary.BigEndian.Uint32(p) != magicSimpleReply || id >= uint64(c.l.Depth) {
+			return nil, fmt.Errorf("malformed reply % x", p[:replySize])
+		}
+		c.cookie = int(id)
+		if code := binary.BigEndian.Uint32(p[4:]); code != 0 {
+			return nil, fmt.Errorf("request at %d: error %w", c.at[c.cookie]*uint64(c.l.Block), unix.Errno(code))
+		}
+		p = p[replySize:]
+		if c.l.Write {
+			c.end(c.cookie, now)
+		} else {
+			c.left = c.l.Block
+		}
+	}
+}
+
+// end takes the time of a request that was answered.
 func (c *client) end(cookie int, now time.Duration) {
 	c.latency.add(now - c.born[cookie])
 	c.free = append(c.free, cookie)
@@ -484,9 +482,9 @@ func (c *client) pattern(gen uint32) []byte {
 	return p
 }
 
-// send gives the socket what it takes now of pending.
-func (c *client) send(pending *[]unix.Iovec) (progress bool, err error) {
-	v := *pending
+// send gives the socket what it takes now of what is pending.
+func (c *client) send() (progress bool, err error) {
+	v := c.pending
 	for len(v) > 0 {
 		h := unix.Msghdr{Iov: &v[0], Iovlen: uint64(len(v))}
 		// Neither call blocks, so the scheduler needn't be told (RawSyscall).
@@ -509,7 +507,7 @@ func (c *client) send(pending *[]unix.Iovec) (progress bool, err error) {
 			}
 		}
 	}
-	*pending = v
+	c.pending = v
 	return progress, nil
 }
 

@@ -99,22 +99,7 @@ func run(c config, names, match string) error {
 	if c.loads, err = regexp.Compile(match); err != nil {
 		return err
 	}
-	tools := []string{"go", "fio"}
-	known := map[string]bool{}
-	for _, p := range peers {
-		known[p.name] = true
-		if p.name == hostcryptd || names == "" || slices.Contains(strings.Split(names, ","), p.name) {
-			c.peers = append(c.peers, p)
-			tools = append(tools, p.tools...)
-		}
-	}
-	for n := range strings.SplitSeq(names, ",") {
-		if n != "" && !known[n] {
-			return fmt.Errorf("no server %q; there are %v", n, peers)
-		}
-	}
-	slices.Sort(tools)
-	if err := requireTools(slices.Compact(tools)...); err != nil {
+	if c.peers, err = choosePeers(names); err != nil {
 		return err
 	}
 	mod, err := exec.Command("go", "env", "GOMOD").Output()
@@ -137,15 +122,8 @@ func run(c config, names, match string) error {
 	}
 	b := &bench{ctx: ctx}
 	defer b.close()
-	if b.bin, err = b.temp(""); err != nil {
+	if err := b.build(root); err != nil {
 		return err
-	}
-	for name, pkg := range map[string]string{"hostcryptd": "./cmd/hostcryptd", "passthrough": "./test/bench/passthrough", "gonbd": "./test/bench/gonbd"} {
-		cmd := exec.CommandContext(ctx, "go", "build", "-o", filepath.Join(b.bin, name), pkg)
-		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("building %s: %w\n%s", pkg, err, out)
-		}
 	}
 	// The collector must not run in the middle of a slice.
 	debug.SetGCPercent(400)
@@ -162,6 +140,42 @@ func run(c config, names, match string) error {
 	r.judge()
 	fmt.Print(r.text())
 	return r.save(c.out)
+}
+
+// choosePeers returns hostcryptd and the servers of a comma-separated list, or all, and
+// an error if what they need is missing.
+func choosePeers(names string) (chosen []peer, err error) {
+	tools := []string{"go", "fio"}
+	known := map[string]bool{}
+	for _, p := range peers {
+		known[p.name] = true
+		if p.name == hostcryptd || names == "" || slices.Contains(strings.Split(names, ","), p.name) {
+			chosen = append(chosen, p)
+			tools = append(tools, p.tools...)
+		}
+	}
+	for n := range strings.SplitSeq(names, ",") {
+		if n != "" && !known[n] {
+			return nil, fmt.Errorf("no server %q; there are %v", n, peers)
+		}
+	}
+	slices.Sort(tools)
+	return chosen, requireTools(slices.Compact(tools)...)
+}
+
+// build builds the servers that are in this tree.
+func (b *bench) build(root string) (err error) {
+	if b.bin, err = b.temp(""); err != nil {
+		return err
+	}
+	for name, pkg := range map[string]string{"hostcryptd": "./cmd/hostcryptd", "passthrough": "./test/bench/passthrough", "gonbd": "./test/bench/gonbd"} {
+		cmd := exec.CommandContext(b.ctx, "go", "build", "-o", filepath.Join(b.bin, name), pkg)
+		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("building %s: %w\n%s", pkg, err, out)
+		}
+	}
+	return nil
 }
 
 // temp makes a folder that close removes.

@@ -138,5 +138,6 @@ func (r *result) svg() string {
 	return chart("NBD servers: requests and bytes per second", []string{
 		fmt.Sprintf("%s, %s, Linux %s, %s", r.Machine, r.CPU, r.Kernel, r.Started),
 		fmt.Sprintf("Medians of %d rounds of %.2f s, client and server on the same machine, Unix sockets. Disk: O_DIRECT; raw-file is fio's io_uring engine.", r.Rounds, r.Slice),
+		"qd: requests in flight on each connection; c: connections. passthrough is hostcryptd's server without its cipher.",
 	}, panels)
 }
