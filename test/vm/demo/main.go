@@ -6,7 +6,7 @@
 // It needs no disk to spare and changes nothing on this machine. By default
 // it runs on the kernel of this machine if it may (as root, with the kernel
 // module nbd) and on a disk image; else it boots a virtual machine, which is
-// emulated and therefore slow, and takes two minutes. -where chooses.
+// emulated and therefore slow, and takes one to two minutes. -where chooses.
 //
 // Only the key vault is not real: a test double answers in its place, inside
 // of the virtual machine or of a network namespace.
@@ -112,7 +112,7 @@ type vmStage struct {
 }
 
 func (s *vmStage) prepare(ctx context.Context, dir string) (err error) {
-	say("It runs in a virtual machine, which is emulated: it takes about two minutes, and real hardware is far faster. First the programs are built and, the first time, a Debian kernel is downloaded.")
+	say("It runs in a virtual machine, which is emulated: it takes one to two minutes, and real hardware is far faster. First the programs are built and, the first time, a Debian kernel is downloaded.")
 	if s.lab, err = vmtest.NewLab(ctx, dir, vmtest.Series(), func(format string, args ...any) { say(fmt.Sprintf(format, args...)) }); err != nil {
 		return err
 	}
