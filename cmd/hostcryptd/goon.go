@@ -17,7 +17,6 @@ import (
 
 	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/nbd"
-	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/sector"
 )
 
@@ -401,87 +400,3 @@ func (d *daemon) hangUp() error {
 // auditLimit is how long a server that leaves waits for the log of key use, which may
 // be on a disk that hangs. It is part of leaveTimeout. Tests change it.
 var auditLimit = 5 * time.Second
-
-// How long after the death of a socket the kernel gets another one at the earliest:
-// of one that another server had, and of one that this server has given it.
-//
-// Who receives for a socket in the kernel (recv_work of drivers/block/nbd.c) takes
-// what its place holds each time. If it has not seen the death by then, because it
-// handles a reply or, if the socket was there for a moment only, has not begun, it
-// goes on with the new socket, beside who was started for that. Then two take turns
-// at the replies, and a read may get what is none of its data before one of them sees
-// wrong magic and gives the socket up. And who sends may find out only then that the
-// old socket is dead, and gives up the new one.
-//
-// Both were seen once on a busy emulated machine of one processor thread, where the
-// three sockets came within 0.3 s. What was in flight isn't delayed by this: the
-// kernel sends that again after 5 s.
-const (
-	settleDead  = 500 * time.Millisecond
-	settleGiven = 2 * time.Second
-)
-
-// settle waits.
-func settle(ctx context.Context, how time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-time.After(how):
-		return nil
-	}
-}
-
-const (
-	// deadConnTimeout is how long the kernel lets I/O wait for the next server.
-	// After that it fails, for good.
-	deadConnTimeout = time.Hour
-
-	// requestTimer is when the kernel looks whether a request that was sent to a
-	// dead socket can be sent again: not when it gets the next socket, but when the
-	// request's own timer runs out, which is 30 s unless set. That is what the
-	// pause after the death of a server is made of. On a device that is slower than
-	// this, the kernel logs that a request is possibly stuck, and does nothing; with
-	// one second, copying 50 MB in an emulated machine made it say so. With
-	// several sockets it would send it twice, so it isn't set then.
-	requestTimer = 5 * time.Second
-
-	// reattachTries and reattachWait bound how long the kernel may take to see
-	// that its end of a socket has died.
-	reattachTries = 1000
-	reattachWait  = 10 * time.Millisecond
-)
-
-// reattach gives the kernel a new socket for one that is dead, and returns the
-// server's end.
-func (k *kernelDevice) reattach(ctx context.Context, backend string) (*net.UnixConn, error) {
-	for try := range reattachTries {
-		if try > 0 {
-			select {
-			case <-ctx.Done():
-				return nil, context.Cause(ctx)
-			case <-time.After(reattachWait):
-			}
-		}
-		kernel, server, err := nbdnl.Socketpair()
-		if err != nil {
-			return nil, err
-		}
-		err = k.conn.Reconfigure(k.index, backend, kernel)
-		kernel.Close()
-		if err != nil {
-			server.Close()
-			return nil, err
-		}
-		// As long as it has not seen the old socket die, the kernel has no use for
-		// a new one, drops it, and says that all is well.
-		dropped, err := nbdnl.HungUp(server)
-		if err == nil && !dropped {
-			return server, nil
-		}
-		server.Close()
-		if err != nil {
-			return nil, err
-		}
-	}
-	return nil, fmt.Errorf("%s: the kernel takes no new socket: none of its old ones is dead", k.path())
-}

@@ -14,12 +14,13 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"hostcryptd/nbd"
 )
 
 // Where clients connect: a Unix socket, a TCP address, or sockets that the
-// service manager has opened. The kernel device is in serve.go.
+// service manager has opened. The kernel device is in kernel.go.
 
 // tlsHelp is where --tls-certificates looks, the names that nbdkit, QEMU and
 // libnbd use.
@@ -214,4 +215,59 @@ func (d *daemon) serverConfig() nbd.Config {
 		c.Memory, c.InFlight, c.Engine = d.memory, swapInFlight, nbd.EnginePortable
 	}
 	return c
+}
+
+// checkSocketPath finds early what listenUnix would find late.
+func checkSocketPath(name string) error {
+	// sun_path of unix(7), with its NUL.
+	if len(name) > 107 {
+		return usagef("%s is longer than the 107 bytes that a socket's path can have", name)
+	}
+	if fi, err := os.Stat(filepath.Dir(name)); err != nil {
+		return err
+	} else if !fi.IsDir() {
+		return fmt.Errorf("%s is not a directory", filepath.Dir(name))
+	}
+	return clearSocket(name)
+}
+
+// clearSocket removes a socket that nobody listens on any more. Anything else
+// in its place is an error.
+func clearSocket(name string) error {
+	fi, err := os.Lstat(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if fi.Mode()&os.ModeSocket == 0 {
+		return withCode(codeBusy, fmt.Errorf("%s exists and is no socket", name))
+	}
+	c, err := net.Dial("unix", name)
+	if err == nil {
+		c.Close()
+	}
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		return withCode(codeBusy, fmt.Errorf("%s is in use by another server", name))
+	}
+	return os.Remove(name)
+}
+
+// listenUnix listens on a Unix socket that only its owner can use. A socket
+// that nobody listens on any more is replaced; anything else in the way is an
+// error.
+func listenUnix(name string) (*net.UnixListener, error) {
+	if err := clearSocket(name); err != nil {
+		return nil, err
+	}
+	// The mode must be right from the first moment, and bind(2) takes it from
+	// the process's mask. Nothing else creates files at this time.
+	old := unix.Umask(0o177)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"})
+	unix.Umask(old)
+	if errors.Is(err, unix.EINVAL) {
+		err = fmt.Errorf("%w; is the path longer than 107 bytes?", err)
+	}
+	return l, err
 }
