@@ -38,57 +38,30 @@ const keeperStateVersion = 1
 // that fails.
 func (k *keeper) become() error {
 	c := k.active
-	// What has been read from the link must have been heard.
-	if err := c.link.SetReadDeadline(time.Unix(1, 0)); err != nil {
+	if err := k.hearOut(c); err != nil {
 		return err
-	}
-	for stopped := false; !stopped; {
-		select {
-		case <-c.done:
-			stopped = true
-		case e := <-k.events:
-			k.handle(e)
-			if k.active != c || c.over || k.next != nil {
-				return errors.New("something else came first")
-			}
-		}
 	}
 	defer func() { // it has failed
 		_ = c.link.SetReadDeadline(time.Time{})
 		c.done = make(chan struct{})
 		go k.listen(c)
 	}()
+	var pass passedFiles
+	defer pass.close()
 	s := keeperState{Version: keeperStateVersion, Swap: k.swap, Path: k.path, Held: map[string]int{}, PID: c.process.Pid}
-	var pass []*os.File // open across the exec
-	keep := func(f *os.File) (int, error) {
-		n, err := descriptor(f)
-		if err != nil {
-			return 0, err
-		}
-		fd, err := unix.FcntlInt(uintptr(n), unix.F_DUPFD, 3)
-		if err == nil {
-			pass = append(pass, os.NewFile(uintptr(fd), "passed"))
-		}
-		return fd, err
-	}
-	defer func() {
-		for _, f := range pass {
-			f.Close()
-		}
-	}()
 	link, err := c.link.File()
 	if err != nil {
 		return err
 	}
 	defer link.Close()
-	if s.Link, err = keep(link); err != nil {
+	if s.Link, err = pass.add(link); err != nil {
 		return err
 	}
-	if s.Program, err = keep(k.program.f); err != nil {
+	if s.Program, err = pass.add(k.program.f); err != nil {
 		return err
 	}
 	for name, f := range k.held {
-		if s.Held[name], err = keep(f); err != nil {
+		if s.Held[name], err = pass.add(f); err != nil {
 			return err
 		}
 	}
@@ -117,11 +90,51 @@ func (k *keeper) become() error {
 		return err
 	}
 	defer f.Close()
-	fd, err := keep(f)
+	fd, err := pass.add(f)
 	if err != nil {
 		return err
 	}
 	return k.exec(fmt.Sprintf("/proc/self/fd/%d", s.Program), append(os.Environ(), fmt.Sprintf("%s=%d", keeperEnv, fd)))
+}
+
+// hearOut stops listening to the active server when all was heard that it has said.
+func (k *keeper) hearOut(c *child) error {
+	if err := c.link.SetReadDeadline(time.Unix(1, 0)); err != nil {
+		return err
+	}
+	for {
+		select {
+		case <-c.done:
+			return nil
+		case e := <-k.events:
+			k.handle(e)
+			if k.active != c || c.over || k.next != nil {
+				return errors.New("something else came first")
+			}
+		}
+	}
+}
+
+// passedFiles stay open across an execve(2), by numbers.
+type passedFiles []*os.File
+
+// add returns the number of a file that stays open.
+func (p *passedFiles) add(f *os.File) (int, error) {
+	n, err := descriptor(f)
+	if err != nil {
+		return 0, err
+	}
+	fd, err := unix.FcntlInt(uintptr(n), unix.F_DUPFD, 3)
+	if err == nil {
+		*p = append(*p, os.NewFile(uintptr(fd), "passed"))
+	}
+	return fd, err
+}
+
+func (p *passedFiles) close() {
+	for _, f := range *p {
+		f.Close()
+	}
 }
 
 // exec executes a program, and returns if that fails. A service manager says only
