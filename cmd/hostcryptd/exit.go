@@ -160,29 +160,6 @@ func usagef(format string, args ...any) error {
 	return withCode(codeUsage, fmt.Errorf(format, args...))
 }
 
-// volumeUUID is the UUID of a volume that s writes. Headers have it in lower case, and
-// people read both as the same (RFC 9562 section 4).
-func volumeUUID(s string) (string, error) {
-	uuid := strings.ToLower(s)
-	if !sector.IsUUID(uuid) {
-		return "", fmt.Errorf("%.100q is not the UUID of a volume", s)
-	}
-	return uuid, nil
-}
-
-// A uuidFlag is a flag with the UUID of a volume, or "" without it.
-type uuidFlag string
-
-func (f *uuidFlag) String() string { return string(*f) }
-func (f *uuidFlag) Type() string   { return "string" }
-
-// Set is that of pflag.Value.
-func (f *uuidFlag) Set(s string) error {
-	uuid, err := volumeUUID(s)
-	*f = uuidFlag(uuid)
-	return err
-}
-
 // missingFile adds what to do to an error about a device that isn't there.
 func missingFile(err error) error {
 	if errors.Is(err, os.ErrNotExist) {

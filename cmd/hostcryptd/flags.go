@@ -9,6 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"hostcryptd/sector"
 )
 
 // What is wrong with a command line is said here, in the words of the manual rather
@@ -131,3 +133,27 @@ func (n *number) String() string {
 }
 
 func (n *number) Type() string { return "number" }
+
+// A uuidFlag is a flag with the UUID of a volume, or "" without it.
+type uuidFlag string
+
+func (f *uuidFlag) String() string { return string(*f) }
+
+func (f *uuidFlag) Type() string { return "string" }
+
+// Set is that of pflag.Value.
+func (f *uuidFlag) Set(s string) error {
+	uuid, err := volumeUUID(s)
+	*f = uuidFlag(uuid)
+	return err
+}
+
+// volumeUUID is the UUID of a volume that s writes. Headers have it in lower case, and
+// people read both as the same (RFC 9562 section 4).
+func volumeUUID(s string) (string, error) {
+	uuid := strings.ToLower(s)
+	if !sector.IsUUID(uuid) {
+		return "", fmt.Errorf("%.100q is not the UUID of a volume", s)
+	}
+	return uuid, nil
+}

@@ -121,94 +121,7 @@ name, of processes that systemd doesn't kill.`,
   hostcryptd serve disk.img --listen /run/disk.sock --control /run/disk.control
   hostcryptd serve /dev/disk/by-partlabel/swap --swap --random-key --attach /dev/nbd8`,
 		Args: oneArg("DEVICE or NAME"),
-		RunE: func(c *cobra.Command, args []string) error {
-			// A line of log that nobody can receive is an error, and not the end: at
-			// shutdown the journal stops before this does.
-			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-			crashOnPanic()
-			// Before anything that could fail: this process must go on.
-			if resumed, err := a.resume(); resumed {
-				return err
-			}
-			line, goesOn := storedLine()
-			if err := o.settle(c, args[0], goesOn); err != nil {
-				return a.withStoredLine(line, err)
-			}
-			inherited, files, err := systemd.Inherited(storedPrefix)
-			if err != nil {
-				return err
-			}
-			if o.listen == "" && o.attach == "" && o.tcp == "" && inherited == nil {
-				return usagef("nothing to serve to: use --attach auto, --listen SOCKET, --tcp ADDRESS:PORT, or several")
-			}
-			if _, kept := os.LookupEnv(serverEnv); o.initrd && !kept && os.Getenv(initrdEnv) == "" {
-				return a.launch(args[0], o.name != "")
-			}
-			moved, err := liveOn(a.daemonLog(o.attach != ""))
-			if err != nil {
-				return err
-			}
-			link, err := openKeeperLink()
-			if err != nil {
-				return err
-			}
-			if link == nil && o.attach != "" {
-				return a.keep(o.swap, inherited, stored(files))
-			}
-			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
-			defer stop()
-			d := &daemon{opts: o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), headerChanged: make(chan struct{}, 1), resizing: make(chan struct{}, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree, moved: moved}
-			signal.Notify(d.hangup(), syscall.SIGHUP)
-			var goOn *serverState
-			if link != nil {
-				goOn, err = link.standBy(ctx, func(reload bool) error {
-					if reload && d.opts.tls != nil {
-						// Another server serves as long as this one prepares.
-						if err := d.opts.tls.check(certificatesLimit); err != nil {
-							return err
-						}
-					}
-					return d.prepare()
-				})
-				if errors.Is(err, errNoTurn) {
-					return nil
-				}
-				if err != nil {
-					return err
-				}
-				d.goesOn = goOn != nil
-				if inherited, err = link.inheritedListeners(); err != nil {
-					return err
-				}
-			}
-			d.inherited = inherited
-			if goOn != nil {
-				d.opts.keys.trusted = goOn.trusted(d.opts.keys.signer)
-			} else if err := d.opts.keys.readSigner(); err != nil {
-				return err
-			} else if d.opts.tls != nil {
-				if err := d.opts.tls.wait(); err != nil {
-					return err
-				}
-			}
-			if o.name != "" && goOn == nil {
-				d.waitDevice(ctx, tabDeviceWait)
-			}
-			go link.listen(d.log)
-			watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
-			go d.watch(watching)
-			err = d.run(ctx, goOn)
-			stopWatching()
-			if o.initrd && o.name != "" && !d.leaving && !d.unchanged() {
-				os.Remove(filepath.Join(initrdDir, o.name)) // from here on it's the service's again
-			}
-			d.log.Sync()
-			if !d.leaving && !d.unchanged() {
-				// Else it's up to the keeper to try again.
-				_ = link.send(keeperMessage{Over: true}, nil)
-			}
-			return err
-		},
+		RunE: func(c *cobra.Command, args []string) error { return a.serve(c, &o, args[0]) },
 	}
 	f := c.Flags()
 	o.keys.add(c)
@@ -232,6 +145,97 @@ name, of processes that systemd doesn't kill.`,
 	f.BoolVar(&o.initrd, "initrd", false, "go to the background when the volume is ready, print its kernel device, and live on in the real root until the power is off: for an initramfs")
 	f.DurationVar(&o.unsealTimeout, "unseal-timeout", 0, "give up when the volume was not unsealed in this `TIME` (default: never)")
 	return c
+}
+
+// serve is what serve does, from the command line to the end: first which of the processes
+// this one is, see keeper.go, and then, in a server, a daemon.
+func (a *app) serve(c *cobra.Command, o *serveOptions, arg string) error {
+	// A line of log that nobody can receive is an error, and not the end: at
+	// shutdown the journal stops before this does.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	crashOnPanic()
+	// Before anything that could fail: this process must go on.
+	if resumed, err := a.resume(); resumed {
+		return err
+	}
+	line, goesOn := storedLine()
+	if err := o.settle(c, arg, goesOn); err != nil {
+		return a.withStoredLine(line, err)
+	}
+	inherited, files, err := systemd.Inherited(storedPrefix)
+	if err != nil {
+		return err
+	}
+	if o.listen == "" && o.attach == "" && o.tcp == "" && inherited == nil {
+		return usagef("nothing to serve to: use --attach auto, --listen SOCKET, --tcp ADDRESS:PORT, or several")
+	}
+	if _, kept := os.LookupEnv(serverEnv); o.initrd && !kept && os.Getenv(initrdEnv) == "" {
+		return a.launch(arg, o.name != "")
+	}
+	moved, err := liveOn(a.daemonLog(o.attach != ""))
+	if err != nil {
+		return err
+	}
+	link, err := openKeeperLink()
+	if err != nil {
+		return err
+	}
+	if link == nil && o.attach != "" {
+		return a.keep(o.swap, inherited, stored(files))
+	}
+	ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	d := &daemon{opts: *o, log: a.daemonLog(o.attach != ""), started: time.Now(), detach: make(chan *os.File, 1), headerChanged: make(chan struct{}, 1), resizing: make(chan struct{}, 1), finished: make(chan struct{}), link: link, index: nbdnl.FirstFree, moved: moved}
+	signal.Notify(d.hangup(), syscall.SIGHUP)
+	var goOn *serverState
+	if link != nil {
+		goOn, err = link.standBy(ctx, func(reload bool) error {
+			if reload && d.opts.tls != nil {
+				// Another server serves as long as this one prepares.
+				if err := d.opts.tls.check(certificatesLimit); err != nil {
+					return err
+				}
+			}
+			return d.prepare()
+		})
+		if errors.Is(err, errNoTurn) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		d.goesOn = goOn != nil
+		if inherited, err = link.inheritedListeners(); err != nil {
+			return err
+		}
+	}
+	d.inherited = inherited
+	if goOn != nil {
+		d.opts.keys.trusted = goOn.trusted(d.opts.keys.signer)
+	} else if err := d.opts.keys.readSigner(); err != nil {
+		return err
+	} else if d.opts.tls != nil {
+		if err := d.opts.tls.wait(); err != nil {
+			return err
+		}
+	}
+	if o.name != "" && goOn == nil {
+		d.waitDevice(ctx, tabDeviceWait)
+	}
+	go link.listen(d.log)
+	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+	go d.watch(watching)
+	err = d.run(ctx, goOn)
+	stopWatching()
+	if o.initrd && o.name != "" && !d.leaving && !d.unchanged() {
+		os.Remove(filepath.Join(initrdDir, o.name)) // from here on it's the service's again
+	}
+	d.log.Sync()
+	if !d.leaving && !d.unchanged() {
+		// Else it's up to the keeper to try again.
+		_ = link.send(keeperMessage{Over: true}, nil)
+	}
+	return err
 }
 
 // crashOnPanic has a panic end this process by SIGABRT. Go's exit code for it is 2,
