@@ -138,9 +138,6 @@ func (v *Volume) Waiting() bool { return v.gate.state.Load() == gateWait }
 // the keys stay in memory.
 func (v *Volume) Restrict(on bool) { v.gate.restricted.Store(on) }
 
-// Restricted tells whether Restrict is on.
-func (v *Volume) Restricted() bool { return v.gate.restricted.Load() }
-
 // wipe wipes the keys and frees their memory. Callers hold open.
 func (v *Volume) wipe() error {
 	if v.keys == nil {

@@ -244,7 +244,7 @@ func TestSuspendZeroes(t *testing.T) {
 			go func() { zeroed <- v.WriteZeroes(0, whole, true) }()
 			<-third
 			go func() { stopped <- tt.stop(v.Volume) }()
-			for !v.Suspended() && !v.Restricted() {
+			for !v.Suspended() && !v.gate.restricted.Load() {
 				time.Sleep(time.Millisecond)
 			}
 			close(release)
@@ -507,7 +507,7 @@ func TestResumeLiftsRestriction(t *testing.T) {
 	if err := v.Resume(t.Context(), testUnseal, OpenOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := v.WriteAt(make([]byte, 512), 0); err != nil || v.Restricted() {
-		t.Errorf("WriteAt() = %v, restricted %v", err, v.Restricted())
+	if _, err := v.WriteAt(make([]byte, 512), 0); err != nil || v.gate.restricted.Load() {
+		t.Errorf("WriteAt() = %v, restricted %v", err, v.gate.restricted.Load())
 	}
 }
