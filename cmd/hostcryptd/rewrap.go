@@ -37,8 +37,9 @@ func (a *app) rewrapCommand() *cobra.Command {
 		Long: `rewrap seals the volume key with the newest version of the vault's key, unseals
 what that gave, and writes it to the header, one copy after the other. The token
 of the old version stays a way in for some days, and is removed by the first
-rewrap after, or by the daemon that serves the volume. Until then the old version of the key must not be deleted. The data
-is not encrypted anew, and the volume may be in use meanwhile.
+rewrap after, or by the daemon that serves the volume. Until then the old version of
+the key must not be deleted. The data is not encrypted anew, and the volume may be in
+use meanwhile.
 
 The token of a TPM that doesn't unseal any more, because its PCRs hold something
 else or it is another TPM, is sealed anew to what this host's TPM holds now. That
