@@ -256,6 +256,9 @@ func (e *Error) hint() string {
 		if e.Code == codeOtherTPM {
 			return "the TPM was cleared or replaced, or the disk is in another host: " + resealed
 		}
+		if errors.Is(e.Err, fs.ErrPermission) {
+			return "may this user read it? --host-key names another file"
+		}
 		return "--host-key names the file; another token may open the volume, and " + anotherToken
 	case ClassIntegrity:
 		switch e.Op {

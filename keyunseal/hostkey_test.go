@@ -188,3 +188,15 @@ func TestHostKeyDirectoryNotWritable(t *testing.T) {
 	_, err := Seal(t.Context(), opts, SpecHostKey, testVolume, randomKey(t))
 	wantClass(t, err, ClassConfig)
 }
+
+// TestHostKeyHint: who may not read the file is told that, and not to look for another
+// token, of which there is none yet when a volume is made.
+func TestHostKeyHint(t *testing.T) {
+	denied := fail("read host key", "host.key", ClassWrongKey, &fs.PathError{Op: "open", Path: "host.key", Err: fs.ErrPermission}).Error()
+	if !strings.Contains(denied, "may this user read it?") || strings.Contains(denied, "token") {
+		t.Errorf("a file that may not be read: %s", denied)
+	}
+	if other := fail("unseal", "host.key", ClassWrongKey, errors.New("another key")).Error(); !strings.Contains(other, "another token may open the volume") {
+		t.Errorf("another key: %s", other)
+	}
+}
