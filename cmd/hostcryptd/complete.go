@@ -28,20 +28,20 @@ var flagWords = map[string][]string{
 
 // complete says of every argument and flag what can stand there, by the word that
 // stands for it in the help. The shell asks by a hidden command of cobra's.
-func complete(root *cobra.Command) {
-	for _, c := range root.Commands() {
-		complete(c)
+func complete(c *cobra.Command) {
+	for _, sub := range c.Commands() {
+		complete(sub)
 	}
-	root.Flags().VisitAll(func(f *pflag.Flag) {
+	c.Flags().VisitAll(func(f *pflag.Flag) {
 		word, _ := pflag.UnquoteUsage(f)
 		switch word {
 		case "FILE", "PATH", "SOCKET":
 			return // as the shell does by itself
 		case "DIR", "DIRECTORY":
-			_ = root.MarkFlagDirname(f.Name)
+			_ = c.MarkFlagDirname(f.Name)
 			return
 		}
-		_ = root.RegisterFlagCompletionFunc(f.Name, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		_ = c.RegisterFlagCompletionFunc(f.Name, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			if f.Name == "attach" {
 				devices, _ := filepath.Glob("/dev/nbd*[0-9]")
 				return append([]string{"auto"}, devices...), cobra.ShellCompDirectiveNoFileComp
@@ -49,15 +49,15 @@ func complete(root *cobra.Command) {
 			return flagWords[f.Name], cobra.ShellCompDirectiveNoFileComp
 		})
 	})
-	words := argWords(root.Use)
-	root.ValidArgsFunction = func(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	words := argWords(c.Use)
+	c.ValidArgsFunction = func(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 		word := ""
 		if n := len(args); n < len(words) {
 			word = words[n]
 		} else if n := len(words); n > 0 && strings.HasSuffix(words[n-1], "...") {
 			word = words[n-1]
 		}
-		if f := c.Flag("in-use"); f != nil && f.Changed {
+		if f := c.Flag("in-use"); f != nil && f.Changed && word == "DEVICE" {
 			word = "VOLUME" // of erase
 		}
 		switch word {
