@@ -165,39 +165,13 @@ func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, err
 		peer: p, model: newVolumeModel(size), exited: make(chan struct{}),
 		file: filepath.Join(dir, p.name+".img"), socket: filepath.Join(dir, p.name+".sock"),
 	}
-	secret := filepath.Join(dir, "secret")
-	cache, aio := "writeback", "threads"
-	if direct {
-		cache, aio = "none", "native"
+	if p.name == null {
+		s.model.unchecked = true
 	}
-	var args []string
-	switch p.name {
-	case hostcryptd:
-		binary, key := filepath.Join(b.bin, "hostcryptd"), filepath.Join(dir, "host.key")
-		apart := []string{"--host-key", key, "--audit-log", "none", "--tpm", "none", "--pins", filepath.Join(dir, "pins")} // from what this host keeps
-		if _, err := b.command(binary, append([]string{"format", s.file, "--yes", "--sector-size", "4096"}, apart...)...); err != nil {
-			return nil, err
-		}
-		args = append([]string{binary, "serve", s.file, "--listen", s.socket, "--control", filepath.Join(dir, "control.sock"),
-			"--direct=" + strconv.FormatBool(direct)}, apart...)
-	case passthrough:
-		args = []string{filepath.Join(b.bin, "passthrough"), "-direct=" + strconv.FormatBool(direct), s.file, s.socket}
-	case null:
-		args = []string{filepath.Join(b.bin, "passthrough"), "-null", strconv.FormatInt(size, 10), s.socket}
-		s.model = nil
-	case goNBD:
-		args = []string{filepath.Join(b.bin, "gonbd"), s.file, s.socket}
-	case nbdkitRaw:
-		args = []string{"nbdkit", "-f", "-U", s.socket, "file", s.file}
-	case nbdkitLUKS:
-		args = []string{"nbdkit", "-f", "-U", s.socket, "--filter=luks", "file", s.file, "passphrase=+" + secret}
-	case qemuRaw:
-		args = []string{"qemu-nbd", "-t", "-e", "8", "-k", s.socket, "-f", "raw", "--cache=" + cache, "--aio=" + aio, s.file}
-	case qemuLUKS:
-		args = []string{"qemu-nbd", "-t", "-e", "8", "-k", s.socket, "--cache=" + cache, "--aio=" + aio,
-			"--object", "secret,id=s,file=" + secret, "--image-opts", "driver=luks,key-secret=s,file.driver=file,file.filename=" + s.file}
+	args, err := b.commandLine(s, dir, size, direct)
+	if err != nil {
+		return nil, err
 	}
-	var err error
 	if s.stderr, err = os.Create(filepath.Join(dir, p.name+".log")); err != nil {
 		return nil, err
 	}
@@ -216,14 +190,48 @@ func (b *bench) start(p peer, dir string, size int64, direct bool) (*server, err
 		return nil, err
 	}
 	s.idle = s.memory("VmRSS:")
-	if s.model == nil {
-		s.model = &volumeModel{generation: make([]uint32, size/stampBlock), unchecked: true}
+	if s.model.unchecked {
 		return s, nil
 	}
 	if err := fill(b.ctx, s.socket, s.model); err != nil {
 		return nil, s.explain(err)
 	}
 	return s, nil
+}
+
+// commandLine is how s is started. hostcryptd's image is formatted by that.
+func (b *bench) commandLine(s *server, dir string, size int64, direct bool) ([]string, error) {
+	secret := filepath.Join(dir, "secret")
+	cache, aio := "writeback", "threads"
+	if direct {
+		cache, aio = "none", "native"
+	}
+	switch s.name {
+	case hostcryptd:
+		binary, key := filepath.Join(b.bin, "hostcryptd"), filepath.Join(dir, "host.key")
+		apart := []string{"--host-key", key, "--audit-log", "none", "--tpm", "none", "--pins", filepath.Join(dir, "pins")} // from what this host keeps
+		if _, err := b.command(binary, append([]string{"format", s.file, "--yes", "--sector-size", "4096"}, apart...)...); err != nil {
+			return nil, err
+		}
+		return append([]string{binary, "serve", s.file, "--listen", s.socket, "--control", filepath.Join(dir, "control.sock"),
+			"--direct=" + strconv.FormatBool(direct)}, apart...), nil
+	case passthrough:
+		return []string{filepath.Join(b.bin, "passthrough"), "-direct=" + strconv.FormatBool(direct), s.file, s.socket}, nil
+	case null:
+		return []string{filepath.Join(b.bin, "passthrough"), "-null", strconv.FormatInt(size, 10), s.socket}, nil
+	case goNBD:
+		return []string{filepath.Join(b.bin, "gonbd"), s.file, s.socket}, nil
+	case nbdkitRaw:
+		return []string{"nbdkit", "-f", "-U", s.socket, "file", s.file}, nil
+	case nbdkitLUKS:
+		return []string{"nbdkit", "-f", "-U", s.socket, "--filter=luks", "file", s.file, "passphrase=+" + secret}, nil
+	case qemuRaw:
+		return []string{"qemu-nbd", "-t", "-e", "8", "-k", s.socket, "-f", "raw", "--cache=" + cache, "--aio=" + aio, s.file}, nil
+	case qemuLUKS:
+		return []string{"qemu-nbd", "-t", "-e", "8", "-k", s.socket, "--cache=" + cache, "--aio=" + aio,
+			"--object", "secret,id=s,file=" + secret, "--image-opts", "driver=luks,key-secret=s,file.driver=file,file.filename=" + s.file}, nil
+	}
+	return nil, fmt.Errorf("no server %q", s.name)
 }
 
 func (s *server) waitReady(ctx context.Context) error {
