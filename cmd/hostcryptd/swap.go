@@ -194,16 +194,17 @@ func keepHeap() {
 	}()
 }
 
-// startThreads has the runtime make n threads, which it keeps: each goroutine in
-// a system call has one.
+// startThreads has the runtime make n threads, which it keeps: each goroutine that is
+// locked to one has its own, and none ends before all have one.
 func startThreads(n int) {
-	var running sync.WaitGroup
-	pause := unix.Timespec{Nsec: 50e6}
+	var all, running sync.WaitGroup
+	all.Add(n)
 	for range n {
 		running.Go(func() {
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
-			_ = unix.Nanosleep(&pause, nil)
+			all.Done()
+			all.Wait()
 		})
 	}
 	running.Wait()
