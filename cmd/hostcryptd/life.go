@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -885,7 +886,7 @@ func hope(o lifecycle.Outcome) int {
 // knownOutcome is outcomeOf of errors that something is known of. An error that joins
 // others, by [errors.Join], is the errors of several tokens, each with an outcome of its
 // own: what isn't known passes there too. One that wraps several is one of all their
-// kinds, such as a disk that can't be read and EIO.
+// kinds.
 func knownOutcome(err error) (o lifecycle.Outcome, known bool) {
 	switch err {
 	case sector.ErrAuth, sector.ErrNotVolume, sector.ErrDamaged, sector.ErrUnsupported, sector.ErrDevice:
@@ -897,15 +898,27 @@ func knownOutcome(err error) (o lifecycle.Outcome, known bool) {
 	case interface{ Unwrap() error }:
 		return knownOutcome(e.Unwrap())
 	case interface{ Unwrap() []error }:
+		joins := reflect.TypeOf(e) == joined
+		if !joins && isReadError(err) {
+			return lifecycle.Outcome{}, true
+		}
 		for _, err := range e.Unwrap() {
 			got, ok := knownOutcome(err)
-			ok = ok || reflect.TypeOf(e) == joined
+			ok = ok || joins
 			if ok && (!known || hope(got) > hope(o)) {
 				o, known = got, true
 			}
 		}
 	}
 	return o, known
+}
+
+// isReadError tells whether a header could not be read for an error of the disk. That
+// may pass, as when the path to a disk in the network fails for a moment, which is when
+// a vault can't be reached either; that a disk is too small doesn't.
+func isReadError(err error) bool {
+	_, errno := errors.AsType[syscall.Errno](err)
+	return errno && errors.Is(err, sector.ErrDevice)
 }
 
 // joined is the type of what errors.Join returns.

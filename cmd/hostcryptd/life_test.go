@@ -53,7 +53,8 @@ func TestOutcomeOf(t *testing.T) {
 		{"no host key file", noFile, lifecycle.Misconfigured},
 		{"forged header", fmt.Errorf("x: %w", sector.ErrAuth), lifecycle.Misconfigured},
 		{"header gone", sector.ErrNotVolume, lifecycle.Misconfigured},
-		{"disk that can't be read", fmt.Errorf("x: %w: %w", sector.ErrDevice, syscall.EIO), lifecycle.Misconfigured},
+		{"disk that is too small", fmt.Errorf("x: %w: it has 7 bytes", sector.ErrDevice), lifecycle.Misconfigured},
+		{"disk that can't be read", fmt.Errorf("x: %w: the header: %w", sector.ErrDevice, &os.PathError{Op: "read", Path: "d", Err: syscall.EIO}), lifecycle.Transient},
 		{"timeout", context.DeadlineExceeded, lifecycle.Transient},
 		{"no process", fmt.Errorf("token 0 (t): deriving the data key in a child process: %w", syscall.EAGAIN), lifecycle.Transient},
 		{"no descriptor", fmt.Errorf("token 0 (t): %w", &os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}), lifecycle.Transient},
@@ -77,11 +78,12 @@ func TestOutcomeOf(t *testing.T) {
 		{"vault down", "vault unreachable", down, lifecycle.Transient},
 		{"timeout", "no answer", context.DeadlineExceeded, lifecycle.Transient},
 		{"no descriptor", "", &os.SyscallError{Syscall: "pipe2", Err: syscall.EMFILE}, lifecycle.Transient},
+		{"disk that can't be read", "", fmt.Errorf("x: %w: %w", sector.ErrDevice, syscall.EIO), lifecycle.Transient},
 		{"disabled", "key unusable", disabled, lifecycle.Denied},
 		{"wrong answer", "integrity failure", wrongAnswer, lifecycle.Integrity},
 		{"bad token", "integrity failure", badToken, lifecycle.Misconfigured},
 		{"forged header", "", sector.ErrAuth, lifecycle.Misconfigured},
-		{"disk that can't be read", "", fmt.Errorf("x: %w: %w", sector.ErrDevice, syscall.EIO), lifecycle.Misconfigured},
+		{"disk that is too small", "", fmt.Errorf("x: %w", sector.ErrDevice), lifecycle.Misconfigured},
 	}
 	for i, a := range singles {
 		for _, b := range singles[i:] {
@@ -331,6 +333,73 @@ func openVolume(t *testing.T) (*sectortest.Disk, *sector.Volume) {
 	}
 	t.Cleanup(func() { v.Close() })
 	return disk, v
+}
+
+// TestReadErrorAtBoot: a disk that can't be read for a moment ends no boot, neither before
+// the volume is unsealed nor while its key is waited for.
+func TestReadErrorAtBoot(t *testing.T) {
+	disk := sectortest.New(24 << 20)
+	if _, err := sector.Format(t.Context(), disk, sector.FormatOptions{SectorSize: 4096, Seal: []sector.Sealer{openSeal}}); err != nil {
+		t.Fatal(err)
+	}
+	fail := func(disk *sectortest.Disk, times int) {
+		var failed atomic.Int32
+		disk.Fail(func(sectortest.Op, int, int64, int) error {
+			if failed.Add(1) > int32(times) {
+				return nil
+			}
+			return &os.PathError{Op: "read", Path: "/dev/sdx", Err: syscall.EIO}
+		})
+	}
+	fail(disk, 6) // the first copy, and each place where the second can be up to its own
+	_, err := sector.Open(t.Context(), disk, openUnseal, sector.OpenOptions{})
+	if !errors.Is(err, sector.ErrDevice) || !errors.Is(err, syscall.EIO) {
+		t.Fatalf("a disk that gives errors opens: %v", err)
+	}
+	boot := func(err error) lifecycle.Action {
+		c := lifecycle.Config{}
+		if err := c.Check(); err != nil {
+			t.Fatal(err)
+		}
+		m := lifecycle.New(c, time.Now())
+		m.Unsealed(time.Now(), outcomeOf(err))
+		action, _ := m.Next()
+		return action
+	}
+	if got := boot(err); got != lifecycle.Unseal {
+		t.Errorf("after a read error: %v, want another try", got)
+	}
+	disk.Fail(nil)
+	v, err := sector.Open(t.Context(), disk, openUnseal, sector.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	if got := boot(fmt.Errorf("%w: it is too small", sector.ErrDevice)); got != lifecycle.GiveUp {
+		t.Errorf("a device that can't be a volume: %v", got)
+	}
+
+	d := &daemon{log: zap.NewNop()}
+	read := func(d *sectortest.Disk) func() error {
+		return func() error { _, _, err := sector.ReadHeader(t.Context(), d); return err }
+	}
+	fail(disk, 6)
+	if err := d.untilRead(t.Context(), 0, read(disk)); !errors.Is(err, syscall.EIO) {
+		t.Errorf("by hand: %v", err)
+	}
+	fail(disk, 6)
+	if err := d.untilRead(t.Context(), time.Minute, read(disk)); err != nil {
+		t.Errorf("of a boot: %v", err)
+	}
+	if err := d.untilRead(t.Context(), time.Minute, read(sectortest.New(24<<20))); !errors.Is(err, sector.ErrNotVolume) {
+		t.Errorf("no volume: %v", err)
+	}
+	fail(disk, 1<<30)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := d.untilRead(ctx, time.Minute, read(disk)); !errors.Is(err, syscall.EIO) {
+		t.Errorf("stopped meanwhile: %v", err)
+	}
 }
 
 // TestHangingHeader: a disk that doesn't give out the header keeps nobody from

@@ -25,6 +25,7 @@ import (
 	"hostcryptd/nbd"
 	"hostcryptd/nbd/nbdnl"
 	"hostcryptd/sector"
+	"hostcryptd/sector/luks2"
 	"hostcryptd/systemd"
 	"hostcryptd/xts"
 )
@@ -522,12 +523,20 @@ func (d *daemon) unchanged() bool { return d.goesOn && !d.served && !d.gone }
 
 // readHeader reads what is to be known before the volume is unsealed.
 func (d *daemon) readHeader(ctx context.Context) error {
-	// Who waits in silence is taken for hung.
-	locked := time.AfterFunc(2*time.Second, func() {
-		d.log.Warn("waiting for another program to release the lock on the header", zap.String("device", d.opts.device))
+	var h *luks2.Header
+	limit := time.Duration(0)
+	if d.opts.name != "" {
+		limit = tabDeviceWait
+	}
+	err := d.untilRead(ctx, limit, func() (err error) {
+		// Who waits in silence is taken for hung.
+		locked := time.AfterFunc(2*time.Second, func() {
+			d.log.Warn("waiting for another program to release the lock on the header", zap.String("device", d.opts.device))
+		})
+		defer locked.Stop()
+		h, _, err = sector.ReadHeader(ctx, d.device)
+		return err
 	})
-	h, _, err := sector.ReadHeader(ctx, d.device)
-	locked.Stop()
 	if err == nil {
 		err = sector.CheckUUID(h)
 	}
@@ -585,6 +594,22 @@ func (d *daemon) hangup() chan<- os.Signal {
 		}
 	}()
 	return c
+}
+
+// untilRead reads again, each second of the time limit, as long as the disk gives errors.
+func (d *daemon) untilRead(ctx context.Context, limit time.Duration, read func() error) error {
+	for begun := time.Now(); ; {
+		err := read()
+		if !isReadError(err) || time.Since(begun) >= limit {
+			return err
+		}
+		d.log.Warn("the header can't be read; it's tried again", zap.String("device", d.opts.device), zap.Error(err))
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 // waitDevice waits for the backing device to be there.
