@@ -349,7 +349,7 @@ func peerUID(c *net.UnixConn) (uid int, err error) {
 // under somebody.
 func (d *daemon) requestDetach() error {
 	d.mu.Lock()
-	attached, state := d.attached, d.state
+	attached, index, state := d.attached, d.index, d.state
 	d.mu.Unlock()
 	if state == stateUnsealing {
 		return fmt.Errorf("%s is not unsealed yet; a signal ends the server", d.opts.device)
@@ -357,7 +357,7 @@ func (d *daemon) requestDetach() error {
 	var claimed *os.File
 	if attached != "" {
 		var err error
-		if claimed, err = claimDevice(attached, d.log); err != nil {
+		if claimed, err = d.claim(index); err != nil {
 			return err
 		}
 	}

@@ -316,7 +316,7 @@ func (d *daemon) waitUnused(k *kernelDevice) *os.File {
 	}
 	said := ""
 	for {
-		f, err := k.claim(d.log)
+		f, err := d.claim(k.index)
 		if err == nil {
 			return f
 		}
@@ -376,8 +376,10 @@ func (d *daemon) release(k *kernelDevice, claimed *os.File) error {
 
 func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
 
-// claim claims the device, see claimDevice.
-func (k *kernelDevice) claim(log *zap.Logger) (*os.File, error) { return claimDevice(k.path(), log) }
+// claim claims the kernel device of an index, see claimDevice.
+func (d *daemon) claim(index int) (*os.File, error) {
+	return claimDevice(nbdnl.Path(index), func() bool { return nbdnl.Detached(index, d.backend()) }, d.log)
+}
 
 // detach detaches a device that nobody uses.
 func (k *kernelDevice) detach() error {

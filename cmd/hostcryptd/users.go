@@ -22,8 +22,9 @@ const claimTime = 2 * time.Second
 // it: no mount, no swap, no device on top of it. Nobody can begin to use it in
 // such a way while it is open. A process that just has it open doesn't keep it from
 // that; so it is looked for, and release waits for those that can't be seen. A
-// device that is gone gives nil.
-func claimDevice(path string, log *zap.Logger) (*os.File, error) {
+// device that is gone gives nil. That the path leads to none doesn't tell: the /dev of
+// a container is filled when that starts, and the device can be in use outside.
+func claimDevice(path string, gone func() bool, log *zap.Logger) (*os.File, error) {
 	for begun := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
 		switch {
@@ -31,11 +32,19 @@ func claimDevice(path string, log *zap.Logger) (*os.File, error) {
 			by, unseen := users(path)
 			return nil, inUse(path, by, unseen)
 		case errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV), errors.Is(err, os.ErrNotExist):
-			return nil, nil
+			if gone() {
+				return nil, nil
+			}
+			return nil, notNode(path)
 		case err != nil:
 			return nil, err
 		}
-		list, unseen := (&usedDevice{numbers: deviceNumbers(path)}).processes()
+		d := &usedDevice{path: path, numbers: deviceNumbers(path)}
+		if !d.is(fmt.Sprintf("/proc/self/fd/%d", f.Fd())) {
+			f.Close()
+			return nil, notNode(path)
+		}
+		list, unseen := d.processes()
 		if len(list) == 0 {
 			if unseen != "" {
 				log.Info("the device is detached as soon as no process that can't be seen from here has it open", zap.String("device", path), zap.String("unseen", unseen))
@@ -47,6 +56,15 @@ func claimDevice(path string, log *zap.Logger) (*os.File, error) {
 			return nil, inUse(path, list, unseen)
 		}
 	}
+}
+
+// notNode is the error of a path that doesn't lead to the device of that name.
+func notNode(path string) error {
+	mknod := ""
+	if b, err := os.ReadFile("/sys/block/" + filepath.Base(path) + "/dev"); err == nil {
+		mknod = " (mknod " + path + " b " + strings.ReplaceAll(strings.TrimSpace(string(b)), ":", " ") + ")"
+	}
+	return withCode(codeBusy, fmt.Errorf("%s is not the node of the device here, in this /dev, and without it nothing tells whether the device is in use: make the node%s", path, mknod))
 }
 
 // waitProcesses is processes, when those that look at a new or changed device are

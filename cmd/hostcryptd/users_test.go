@@ -17,7 +17,7 @@ const claimEnv = "HOSTCRYPTD_TEST_CLAIM"
 
 func claimMain() int {
 	a := &app{stderr: os.Stdout}
-	f, err := claimDevice(os.Getenv(claimEnv), a.daemonLog(false))
+	f, err := claimDevice(os.Getenv(claimEnv), func() bool { return false }, a.daemonLog(false))
 	fmt.Printf("claimed: %v, %v\n", f != nil, err)
 	return 0
 }
@@ -41,9 +41,10 @@ func TestClaimDevice(t *testing.T) {
 	if out, err := exec.Command(tool("mkfs.ext4"), "-q", dev).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	claim := func(want string) {
+	gone := false // says the kernel
+	claimPath := func(path, want string) {
 		t.Helper()
-		f, err := claimDevice(dev, zap.NewNop())
+		f, err := claimDevice(path, func() bool { return gone }, zap.NewNop())
 		if f != nil {
 			f.Close()
 		}
@@ -54,6 +55,7 @@ func TestClaimDevice(t *testing.T) {
 			t.Errorf("claimDevice() = %v, want an error with %q", err, want)
 		}
 	}
+	claim := func(want string) { t.Helper(); claimPath(dev, want) }
 	claim("")
 
 	// A process that has it open.
@@ -106,7 +108,23 @@ func TestClaimDevice(t *testing.T) {
 	in.Close()
 	_ = cmd.Wait()
 	claim("")
-	if f, err := claimDevice(dev+"99", zap.NewNop()); f != nil || err != nil {
+
+	// A /dev without its node, or in which something else has its name.
+	number, err := os.ReadFile("/sys/block/" + filepath.Base(dev) + "/dev")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(t.TempDir(), filepath.Base(dev))
+	claimPath(name, "mknod "+name+" b "+strings.ReplaceAll(strings.TrimSpace(string(number)), ":", " "))
+	if err := os.WriteFile(name, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	claimPath(name, "mknod")
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	gone = true
+	if f, err := claimDevice(name, func() bool { return gone }, zap.NewNop()); f != nil || err != nil {
 		t.Errorf("claimDevice of a device that is gone: %v, %v", f, err)
 	}
 }
