@@ -116,11 +116,12 @@ func (v *Volume) Tokens(ctx context.Context, unseal Unsealer, o OpenOptions) ([]
 	v.refreshing.Lock()
 	defer v.refreshing.Unlock()
 	known := v.known.Load()
-	next, err := v.lookAtHeader(ctx, known, unseal, o)
+	next, h, err := v.lookAtHeader(ctx, known, unseal, o)
 	if err == nil {
 		if next != known {
 			v.known.CompareAndSwap(known, next) // or Resume was faster
 		}
+		v.keep(ctx, h)
 		return next.Tokens, nil
 	}
 	if known == nil {
@@ -155,15 +156,26 @@ func (v *Volume) Learn(ctx context.Context, k *Known, accepted bool) error {
 		return fmt.Errorf("%w: the header on the disk is another one", ErrAuth)
 	}
 	v.known.CompareAndSwap(known, &Known{k.Fingerprint, k.Generation, k.Digest, keyTokens(h)})
+	v.keep(ctx, h)
 	return nil
 }
 
-func (v *Volume) lookAtHeader(ctx context.Context, known *Known, unseal Unsealer, o OpenOptions) (next *Known, err error) {
-	_, _, err = readAndJudge(ctx, v.b, func(h *luks2.Header, copies luks2.Copies) (err error) {
-		next, err = v.judgeHeader(ctx, h, copies, known, unseal, o)
+// A headerLook is what a look has found.
+type headerLook struct {
+	sum [sha256.Size]byte // of the header that was judged
+	err error
+}
+
+func (v *Volume) lookAtHeader(ctx context.Context, known *Known, unseal Unsealer, o OpenOptions) (next *Known, h *luks2.Header, err error) {
+	v.looked = headerLook{}
+	h, _, err = readAndJudge(ctx, v.b, func(h *luks2.Header, copies luks2.Copies) (err error) {
+		if v.looked.sum, err = h.Sum(); err == nil {
+			next, err = v.judgeHeader(ctx, h, copies, known, unseal, o)
+		}
+		v.looked.err = err
 		return err
 	})
-	return next, err
+	return next, h, err
 }
 
 func (v *Volume) judgeHeader(ctx context.Context, h *luks2.Header, copies luks2.Copies, known *Known, unseal Unsealer, o OpenOptions) (*Known, error) {

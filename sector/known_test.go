@@ -339,11 +339,13 @@ func TestTokensSuspended(t *testing.T) {
 	a := &kek{name: "a"}
 	d := slowHeader{formatWith(t, FormatOptions{Seal: []Sealer{a.seal}}), make(chan bool, 10), make(chan bool, 10)}
 	d.answer <- true
+	d.answer <- true // to keep it
 	v, err := Open(t.Context(), d, ring(a).unseal, OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer v.Close()
+	<-d.asked
 	<-d.asked
 	v.known.Store(nil) // as after a server that didn't say
 	look := make(chan error)

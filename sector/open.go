@@ -124,6 +124,7 @@ func openAfter(ctx context.Context, b Backing, unseal Unsealer, o OpenOptions, b
 	} else {
 		known.Generation = 0
 	}
+	v.keep(ctx, h)
 	return v, nil
 }
 

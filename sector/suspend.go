@@ -182,7 +182,11 @@ func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) err
 	}
 	v.keys, v.cipher = again.keys, again.cipher
 	v.token.Store(again.token.Load())
-	v.known.CompareAndSwap(before, again.known.Load()) // or Learn was told of another since
+	if v.known.CompareAndSwap(before, again.known.Load()) { // or Learn was told of another since
+		if k, old := again.kept.Swap(nil), v.kept.Load(); k != nil && (old == nil || old.sum != k.sum) {
+			v.setKept(k)
+		}
+	}
 	v.Restrict(false)
 	again.keys, again.cipher = nil, nil
 	if !v.gate.set(gateOpen) {

@@ -43,6 +43,14 @@ type Volume struct {
 
 	known      atomic.Pointer[Known] // nil without a header
 	refreshing sync.Mutex            // one look at the header at a time
+	looked     headerLook            // the last one; guarded by refreshing
+
+	// See kept.go. Who holds repairing writes a header that was kept; after refreshing.
+	kept      atomic.Pointer[keptHeader]
+	repairing sync.Mutex
+	ended     chan struct{} // closed: no repair begins any more
+	endOnce   sync.Once
+	forgotten atomic.Bool
 
 	// open is held shared by each request, so that Close and Suspend can't take
 	// the keys and buffers from under one. It guards keys and cipher. gate says
@@ -72,7 +80,7 @@ func newVolume(b Backing, h *luks2.Header, made int64, token int, k *keys, c *xt
 		align:    int64(b.Alignment()),
 		dynamic:  s.Dynamic,
 		readOnly: o.ReadOnly, discard: o.Discard, fd: -1,
-		keys: k, cipher: c, secretMemory: k.mem.kind, handover: o.Handover,
+		keys: k, cipher: c, secretMemory: k.mem.kind, handover: o.Handover, ended: make(chan struct{}),
 	}
 	v.flush.handover = v.handover
 	v.token.Store(int64(token))
@@ -649,6 +657,7 @@ func (v *Volume) Close() error {
 	if !v.gate.set(gateClosed) {
 		return nil
 	}
+	v.StopRepairs()
 	v.open.Lock()
 	defer v.open.Unlock()
 	return errors.Join(v.wipe(), v.bufs.free())
@@ -659,6 +668,7 @@ func (v *Volume) Leave() error {
 	if !v.gate.set(gateClosed) {
 		return nil
 	}
+	v.StopRepairs()
 	v.open.Lock()
 	defer v.open.Unlock()
 	v.handover = nil

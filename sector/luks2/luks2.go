@@ -52,7 +52,8 @@ var ErrChanged = errors.New("header was changed by someone else")
 
 // Limits of the format.
 const (
-	binarySize   = 4096           // bytes of the binary header, of which 512 are used
+	binarySize   = 4096           // bytes of the binary header
+	binaryUsed   = 512            // of which the rest is zeros
 	MaxTokens    = 32             // LUKS2_TOKENS_MAX
 	MaxKeyslots  = 32             // LUKS2_KEYSLOTS_MAX
 	maxMetadata  = 4 << 20        // largest hdr_size

@@ -2,6 +2,7 @@ package luks2
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -134,6 +135,30 @@ func (h *Header) sameAs(other *Header) bool {
 	return err1 == nil && err2 == nil && bytes.Equal(a, b) && h.Label == other.Label && h.Subsystem == other.Subsystem
 }
 
+// Sum tells headers apart by all that they say, whichever copy they came from, and by
+// their sequence ids.
+func (h *Header) Sum() (sum [sha256.Size]byte, err error) {
+	js, err := h.encodeJSON()
+	if err != nil {
+		return sum, err
+	}
+	s := sha256.New()
+	fmt.Fprintf(s, "%d %d %q %q %q ", h.Size, h.SeqID, h.UUID, h.Label, h.Subsystem)
+	s.Write(js)
+	return [sha256.Size]byte(s.Sum(nil)), nil
+}
+
+// Remnant tells whether page is the binary header of a copy of that volume, whatever its
+// checksum, and nothing else: many file systems leave the first 512 bytes alone.
+func Remnant(page []byte, uuid string) bool {
+	for _, offset := range []uint64{0, 1} {
+		if _, err := sizeOf(page, offset); err == nil {
+			return cstring(page[offUUID:offUUID+uuidBytes]) == uuid && len(bytes.TrimLeft(page[binaryUsed:], "\x00")) == 0
+		}
+	}
+	return false
+}
+
 // repairable tells whether what stands at offset, for which reading a copy gave
 // err, is what is left of a copy: one whose checksum is wrong, or zeros, or what
 // can't be read.
@@ -258,6 +283,28 @@ func Repair(f File, h *Header, c Copies) error {
 	}
 	h.newSalt(bad)
 	return writeCopy(f, h, bad)
+}
+
+// Put writes h over whatever stands in the place of the two copies: h was on f, and is
+// to be there again. It raises h.SeqID above its own and that of each copy of the same
+// volume that it finds, so h counts as soon as its first copy is whole. It keeps a part
+// of nothing else, so what must not be lost was saved before.
+func Put(f File, h *Header) error {
+	if err := h.Validate(); err != nil {
+		return fmt.Errorf("luks2: writing: %w", err)
+	}
+	before, last := h.SeqID, h.SeqID
+	for _, offset := range []uint64{0, h.Size} {
+		if c, err := readCopy(f, offset); err == nil && c.UUID == h.UUID {
+			last = max(last, c.SeqID)
+		}
+	}
+	h.SeqID = last + 1
+	if err := writeBoth(f, h); err != nil {
+		h.SeqID = before
+		return err
+	}
+	return nil
 }
 
 func writeBoth(f File, h *Header) error {

@@ -1,0 +1,517 @@
+package sector
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"hostcryptd/sector/luks2"
+)
+
+// A volume that is served needs no header on its disk before it is to be opened again.
+// So if something has overwritten the header, its server has the last key to the data,
+// and what it keeps of the header is the last copy of that. [Volume.RepairHeader] writes
+// it back:
+//
+//  1. A look at the header ([Volume.Tokens]) judges what is on the disk. What is
+//     authentic there, and newer, is what is kept from then on.
+//  2. Under the lock on the header it is read again. If it's the one that is known, at
+//     most a copy of it is repaired. Another one must be the one that was judged, and not
+//     be newer: what could not be judged, and says that it is, is left alone.
+//  3. What is kept must be what is known, and not older than what this host has seen: a
+//     way in that was removed must not come back.
+//  4. What would be overwritten must be nobody's, or be saved before.
+//  5. The keyslots are written, flushed, then the copies of the header, one after the
+//     other, each flushed and read back. So a valid copy has its keyslots at any moment.
+
+// A keptHeader is the newest header that was known, with its keyslots, as it stood on the
+// disk.
+type keptHeader struct {
+	// f is the header area without what is in no copy and no keyslot: a memfd with holes.
+	// None of it is secret, so it's in no locked memory, and nobody maps it; the next
+	// server can have it from who has its descriptor. It takes the length of the JSON
+	// twice and, of a recovery keyslot, 252 KiB: 272 KiB for a volume with one, and never
+	// more than maxKeptAreas and two copies.
+	f *os.File
+
+	sum    [sha256.Size]byte // see luks2.Header.Sum
+	digest string            // as in Known
+	seen   time.Time         // when it was on the disk last; guarded by refreshing
+}
+
+// maxKeptAreas bounds what is kept of keyslots, in bytes: all that a header can have of
+// the kind that hostcryptd and cryptsetup make for a volume. Beyond that they are left
+// out, which a repair tells.
+const maxKeptAreas = luks2.MaxKeyslots * keyslotAreaSize
+
+// keepTimeout is how long the lock on the header is waited for in order to keep it, which
+// holds up whoever opens a volume. The next look tries again.
+const keepTimeout = 2 * time.Second
+
+// keptSlots lists the keyslots of which the areas are kept.
+func keptSlots(h *luks2.Header) []int {
+	room := uint64(maxKeptAreas)
+	return slices.DeleteFunc(keyslotIDs(h), func(id int) bool {
+		a := h.Keyslots[id].Area
+		if a.Offset%backupPage != 0 || a.Size%backupPage != 0 || a.Size > room {
+			return true
+		}
+		room -= a.Size
+		return false
+	})
+}
+
+// newKept copies h, which is on b. The caller has locked the header.
+func newKept(b Backing, h *luks2.Header) (_ *keptHeader, err error) {
+	fd, err := unix.MemfdCreate("hostcryptd-header", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("sector: memory for the header: %w", err)
+	}
+	k := &keptHeader{f: os.NewFile(uintptr(fd), "header"), seen: time.Now()}
+	defer func() {
+		if err != nil {
+			k.f.Close()
+		}
+	}()
+	if k.sum, err = h.Sum(); err != nil {
+		return nil, err
+	}
+	if err := k.f.Truncate(headerArea(h)); err != nil {
+		return nil, err
+	}
+	for _, offset := range []uint64{0, h.Size} {
+		c, err := h.Encode(offset)
+		if err != nil {
+			return nil, err
+		}
+		for i := 0; i < len(c); i += backupPage {
+			page := c[i : i+backupPage]
+			if isZero(page) {
+				continue // stays a hole
+			}
+			if _, err := k.f.WriteAt(page, int64(offset)+int64(i)); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for _, id := range keptSlots(h) {
+		a := h.Keyslots[id].Area
+		area := alignedBytes(int(a.Size))
+		if readFull(b, area, int64(a.Offset)) != nil {
+			continue // zeros, which are no keyslot
+		}
+		if _, err := k.f.WriteAt(area, int64(a.Offset)); err != nil {
+			return nil, err
+		}
+	}
+	_, v, err := findVolumeToken(h)
+	if err == nil {
+		k.digest, err = digestHeader(h, v)
+	}
+	return k, err
+}
+
+// area returns what is kept of a keyslot, or nil.
+func (k *keptHeader) area(a luks2.Area) ([]byte, error) {
+	b := alignedBytes(int(a.Size))
+	if _, err := k.f.ReadAt(b, int64(a.Offset)); err != nil {
+		return nil, err
+	}
+	if isZero(b) {
+		return nil, nil
+	}
+	return b, nil
+}
+
+func isZero(b []byte) bool { return len(bytes.TrimLeft(b, "\x00")) == 0 }
+
+// keep makes h, which has just become the one that is known, the one that is kept. The
+// caller holds refreshing, or nobody else has the volume yet. If it can't be, the one
+// that was is not the one that is known, and so no good for a repair.
+func (v *Volume) keep(ctx context.Context, h *luks2.Header) {
+	sum, err := h.Sum()
+	if err != nil || v.forgotten.Load() {
+		return
+	}
+	if k := v.kept.Load(); k != nil && k.sum == sum {
+		k.seen = time.Now()
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, keepTimeout)
+	defer cancel()
+	release, err := v.b.LockHeader(ctx, false)
+	if err != nil {
+		return
+	}
+	defer release()
+	h, _, err = readHeader(v.b)
+	if err != nil {
+		return
+	}
+	if again, err := h.Sum(); err != nil || again != sum {
+		return // the next look finds it
+	}
+	if k, err := newKept(v.b, h); err == nil {
+		v.setKept(k)
+	}
+}
+
+// setKept replaces what is kept. What was kept before is gone for all who have its
+// descriptor: it may have a way in that was removed.
+func (v *Volume) setKept(k *keptHeader) {
+	if old := v.kept.Swap(k); old != nil {
+		_ = old.f.Truncate(0)
+	}
+	if v.forgotten.Load() {
+		v.dropKept()
+	}
+}
+
+func (v *Volume) dropKept() {
+	if k := v.kept.Swap(nil); k != nil {
+		_ = k.f.Truncate(0)
+	}
+}
+
+// KeptHeader is the descriptor of memory that holds the newest authentic header and its
+// keyslots, for [Volume.TakeKept] of the next process; nil if there is none. It changes
+// when the header does.
+func (v *Volume) KeptHeader() *os.File {
+	if k := v.kept.Load(); k != nil {
+		return k.f
+	}
+	return nil
+}
+
+// TakeKept takes over what the process before has kept, if it's what is known of the
+// header. It is called before anybody else uses the volume, and takes over f.
+func (v *Volume) TakeKept(f *os.File) error {
+	known := v.known.Load()
+	h, _, err := luks2.Read(f)
+	if err != nil {
+		err = fmt.Errorf("sector: the header that was kept: %w", err)
+	} else if known == nil {
+		err = errors.New("sector: the header that was kept is not known to be authentic")
+	}
+	k := &keptHeader{f: f}
+	if err == nil {
+		k.sum, err = h.Sum()
+	}
+	var t *volumeToken
+	if err == nil {
+		t, err = supported(h)
+	}
+	if err == nil {
+		k.digest, err = digestHeader(h, t)
+	}
+	if err == nil && k.digest != known.Digest {
+		err = errors.New("sector: the header that was kept is not the one that is known")
+	}
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	if fi, err := f.Stat(); err == nil {
+		k.seen = fi.ModTime()
+	}
+	v.setKept(k)
+	return nil
+}
+
+// StopRepairs returns when no [Volume.RepairHeader] is under way, and none begins after.
+func (v *Volume) StopRepairs() {
+	v.endOnce.Do(func() { close(v.ended) })
+	v.repairing.Lock()
+	v.repairing.Unlock() //nolint:staticcheck // only to have waited
+}
+
+// ForgetHeader drops what is kept of the header, for whoever has its descriptor, and
+// keeps nothing from then on: it is for a header that is about to be erased.
+func (v *Volume) ForgetHeader() {
+	v.forgotten.Store(true)
+	v.repairing.Lock()
+	defer v.repairing.Unlock()
+	v.dropKept()
+}
+
+// RepairOptions say what a repair may do.
+type RepairOptions struct {
+	DryRun bool // nothing is written
+	// Force permits to overwrite something else, of which Saved shows that it isn't
+	// lost: the SHA-256, in hexadecimal, of the first Area bytes of the backing device.
+	Force bool
+	Saved string
+}
+
+// A HeaderRepair is what a repair has done, or would do.
+type HeaderRepair struct {
+	Problem    string    `json:"problem"`    // what is wrong with the header on the disk; "" if nothing is
+	Whole      bool      `json:"whole"`      // all of it is written from memory, not one copy from the other
+	Foreign    bool      `json:"foreign"`    // something else stands where it is written
+	Area       int64     `json:"area"`       // bytes at the start of the device that what is written lies in
+	Generation uint64    `json:"generation"` // of the header that is written
+	Seen       time.Time `json:"seen"`       // when that was on the disk last, as far as is known
+	Keyslots   []int     `json:"keyslots"`   // that are written
+	Missing    []int     `json:"missing"`    // that aren't: their areas were too large to be kept, or could not be read
+
+	header *luks2.Header
+	copies luks2.Copies
+}
+
+// RepairHeader puts the header that is known back on the disk where it is not, or not
+// whole, any more: damaged, overwritten, or replaced by one that isn't authentic. It
+// needs no key, so the volume may be suspended, and writes to the disk of one that has
+// failed too. [Volume.Tokens] must have looked at the header just before.
+//
+// What can't be read, zeros, what is left of the volume's own header, and what is to be
+// written anyway may be overwritten. Something else may be with Force and Saved only;
+// else the error is [ErrDamaged]. It is [ErrAuth] if the header that is kept isn't the newest
+// that this host has seen, and [luks2.ErrChanged] if another was written meanwhile, or
+// something else than was saved stands there. After another error it can be repeated.
+func (v *Volume) RepairHeader(ctx context.Context, o OpenOptions, r RepairOptions) (HeaderRepair, error) {
+	v.refreshing.Lock()
+	defer v.refreshing.Unlock()
+	v.repairing.Lock()
+	defer v.repairing.Unlock()
+	waiting, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case <-v.ended:
+			cancel(ErrClosed)
+		case <-waiting.Done():
+		}
+	}()
+	release, err := v.b.LockHeader(waiting, !r.DryRun)
+	if err != nil {
+		return HeaderRepair{}, err
+	}
+	defer release()
+	select {
+	case <-v.ended:
+		return HeaderRepair{}, ErrClosed
+	default:
+	}
+	p, k, err := v.planRepair(o)
+	if err != nil || p.Problem == "" || r.DryRun {
+		return p, err
+	}
+	if p.Foreign && (!r.Force || r.Saved == "") {
+		return p, fmt.Errorf("%w: %s; something else stands where it would be written, which has to be saved first", ErrDamaged, p.Problem)
+	}
+	if r.Saved != "" {
+		sum, err := v.sumOf(p.Area)
+		if err != nil {
+			return p, err
+		}
+		if sum != r.Saved {
+			return p, fmt.Errorf("%w: the device holds something else than was saved; nothing was overwritten; run this again", luks2.ErrChanged)
+		}
+	}
+	// From here on it is not given up: half a header is none.
+	b := failing{v}
+	if !p.Whole {
+		err = luks2.Repair(b, p.header, p.copies)
+	} else {
+		err = v.putBack(b, k, p)
+	}
+	if err != nil {
+		return p, fmt.Errorf("sector: repairing the header; repeat it: %w", err)
+	}
+	h, copies, err := readHeader(v.b)
+	switch {
+	case err != nil:
+		return p, fmt.Errorf("sector: reading back the header: %w", err)
+	case copies.Damaged():
+		return p, fmt.Errorf("%w: reading back the header: %s", ErrDamaged, copies.Describe())
+	case !v.isKnown(h):
+		return p, fmt.Errorf("%w: the header reads back as another one than was written", ErrDamaged)
+	}
+	if k, err := newKept(v.b, h); err == nil { // with its new sequence id
+		v.setKept(k)
+	}
+	return p, nil
+}
+
+// failing is the backing device of a volume, which has failed if a flush of it fails,
+// whoever has asked for that: the error may be about what was written before.
+type failing struct{ v *Volume }
+
+func (f failing) ReadAt(p []byte, off int64) (int, error)  { return f.v.b.ReadAt(p, off) }
+func (f failing) WriteAt(p []byte, off int64) (int, error) { return f.v.b.WriteAt(p, off) }
+func (f failing) Sync() error {
+	f.v.flush.begin()
+	defer f.v.flush.end()
+	err := f.v.b.Sync()
+	if err != nil {
+		f.v.flush.fail()
+	}
+	return err
+}
+
+// isKnown tells whether a header is the one that is known.
+func (v *Volume) isKnown(h *luks2.Header) bool {
+	known := v.known.Load()
+	if known == nil || h.UUID != v.uuid {
+		return false
+	}
+	t, err := supported(h)
+	if err != nil {
+		return false
+	}
+	digest, err := digestHeader(h, t)
+	return err == nil && digest == known.Digest
+}
+
+// planRepair looks what there is to do. The caller has locked the header.
+func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err error) {
+	h, copies, err := readHeader(v.b)
+	switch {
+	case err == nil && v.isKnown(h):
+		p.header, p.copies, p.Problem, p.Foreign = h, copies, copies.Describe(), copies.Foreign()
+		p.Area, p.Seen = headerArea(h), time.Now()
+		p.Generation, err = Generation(h)
+		return p, nil, err
+	case err == nil:
+		// What is refused here may be the newest, made by who has told nobody of it.
+		if sum, err := h.Sum(); err != nil || sum != v.looked.sum || v.looked.err == nil {
+			return p, nil, fmt.Errorf("the header on the disk is another one: %w meanwhile; run this again", luks2.ErrChanged)
+		}
+		p.Problem, p.Foreign = v.looked.err.Error(), true
+	default:
+		p.Problem = err.Error()
+	}
+
+	const copyData = "copy the data while the volume is served, or stop it and 'hostcryptd header restore' a backup"
+	p.Whole = true
+	k, known := v.kept.Load(), v.known.Load()
+	if k == nil || known == nil || k.digest != known.Digest {
+		return p, nil, fmt.Errorf("%w: %s; this server has no copy of the header; %s", ErrNotVolume, p.Problem, copyData)
+	}
+	if p.header, _, err = luks2.Read(k.f); err != nil {
+		return p, nil, fmt.Errorf("sector: the header that was kept: %w", err)
+	}
+	if p.Generation, err = Generation(p.header); err != nil {
+		return p, nil, err
+	}
+	if h != nil && mayBeNewer(h, v.looked.err, p.Generation) {
+		return p, nil, fmt.Errorf("the header on the disk is another one, and whether it is a newer one of the volume can't be told now: %w", v.looked.err)
+	}
+	h = p.header
+	p.Area, p.Seen = headerArea(h), k.seen
+	if h.UUID != v.uuid || h.Segments[0] == nil || int64(h.Segments[0].Offset) != v.offset || p.Area > v.offset {
+		return p, nil, fmt.Errorf("%w: the header that was kept is of another layout than the volume that is served", ErrAuth)
+	}
+	if o.Pins != nil {
+		pin, err := o.Pins.Load(v.uuid)
+		switch {
+		case errors.Is(err, ErrNoPins):
+			return p, nil, err
+		case err != nil:
+			return p, nil, fmt.Errorf("%w: %w", ErrAuth, err)
+		case pin != nil && (pin.Fingerprint != known.Fingerprint || pin.Generation > p.Generation):
+			return p, nil, fmt.Errorf("%w: %s; this server has the header of generation %d, and this host has seen another one, of generation %d: keys that were removed since would come back; %s", ErrAuth, p.Problem, p.Generation, pin.Generation, copyData)
+		}
+	}
+	for _, id := range keyslotIDs(h) {
+		area := []byte(nil)
+		if slices.Contains(keptSlots(h), id) {
+			if area, err = k.area(h.Keyslots[id].Area); err != nil {
+				return p, nil, err
+			}
+		}
+		if area == nil {
+			p.Missing = append(p.Missing, id)
+			continue
+		}
+		p.Keyslots = append(p.Keyslots, id)
+		p.Foreign = p.Foreign || !v.isOurs(area, int64(h.Keyslots[id].Area.Offset), false)
+	}
+	for _, offset := range []uint64{0, h.Size} {
+		c, err := h.Encode(offset)
+		if err != nil {
+			return p, nil, err
+		}
+		p.Foreign = p.Foreign || !v.isOurs(c, int64(offset), true)
+	}
+	return p, k, nil
+}
+
+// mayBeNewer tells whether h may be what this host has made of the header of a
+// generation, where a look has refused it. Each change with the volume key raises that.
+func mayBeNewer(h *luks2.Header, refused error, than uint64) bool {
+	if errors.Is(refused, ErrAuth) {
+		return false
+	}
+	is, err := Generation(h)
+	return errors.Is(refused, ErrUnsupported) || errors.Is(err, ErrUnsupported) || err == nil && is > than
+}
+
+// isOurs tells whether nothing is lost by writing want at off: what stands there is
+// zeros, the same, or can't be read, or the first page of a copy of this volume's header.
+func (v *Volume) isOurs(want []byte, off int64, isCopy bool) bool {
+	page := alignedBytes(backupPage)
+	for i := 0; i < len(want); i += len(page) {
+		if err := readFull(v.b, page, off+int64(i)); err != nil {
+			continue
+		}
+		if !isZero(page) && !bytes.Equal(page, want[i:i+len(page)]) && !(isCopy && i == 0 && luks2.Remnant(page, v.uuid)) {
+			return false
+		}
+	}
+	return true
+}
+
+// sumOf is the SHA-256 of the first n bytes of the backing device, in hexadecimal.
+func (v *Volume) sumOf(n int64) (string, error) {
+	s, part := sha256.New(), alignedBytes(256<<10)
+	for off := int64(0); off < n; off += int64(len(part)) {
+		p := part[:min(int64(len(part)), n-off)]
+		if err := readFull(v.b, p, off); err != nil {
+			return "", fmt.Errorf("sector: reading the header area: %w", err)
+		}
+		s.Write(p)
+	}
+	return hex.EncodeToString(s.Sum(nil)), nil
+}
+
+// putBack writes what is kept.
+func (v *Volume) putBack(b luks2.File, k *keptHeader, p HeaderRepair) error {
+	for _, id := range p.Keyslots {
+		a := p.header.Keyslots[id].Area
+		area, err := k.area(a)
+		if err == nil && area == nil {
+			err = io.ErrUnexpectedEOF
+		}
+		if err == nil {
+			_, err = b.WriteAt(area, int64(a.Offset))
+		}
+		if err != nil {
+			return fmt.Errorf("keyslot %d: %w", id, err)
+		}
+	}
+	if err := b.Sync(); err != nil {
+		return err
+	}
+	for _, id := range p.Keyslots {
+		a := p.header.Keyslots[id].Area
+		want, err := k.area(a)
+		got := alignedBytes(int(a.Size))
+		if err = cmp.Or(err, readFull(v.b, got, int64(a.Offset))); err != nil {
+			return fmt.Errorf("keyslot %d: reading it back: %w", id, err)
+		}
+		if !bytes.Equal(want, got) {
+			return fmt.Errorf("%w: keyslot %d reads back as something else than was written", ErrDamaged, id)
+		}
+	}
+	return luks2.Put(b, p.header)
+}
