@@ -110,6 +110,10 @@ func Backup(ctx context.Context, b Backing, w io.Writer) (BackupInfo, error) {
 // have the same.
 func headerArea(h *luks2.Header) int64 { return int64(2*h.Size + h.Config.KeyslotsSize) }
 
+// AreaSize is the size in bytes of what header commands write in: both copies of the
+// header and the keyslots.
+func AreaSize(h *luks2.Header) int64 { return headerArea(h) }
+
 // A BackupError is what is wrong with a backup, and not with a device. It is an
 // [ErrDamaged].
 type BackupError struct{ err error }

@@ -388,7 +388,7 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 		}
 		p.Problem, p.Foreign = v.looked.err.Error(), true
 	default:
-		p.Problem = err.Error()
+		p.Problem = copies.Describe()
 	}
 
 	const copyData = "copy the data while the volume is served, or stop it and 'hostcryptd header restore' a backup"
@@ -473,15 +473,24 @@ func (v *Volume) isOurs(want []byte, off int64, isCopy bool) bool {
 
 // sumOf is the SHA-256 of the first n bytes of the backing device, in hexadecimal.
 func (v *Volume) sumOf(n int64) (string, error) {
-	s, part := sha256.New(), alignedBytes(256<<10)
+	s := sha256.New()
+	err := CopyArea(s, v.b, n)
+	return hex.EncodeToString(s.Sum(nil)), err
+}
+
+// CopyArea writes the first n bytes of a backing device to w, whatever they are.
+func CopyArea(w io.Writer, b Backing, n int64) error {
+	part := alignedBytes(copySize)
 	for off := int64(0); off < n; off += int64(len(part)) {
 		p := part[:min(int64(len(part)), n-off)]
-		if err := readFull(v.b, p, off); err != nil {
-			return "", fmt.Errorf("sector: reading the header area: %w", err)
+		if err := readFull(b, p, off); err != nil {
+			return fmt.Errorf("sector: reading the header area: %w", err)
 		}
-		s.Write(p)
+		if _, err := w.Write(p); err != nil {
+			return err
+		}
 	}
-	return hex.EncodeToString(s.Sum(nil)), nil
+	return nil
 }
 
 // putBack writes what is kept.

@@ -112,11 +112,11 @@ func TestRepairHeader(t *testing.T) {
 		problem string // none if there is nothing to do
 	}{
 		{name: "nothing", damage: func(*testing.T, *served) {}},
-		{name: "zeros", whole: true, problem: "no LUKS2 header",
+		{name: "zeros", whole: true, problem: "no LUKS header",
 			damage: func(t *testing.T, s *served) { poke(t, s.d, 0, make([]byte, 1<<20)) }},
-		{name: "all zeros", whole: true, problem: "no LUKS2 header",
+		{name: "all zeros", whole: true, problem: "no LUKS header",
 			damage: func(t *testing.T, s *served) { poke(t, s.d, 0, make([]byte, dataOffset)) }},
-		{name: "only the copies", whole: true, problem: "no LUKS2 header",
+		{name: "only the copies", whole: true, problem: "no LUKS header",
 			damage: func(t *testing.T, s *served) { poke(t, s.d, 0, make([]byte, 2*copySize)) }},
 		{name: "binary headers", whole: true, problem: "unusable",
 			damage: func(t *testing.T, s *served) {
@@ -132,7 +132,7 @@ func TestRepairHeader(t *testing.T) {
 			damage: func(t *testing.T, s *served) { poke(t, s.d, 0, make([]byte, 4096)) }},
 		{name: "one copy, by something else", foreign: true, problem: "first header copy is damaged",
 			damage: func(t *testing.T, s *served) { poke(t, s.d, 0, noise) }},
-		{name: "partitioned", whole: true, foreign: true, problem: "no LUKS2 header",
+		{name: "partitioned", whole: true, foreign: true, problem: "no LUKS header",
 			damage: func(t *testing.T, s *served) {
 				poke(t, s.d, 0, make([]byte, 1<<20))
 				poke(t, s.d, 0, gpt)
@@ -147,7 +147,7 @@ func TestRepairHeader(t *testing.T) {
 				poke(t, s.d, 1024, noise[:1024])
 				poke(t, s.d, copySize+1024, noise[:1024])
 			}},
-		{name: "a keyslot changed too", whole: true, foreign: true, problem: "no LUKS2 header",
+		{name: "a keyslot changed too", whole: true, foreign: true, problem: "no LUKS header",
 			damage: func(t *testing.T, s *served) {
 				poke(t, s.d, 0, make([]byte, 2*copySize))
 				poke(t, s.d, 2*copySize+8192, noise)

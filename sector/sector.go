@@ -159,17 +159,20 @@ func ReadHeader(ctx context.Context, b Backing) (*luks2.Header, luks2.Copies, er
 // lockPatience is more than any program has to hold the lock for that writes a header.
 var lockPatience = 20 * time.Second
 
+// bringBack says what to do where the header is gone.
+const bringBack = "'hostcryptd header repair' writes it back if the volume is being served now, else 'hostcryptd header restore' a backup of it"
+
 func readHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
 	h, copies, err := luks2.Read(b)
 	switch {
 	case err == nil:
 		return h, copies, nil
 	case errors.Is(err, luks2.ErrMagic):
-		return nil, copies, fmt.Errorf("%w: there is no LUKS2 header on it; if there was one, 'hostcryptd header restore' a backup of it", ErrNotVolume)
+		return nil, copies, fmt.Errorf("%w: there is no LUKS2 header on it; if there was one, " + bringBack, ErrNotVolume)
 	case errors.Is(err, luks2.ErrVersion):
 		return nil, copies, fmt.Errorf("%w: %w", ErrNotVolume, err)
 	case errors.Is(err, luks2.ErrChecksum), errors.Is(err, luks2.ErrInvalid):
-		return nil, copies, fmt.Errorf("%w: %s; restore it from a backup with 'hostcryptd header restore'", ErrDamaged, copies.Describe())
+		return nil, copies, fmt.Errorf("%w: %s; "+bringBack, ErrDamaged, copies.Describe())
 	}
 	return nil, copies, fmt.Errorf("%w: neither copy of the header can be read: %w; if the disk is failing, copy it and restore the header there with 'hostcryptd header restore'", ErrDevice, err)
 }

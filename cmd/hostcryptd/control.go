@@ -43,6 +43,12 @@ import (
 //	POST /v1/header   the header was changed; the body is what it is now, a
 //	                  [sector.Known]: 204 when that counts, 409 with the reason if
 //	                  not; with ?accepted=true it may be of an older generation
+//	GET  /v1/repair   what a repair of the header on the disk would do, a
+//	                  [sector.HeaderRepair]; errors as of POST
+//	POST /v1/repair   write the header back that the server knows: a
+//	                  [sector.HeaderRepair]. With ?force=true&saved=SHA-256 also over
+//	                  something else, of which the sum is. The exit code of an error
+//	                  is in its header "Exit-Code"
 //	POST /v1/resize   take the room that the backing device has now: a [resized],
 //	                  409 if it can't be done now, 422 if the device or its
 //	                  header doesn't allow it
@@ -218,6 +224,7 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+	mux.HandleFunc("/v1/repair", d.serveRepair)
 	mux.HandleFunc("POST /v1/resize", d.serveResize)
 	for path, command := range map[string]struct {
 		event string
@@ -388,7 +395,7 @@ func (d *daemon) wouldLose(r *http.Request, limit time.Duration) string {
 	if lost == "" {
 		return ""
 	}
-	return "the header on " + d.opts.device + " " + lost + "; copy the data first, or, if you have a backup of the header, go on with --force and 'hostcryptd header restore' it then; nothing was changed"
+	return "the header on " + d.opts.device + " " + lost + "; 'hostcryptd header repair " + d.uuid + "' writes the header back; if that can't be, copy the data first, or, if you have a backup of the header, go on with --force and 'hostcryptd header restore' it then; nothing was changed"
 }
 
 // lastKey says what the header on the disk is that it opens the volume no more, one of
@@ -489,7 +496,7 @@ func (d *daemon) lookAtTokens() (seen bool) {
 	unknown := false
 	switch {
 	case err == nil && h.UUID != d.uuid:
-		damage, lost = "is that of another volume, "+h.UUID+": this one goes on, and won't open again without a backup of its header; without one, copy the data while it's served", lostAnother
+		damage, lost = "is that of another volume, "+h.UUID+": this one goes on, and won't open again before "+d.wayBack(v), lostAnother
 	case err == nil:
 		if copies.Damaged() {
 			damage = copies.Describe() + "; 'hostcryptd header repair' repairs it"
@@ -499,7 +506,7 @@ func (d *daemon) lookAtTokens() (seen bool) {
 		}
 		list = slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
 	case errors.Is(err, sector.ErrNotVolume) || errors.Is(err, sector.ErrDamaged):
-		damage, lost = headerGone+": "+err.Error(), lostGone // and its tokens with it
+		damage, lost = headerGone+d.wayBack(v)+": "+err.Error(), lostGone // and its tokens with it
 	default:
 		return false
 	}
@@ -631,6 +638,11 @@ func (c *controlClient) send(ctx context.Context, method, path string, body []by
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: %w", c.path, err)
+	case resp.Header.Get(exitCodeHeader) != "":
+		code, _ := strconv.Atoi(resp.Header.Get(exitCodeHeader))
+		return withCode(cmp.Or(code, codeUsage), errors.New(string(bytes.TrimSpace(b))))
+	case resp.StatusCode == http.StatusNotFound:
+		return fmt.Errorf("%s: %w", c.path, errOtherVersion)
 	case resp.StatusCode == http.StatusConflict:
 		return withCode(codeBusy, errors.New(string(bytes.TrimSpace(b))))
 	case resp.StatusCode == http.StatusUnprocessableEntity:
@@ -642,6 +654,13 @@ func (c *controlClient) send(ctx context.Context, method, path string, body []by
 	}
 	return json.Unmarshal(b, answer)
 }
+
+// exitCodeHeader has the exit code of an error, where there is more to tell than a status
+// of HTTP can.
+const exitCodeHeader = "Exit-Code"
+
+// errOtherVersion is the error of a server that was asked for something that it doesn't know.
+var errOtherVersion = errors.New("its server is of another version, which can't do that; 'hostcryptd reload' has this one take over")
 
 // reasonOf takes the URL out of an HTTP client's error: it means nothing here.
 func reasonOf(err error) error {
@@ -689,6 +708,9 @@ func running(ctx context.Context, which string) ([]*status, error) {
 		paths, which, named = []string{which}, "", true
 	} else {
 		paths, _ = filepath.Glob(filepath.Join(controlDir(), "*.sock"))
+		if p := os.Getenv(controlEnv); p != "" && !slices.Contains(paths, p) {
+			paths = append(paths, p)
+		}
 	}
 	all, errs := askAll(ctx, paths)
 	list, failed := []*status{}, []error{}

@@ -207,7 +207,7 @@ var eraseOutOfReach = []string{
 	"copies and snapshots of the disk or image",
 	"the key in the vault and its backups, and the host key file, which other volumes may need",
 	"the TPM's storage key, with which a backup of the header still opens on this host until the TPM is cleared",
-	"blocks that the disk has remapped or not yet erased",
+	"blocks that the disk has remapped or not yet erased, and swap that isn't encrypted, if the server's memory was there",
 }
 
 // confirmUUID asks a person for the UUID of the volume, because of what this does; flag

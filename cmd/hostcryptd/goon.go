@@ -119,13 +119,20 @@ func (d *daemon) pushState() {
 			s.Requests = requestsRefused
 		}
 	}
+	v := d.volume
 	d.mu.Unlock()
 	if !known {
 		return
 	}
+	// Each is without use to a next server that has another of the other.
+	var herr error
+	if f := v.KeptHeader(); f != d.heldHeader && f != nil {
+		herr = d.link.send(keeperMessage{Hold: heldHeader}, f)
+		d.heldHeader = f
+	}
 	b, err := json.Marshal(s)
 	if err == nil {
-		err = d.link.send(keeperMessage{State: b}, nil)
+		err = errors.Join(herr, d.link.send(keeperMessage{State: b}, nil))
 	}
 	if err != nil {
 		d.log.Warn("the keeper was not told of a change", zap.Error(err))
@@ -283,6 +290,19 @@ func (d *daemon) goOn(s *serverState) error {
 	if s.Life.State == lifecycle.Revoked {
 		v.Restrict(true)
 	}
+	if f := d.link.take(heldHeader); s.Life.State == lifecycle.Erased {
+		v.ForgetHeader()
+		if f != nil {
+			_ = f.Truncate(0)
+			f.Close()
+		}
+	} else if f != nil {
+		if err := v.TakeKept(f); err != nil {
+			d.log.Warn("what the server before has kept of the header is left; the header on the disk is kept from the next look at it", zap.Error(err))
+		} else {
+			d.heldHeader = f
+		}
+	}
 	d.mu.Lock()
 	d.volume = v
 	d.mu.Unlock()
@@ -340,6 +360,7 @@ func (k *keeperLink) inheritedListeners() (list []net.Listener, err error) {
 // when it returns.
 func (d *daemon) leaveVolume(stopClients, stopKernel context.CancelCauseFunc, clients, kernel *sync.WaitGroup) error {
 	d.resizing <- struct{}{} // for good; the kernel is not waited for any more
+	d.volume.StopRepairs()   // nothing is written once the device is left
 	d.leaving = true
 	d.log.Info("leaving the volume to another server")
 	d.stopLife()

@@ -222,38 +222,68 @@ func (a *app) headerRepairCommand() *cobra.Command {
 	var (
 		keys              keyFlags
 		unverified, force bool
+		save              string
 	)
 	c := &cobra.Command{
 		Use:   "repair DEVICE",
-		Short: "rewrite a damaged copy of the header from the good one",
+		Short: "write the header again where it is damaged, or gone under a server",
 		Long: `repair unseals the volume, to know that the good copy is authentic, and writes it
-over the other one. serve does so by itself; this is for what serve leaves alone.`,
+over the other one. serve does so by itself; this is for what serve leaves alone.
+
+While the volume is served, its server does it. That needs no key, and also helps where
+no good copy is left, as after a partitioner, dd or mkfs on the wrong device: the server
+has the header that it has authenticated, with its keyslots, in memory, and writes all of
+it back. It brings nothing back that hostcryptd has removed. Of a keyslot that cryptsetup
+has removed it knows from its last look at the header, which it takes as often as
+--heartbeat says; repair tells when that was. It's refused for a volume that was erased or
+is served read-only.
+
+Where something else stands in the place of the header, --force overwrites that; of a
+volume that is served only with --save FILE, which writes it to a new file first. The
+volume may be named as for status then.`,
 		Args: oneArg("DEVICE"),
 		RunE: func(c *cobra.Command, args []string) error {
-			return withHeader(args[0], false, func(d *sector.Device) error {
+			s := servedAs(c.Context(), args[0])
+			var hint error
+			if s != nil && s.Volume.ReadOnly {
+				hint = errors.New("it is served read-only, so its server can't write the header that it has in memory: copy the data while it's served")
+			} else if s != nil {
+				err := a.repairServed(c.Context(), s, force, save)
+				if !errors.Is(err, errOtherVersion) {
+					return err
+				}
+				hint = err
+			}
+			err := withHeader(args[0], false, func(d *sector.Device) error {
 				unseal := keys.unsealer(a.cliLog())
 				if unverified {
 					unseal = nil
+				}
+				if save != "" {
+					h, _, err := sector.ReadHeader(c.Context(), d)
+					if err != nil {
+						return err
+					}
+					if _, err := saveArea(args[0], sector.AreaSize(h), save); err != nil {
+						return err
+					}
 				}
 				what, err := sector.RepairHeader(c.Context(), d, unseal, force, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.Header, "repair", err)
 				if err != nil {
 					return err
 				}
-				if a.json {
-					return a.printJSON(map[string]any{"device": args[0], "repaired": what})
-				}
-				if what == "" {
-					fmt.Fprintln(a.stdout, "both copies of the header are good")
-				} else {
-					fmt.Fprintln(a.stdout, printable(what+"; it was repaired"))
-				}
-				return nil
+				return a.printRepaired(&repairAnswer{Device: args[0], Repaired: what, Saved: save})
 			})
+			if err != nil && hint != nil {
+				return fmt.Errorf("%w; %w", err, hint)
+			}
+			return err
 		},
 	}
 	c.Flags().BoolVar(&unverified, "unverified", false, "repair though no key can be had to tell whether the good copy is authentic")
 	c.Flags().BoolVar(&force, "force", false, "overwrite what is no damaged copy but something else")
+	c.Flags().StringVar(&save, "save", "", "write the place of the header, as it is, to a new `FILE` first")
 	keys.add(c)
 	return a.jsonFlag(c)
 }

@@ -90,6 +90,7 @@ const (
 const (
 	heldDevice    = "device"    // the backing device, opened exclusively; no I/O is done on it
 	heldKey       = "key"       // a sector.Handover
+	heldHeader    = "header"    // what the server keeps of the volume's header, see sector.Volume.KeptHeader
 	heldControl   = "control"   // the control socket
 	heldListener  = "listen"    // the socket of --listen
 	heldTCP       = "tcp"       // that of --tcp

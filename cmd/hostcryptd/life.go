@@ -277,7 +277,15 @@ type headerFault struct {
 	lost string // why it opens the volume no more, one of the lost constants, or ""
 }
 
-const headerGone = "is gone: the volume goes on, and won't open again without a backup of the header; without one, copy the data while it's served"
+const headerGone = "is gone: the volume goes on, and won't open again before "
+
+// wayBack says how a volume opens again whose header isn't on the disk.
+func (d *daemon) wayBack(v *sector.Volume) string {
+	if d.opts.readOnly || v == nil || v.KeptHeader() == nil {
+		return "a backup of the header is restored; without one, copy the data while it's served"
+	}
+	return fmt.Sprintf("'hostcryptd header repair %s' has this server write the header back", d.uuid)
+}
 
 // headerTimeout is what looking at a header that was changed may take. It's less
 // than a look at the KEK has, so that no header can be made that keeps the KEK
@@ -307,9 +315,12 @@ func (h *keyHost) tokens(ctx context.Context) []sector.KeyToken {
 	}
 	ctx, cancel := context.WithTimeout(ctx, headerTimeout)
 	defer cancel()
+	kept := v.KeptHeader()
 	list, err := h.lookAtHeader(ctx, v)
 	if now := v.Known(); now != before {
 		d.log.Info("the header was changed, and is authentic", zap.Uint64("generation", now.Generation), zap.Int("tokens", len(now.Tokens)))
+		d.pushState()
+	} else if kept != v.KeptHeader() { // by cryptsetup, which changes nothing that is authenticated
 		d.pushState()
 	}
 	if !errors.Is(ctx.Err(), context.Canceled) && !errors.Is(err, context.Canceled) && !errors.Is(err, sector.ErrSuspended) {
@@ -403,19 +414,22 @@ const lookEnds = 4 * time.Second
 // fault, and of one that is again.
 func (h *keyHost) judgeHeader(err error) {
 	d := h.d
+	d.mu.Lock()
+	v := d.volume
+	d.mu.Unlock()
 	var now *headerFault
 	switch o := outcomeOf(err); {
 	case err == nil:
 	case errors.Is(err, sector.ErrDevice):
 		now = &headerFault{"can't be read", err, ""}
 	case errors.Is(err, sector.ErrNotVolume), errors.Is(err, sector.ErrDamaged):
-		now = &headerFault{headerGone, err, lostGone}
+		now = &headerFault{headerGone + d.wayBack(v), err, lostGone}
 	case !errors.Is(err, sector.ErrAuth) && (o.Kind == lifecycle.Transient || o.Kind == lifecycle.Denied):
 		now = &headerFault{"is not the one that is known, and can't be authenticated now", err, lostUnknown}
 	case h.isDistrusted():
 		now = &headerFault{"is not the one that this host remembers: the initramfs has opened the volume by what it remembered when it was made; make it anew once the header is the right one", err, ""}
 	default:
-		now = &headerFault{"is not authentic: the volume goes on, and won't open again before the header is restored", err, lostForged}
+		now = &headerFault{"is not authentic: the volume goes on, and won't open again before " + d.wayBack(v), err, lostForged}
 		if errors.Is(err, sector.ErrOlder) {
 			now.lost = "" // or accepted
 		}
@@ -1119,6 +1133,7 @@ func (d *daemon) erase(ctx context.Context, uuid string) (*eraseAnswer, error) {
 	} else if err != nil {
 		return nil, err
 	}
+	v.ForgetHeader()
 	// With force: an erase of before may have been interrupted, and nobody else has
 	// had the device since.
 	ctx, cancel := context.WithTimeout(ctx, eraseLock)

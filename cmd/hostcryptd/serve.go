@@ -378,6 +378,7 @@ type daemon struct {
 	headerChanged chan struct{} // capacity 1: to watchHeader
 	resizing      chan struct{} // capacity 1: full while the volume grows, and from when it is left
 	pushing       sync.Mutex    // held while the keeper is told a state: the last must be the newest
+	heldHeader    *os.File      // what the keeper was given for heldHeader; guarded by pushing
 }
 
 // States of a daemon, as status shows them.
