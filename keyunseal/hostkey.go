@@ -29,8 +29,7 @@ const (
 	hostKeyIDSize    = 8
 )
 
-func sealHostKey(opts Options, volume string, key *[KeySize]byte) (token, error) {
-	path := opts.hostKey()
+func sealHostKey(path, volume string, key *[KeySize]byte) (token, error) {
 	var secret [KeySize]byte
 	defer clear(secret[:])
 	err := readHostKey(path, &secret)
@@ -93,7 +92,14 @@ func (t *hostKeyToken) rewrap(context.Context, Options, string, *[KeySize]byte) 
 
 // findKey reads the host key that t was sealed with.
 func (t *hostKeyToken) findKey(opts Options, secret *[KeySize]byte) error {
-	path := opts.hostKey()
+	err := t.readKey(opts.hostKey(), secret)
+	if err != nil && opts.OtherHostKey != "" && t.readKey(opts.OtherHostKey, secret) == nil {
+		return nil
+	}
+	return err
+}
+
+func (t *hostKeyToken) readKey(path string, secret *[KeySize]byte) error {
 	if err := readHostKey(path, secret); errors.Is(err, fs.ErrNotExist) {
 		return fail("read host key", path, ClassKeyUnusable, fmt.Errorf("%w; the token was sealed with host key %s", err, t.HostKeyID))
 	} else if err != nil {

@@ -200,3 +200,42 @@ func TestHostKeyHint(t *testing.T) {
 		t.Errorf("another key: %s", other)
 	}
 }
+
+// TestOtherHostKey seals with another file than the one of the options, which makes that
+// and leaves this alone. A token of either opens with both.
+func TestOtherHostKey(t *testing.T) {
+	dir := t.TempDir()
+	opts := Options{HostKey: filepath.Join(dir, "old.key")}
+	other := filepath.Join(dir, "new.key")
+	key := randomKey(t)
+	first := mustSeal(t, opts, SpecHostKey, key)
+	before, err := os.ReadFile(opts.HostKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := mustSeal(t, opts, "host-key:"+other, key)
+	if after, err := os.ReadFile(opts.HostKey); err != nil || !bytes.Equal(after, before) {
+		t.Errorf("the host key was touched: %v", err)
+	}
+	a, _ := Describe(first)
+	b, _ := Describe(second)
+	if a.KeyID == b.KeyID || b.Type != TypeHostKey {
+		t.Errorf("descriptions %+v and %+v, want two host keys", a, b)
+	}
+	wantOpens(t, Options{HostKey: other}, second, key)
+	both := Options{HostKey: opts.HostKey, OtherHostKey: other}
+	wantOpens(t, both, first, key)
+	wantOpens(t, both, second, key)
+	var got [KeySize]byte
+	if e, ok := errors.AsType[*Error](Unseal(t.Context(), opts, second, testVolume, &got)); !ok || e.Class != ClassWrongKey {
+		t.Errorf("the new token without the new file: %v", e)
+	}
+	// What is said is about the file that everybody uses.
+	third := mustSeal(t, Options{HostKey: filepath.Join(dir, "third.key")}, SpecHostKey, key)
+	if err := Unseal(t.Context(), both, third, testVolume, &got); err == nil || !strings.Contains(err.Error(), opts.HostKey) {
+		t.Errorf("a token of neither: %v", err)
+	}
+	if _, err := Seal(t.Context(), opts, "host-key:", testVolume, key); err == nil {
+		t.Error("host-key: without a file was taken")
+	}
+}

@@ -69,7 +69,8 @@ const (
 	SpecPlatform = "platform"
 	// SpecTPM is the TPM. "tpm:7+11" chooses the PCRs; without it's PCR 7.
 	SpecTPM = "tpm"
-	// SpecHostKey is the host key file.
+	// SpecHostKey is the host key file of [Options.HostKey]. "host-key:FILE" is another
+	// one, for a host key that is to take the place of that.
 	SpecHostKey = "host-key"
 )
 
@@ -84,6 +85,10 @@ var ErrNotOurs = errors.New("not a token of hostcryptd")
 type Options struct {
 	// HostKey is the path of the host key file; empty means [DefaultHostKey].
 	HostKey string `json:"host_key,omitempty"`
+
+	// OtherHostKey, if not empty, is the path of another host key file, of which a token
+	// may be that isn't of HostKey.
+	OtherHostKey string `json:"other_host_key,omitempty"`
 
 	// TPM is the path of the TPM's device, or of the socket of a software TPM;
 	// empty means [DefaultTPM], [NoTPM] that there is none.
@@ -161,7 +166,10 @@ func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]
 	var t token
 	switch pcrs, chosen := strings.CutPrefix(kek, SpecTPM+":"); {
 	case kek == SpecHostKey:
-		t, err = opts.sealHere(opts.hostKey(), func() (token, error) { return sealHostKey(opts, volume, key) })
+		t, err = opts.sealHere(opts.hostKey(), func() (token, error) { return sealHostKey(opts.hostKey(), volume, key) })
+	case OtherHostKey(kek) != "":
+		opts.OtherHostKey = OtherHostKey(kek)
+		t, err = opts.sealHere(opts.OtherHostKey, func() (token, error) { return sealHostKey(opts.OtherHostKey, volume, key) })
 	case kek == SpecTPM || chosen && pcrs != "":
 		selected := defaultPCRs
 		if chosen {
@@ -177,12 +185,21 @@ func Seal(ctx context.Context, opts Options, spec, volume string, key *[KeySize]
 		}
 		t, err = sealVault(ctx, opts, id, volume, nil, key)
 	default:
-		return nil, fail("seal", clean(spec), ClassConfig, errors.New("is none of platform, tpm, tpm:PCR+PCR, host-key, and the URL of a vault's key"))
+		return nil, fail("seal", clean(spec), ClassConfig, errors.New("is none of platform, tpm, tpm:PCR+PCR, host-key, host-key:FILE, and the URL of a vault's key"))
 	}
 	if err != nil {
 		return nil, err
 	}
 	return verified(ctx, opts, t, volume, key)
+}
+
+// OtherHostKey returns FILE of the spec "host-key:FILE", and "" of any other.
+func OtherHostKey(spec string) string {
+	file, ok := strings.CutPrefix(spec, SpecHostKey+":")
+	if !ok {
+		return ""
+	}
+	return file
 }
 
 // verified encodes a token that was just sealed, if it unseals.
