@@ -90,6 +90,7 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header, v *vol
 	if err := edit(h, v); err != nil {
 		return false, err
 	}
+	v.noteOldAreas(u.b, u.keys.volumeKey, h, time.Now())
 	v.setGeneration(u.generation + 1)
 	if err := setVolumeToken(h, u.keys.volumeKey, v); err != nil {
 		return false, err
@@ -182,6 +183,11 @@ func (u *unlocked) addToken(ctx context.Context, unseal Unsealer, seal Sealer) (
 		return 0, err
 	}
 	_, err = u.update(ctx, func(h *luks2.Header, _ *volumeToken) error {
+		if u.o.Admit != nil {
+			if err := u.o.Admit(keyTokens(h), text); err != nil {
+				return err
+			}
+		}
 		dropExpired(h, time.Now(), u.token)
 		if id, err = luks2.Free(h.Tokens, luks2.MaxTokens); err == nil {
 			h.Tokens[id] = t

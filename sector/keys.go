@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/crypto/pbkdf2"
 
@@ -63,6 +64,10 @@ type forRecovery struct {
 	wrappedKey
 	Salt string `json:"salt,omitempty"` // of the keyslot's KDF: another one is another keyslot
 	Area string `json:"area,omitempty"` // see areaMAC
+
+	// Noted is when Area was made of what was there then, see noteOldAreas; zero if it was
+	// made when the keyslot was.
+	Noted time.Time `json:"noted,omitzero"`
 }
 
 // What derived keys are for. A purpose is the info of HKDF-SHA256; the volume's
@@ -204,9 +209,38 @@ func areaMAC(volumeKey *[VolumeKeySize]byte, uuid string, keyslot int, salt, are
 func (v *volumeToken) noteArea(volumeKey *[VolumeKeySize]byte, h *luks2.Header, keyslot int, area []byte) {
 	name, salt := strconv.Itoa(keyslot), h.Keyslots[keyslot].KDF.Salt
 	e := v.Recovery[name]
+	e.Noted = time.Time{}
 	e.Salt = base64.StdEncoding.EncodeToString(salt)
 	e.Area = base64.StdEncoding.EncodeToString(areaMAC(volumeKey, h.UUID, keyslot, salt, area))
 	v.Recovery[name] = e
+}
+
+// noteOldAreas lets areaIntact know the keyslots that have no area MAC, since an earlier
+// version has made them: from now on. Nobody can tell without its recovery key whether
+// one is damaged already, so when it was noted stands beside it. What can't be read is
+// left as it is, and so are keyslots of other programs, for which no volume key is
+// wrapped.
+func (v *volumeToken) noteOldAreas(b Backing, volumeKey *[VolumeKeySize]byte, h *luks2.Header, now time.Time) {
+	for _, id := range recoverySlots(h) {
+		e, ours := v.Recovery[strconv.Itoa(id)]
+		k := h.Keyslots[id]
+		if !ours || e.Area != "" || k.Area.Size > 1<<20 {
+			continue
+		}
+		area := alignedBytes(int(k.Area.Size))
+		if readFull(b, area, int64(k.Area.Offset)) != nil {
+			continue
+		}
+		v.noteArea(volumeKey, h, id, area)
+		e = v.Recovery[strconv.Itoa(id)]
+		e.Noted = now.UTC().Truncate(time.Second)
+		v.Recovery[strconv.Itoa(id)] = e
+	}
+}
+
+// areaNoted is when a keyslot was noted by noteOldAreas, or zero.
+func (v *volumeToken) areaNoted(keyslot int) time.Time {
+	return v.Recovery[strconv.Itoa(keyslot)].Noted
 }
 
 // areaIntact tells whether the area of a keyslot holds what was written, or that

@@ -2,6 +2,7 @@ package sector
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -50,6 +51,10 @@ type OpenOptions struct {
 	// before, under the lock on the header, by functions that change one, and by
 	// [Accept] of the one accepted.
 	Changed func(before []KeyToken, now *Known)
+
+	// Admit, if not nil, is asked by [AddToken] and [AddTokenByRecovery], under the lock on
+	// the header, whether a token may be added to those that the header has.
+	Admit func(has []KeyToken, added json.RawMessage) error
 
 	// Handover, if not nil, keeps the DEK for the next process that serves the
 	// volume, as long as this one has it.

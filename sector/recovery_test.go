@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -283,4 +284,81 @@ func residentPeak(t *testing.T) (kib int) {
 		}
 	}
 	return kib
+}
+
+// TestOldAreas: a keyslot of a version that wrote no area MAC gets one with the next change
+// of the header, and from then on damage to it is seen; that it was good before isn't said.
+func TestOldAreas(t *testing.T) {
+	a, b := &kek{name: "a"}, &kek{name: "b"}
+	key := NewRecoveryKey()
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, RecoveryKey: key})
+	h := headerOf(t, d)
+	id, v, err := findVolumeToken(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := v.Recovery["0"]
+	e.Salt, e.Area = "", ""
+	v.Recovery["0"] = e
+	text, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.Tokens[id], err = luks2.NewToken(text); err != nil {
+		t.Fatal(err)
+	}
+	if err := luks2.Write(d, h); err != nil {
+		t.Fatal(err)
+	}
+	verify := func(intact, noted, unknown []int, findings int) {
+		t.Helper()
+		r, err := Verify(t.Context(), d, ring(a, b).unseal, OpenOptions{})
+		if err != nil || !slices.Equal(r.Intact, intact) || !slices.Equal(r.Noted, noted) || !slices.Equal(r.Unknown, unknown) || len(r.Findings) != findings {
+			t.Errorf("intact %v, noted %v, unknown %v, findings %q, %v", r.Intact, r.Noted, r.Unknown, r.Findings, err)
+		}
+	}
+	verify(nil, nil, []int{0}, 0)
+
+	// One that can't be read now stays as it is.
+	d.Fail(func(op sectortest.Op, _ int, off int64, _ int) error {
+		if op == sectortest.Read && off == 2*copySize {
+			return syscall.EIO
+		}
+		return nil
+	})
+	rewrap := func(ctx context.Context, volume string, _ json.RawMessage, key *[32]byte) (json.RawMessage, error) {
+		return b.seal(ctx, volume, key)
+	}
+	if _, err := AddToken(t.Context(), d, ring(a, b).unseal, b.seal, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	d.Fail(nil)
+	verify(nil, nil, []int{0}, 0)
+	if _, err := ReplaceToken(t.Context(), d, ring(a, b).unseal, 0, rewrap, 0, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	verify(nil, []int{0}, nil, 0)
+	_, v, _ = findVolumeToken(headerOf(t, d))
+	noted := v.areaNoted(0)
+	if time.Since(noted) > time.Hour {
+		t.Errorf("noted %v", noted)
+	}
+	if slot, adds, err := FindRecoveryKey(t.Context(), d, key); err != nil || slot != 0 || !adds {
+		t.Errorf("FindRecoveryKey() = %d, %v, %v", slot, adds, err)
+	}
+	// It isn't noted again: that would hide damage.
+	was := d.Bytes()
+	d.WriteAt([]byte("damage"), 2*copySize+5000)
+	if _, err := AddToken(t.Context(), d, ring(a, b).unseal, a.seal, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	verify(nil, nil, nil, 1)
+	d.WriteAt(was[2*copySize:][:keyslotAreaSize], 2*copySize)
+	verify(nil, []int{0}, nil, 0)
+
+	// A new one is as it was written.
+	if _, _, err := RotateRecoveryKey(t.Context(), d, ring(a).unseal, OnlySlot, NewRecoveryKey(), OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	verify([]int{1}, nil, nil, 0)
 }

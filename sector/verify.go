@@ -22,6 +22,7 @@ type Report struct {
 	Tokens   []TokenReport // in the order in which Open tries them
 	Keyslots []int         // that a recovery key may open
 	Intact   []int         // those of Keyslots whose areas are as they were written
+	Noted    []int         // those whose areas are as they were when they were noted, long after
 	Unknown  []int         // those of which that can't be told
 	Pin      *Pin          // nil if this host has none
 	PinError error         // why the header isn't the one that is pinned
@@ -137,6 +138,8 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 	for _, id := range r.Keyslots {
 		intact, ok := known[id]
 		switch {
+		case intact && !v.areaNoted(id).IsZero():
+			r.Noted = append(r.Noted, id)
 		case intact:
 			r.Intact = append(r.Intact, id)
 		case ok:

@@ -27,6 +27,7 @@ type checkReport struct {
 	Pin      string `json:"pin"`
 	Recovery []int  `json:"recovery_keyslots"`
 	Intact   []int  `json:"recovery_keyslots_intact"`
+	Noted    []int  `json:"recovery_keyslots_noted"` // as they were at a time after they were made
 	unknown  []int
 	Tokens   []checkToken `json:"tokens"`
 	Findings []string     `json:"findings"` // what is wrong
@@ -132,7 +133,7 @@ func (a *app) check(ctx context.Context, boot nextBoot, d *sector.Device) (*chec
 	}
 	report := &checkReport{
 		Device: boot.device, UUID: r.Header.UUID, Opens: r.Opens, Copies: r.Copies.Describe(), Pin: pinText(r, keys.pinStore(log).inTPM(r.Header.UUID)),
-		Recovery: append([]int{}, r.Keyslots...), Intact: append([]int{}, r.Intact...), unknown: r.Unknown, Findings: append([]string{}, r.Findings...), Notices: []string{},
+		Recovery: append([]int{}, r.Keyslots...), Intact: append([]int{}, r.Intact...), Noted: append([]int{}, r.Noted...), unknown: r.Unknown, Findings: append([]string{}, r.Findings...), Notices: []string{},
 		Tokens: make([]checkToken, len(r.Tokens)),
 	}
 	if report.Copies == "" {
@@ -263,9 +264,12 @@ func hostKeyPlace(hostKey, device, uuid string) string {
 
 // slotsTexts says what was found out about keyslots. Damage to one that hostcryptd
 // has not written can't be seen without its key.
-func slotsTexts(intact, unknown []int) (list []string) {
+func slotsTexts(intact, noted, unknown []int) (list []string) {
 	if len(intact) > 0 {
 		list = append(list, fmt.Sprintf("keyslots %v are as they were written", intact))
+	}
+	if len(noted) > 0 {
+		list = append(list, fmt.Sprintf("keyslots %v are as they were when they were noted first, some time after they were made; 'hostcryptd recovery test' tells whether a recovery key opens one", noted))
 	}
 	if len(unknown) > 0 {
 		list = append(list, fmt.Sprintf("keyslots %v can be read, and only 'hostcryptd recovery test' tells whether a recovery key opens one", unknown))
@@ -293,7 +297,7 @@ func (a *app) printCheck(r *checkReport) {
 		line("%-15s %s", "", t.Reason)
 		line("%-15s %s", "", t.Meaning)
 	}
-	for _, text := range slotsTexts(r.Intact, r.unknown) {
+	for _, text := range slotsTexts(r.Intact, r.Noted, r.unknown) {
 		line("%-15s %s", "recovery:", text)
 	}
 	for _, f := range r.Findings {

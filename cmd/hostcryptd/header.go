@@ -320,7 +320,7 @@ nothing, and ends with 19 if it found something.`,
 					}
 					if len(r.Findings) == 0 {
 						fmt.Fprintf(a.stdout, "the header of volume %s is good\n", r.Header.UUID)
-						for _, text := range slotsTexts(r.Intact, r.Unknown) {
+						for _, text := range slotsTexts(r.Intact, r.Noted, r.Unknown) {
 							fmt.Fprintln(a.stdout, text)
 						}
 					}
