@@ -168,7 +168,7 @@ func readHeader(b Backing) (*luks2.Header, luks2.Copies, error) {
 	case err == nil:
 		return h, copies, nil
 	case errors.Is(err, luks2.ErrMagic):
-		return nil, copies, fmt.Errorf("%w: there is no LUKS2 header on it; if there was one, " + bringBack, ErrNotVolume)
+		return nil, copies, fmt.Errorf("%w: there is no LUKS2 header on it; if there was one, "+bringBack, ErrNotVolume)
 	case errors.Is(err, luks2.ErrVersion):
 		return nil, copies, fmt.Errorf("%w: %w", ErrNotVolume, err)
 	case errors.Is(err, luks2.ErrChecksum), errors.Is(err, luks2.ErrInvalid):

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,7 +42,7 @@ anything is written:
   platform      the TPM if this host has one, else a host key file, made at first use
   tpm           the TPM, while PCR 7 (Secure Boot) holds what it holds now
   tpm:7+11      the same with other PCRs
-  host-key      the host key file, also on a host with a TPM
+  host-key      the host key file, also on a host with a TPM; host-key:FILE is another one
   https://...   a key in Azure Key Vault (RSA) or a Managed HSM (RSA, AES)
 
 When the state of a PCR changes, as PCR 7 does with the keys of Secure Boot, the
@@ -104,7 +105,7 @@ volume with it: cryptsetup open --key-file FILE DEVICE NAME`,
 			if force && found != "" {
 				o.BeforeWrite = func() error { return wipeSignatures(device) }
 			}
-			defer a.watchHostKey(keys.hostKey)()
+			defer a.watchHostKey(cmp.Or(keyunseal.OtherHostKey(key), keys.hostKey))()
 			h, err := sector.Format(c.Context(), d, o)
 			if h != nil {
 				keys.recordChange(audit.Format, h.UUID, device, err)

@@ -25,12 +25,13 @@ import (
 )
 
 // keySpecs lists what --key takes, for help and errors.
-const keySpecs = "platform, tpm, tpm:PCR+PCR, host-key, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]"
+const keySpecs = "platform, tpm, tpm:PCR+PCR, host-key, host-key:FILE, or https://VAULT.vault.azure.net/keys/NAME[/VERSION]"
 
 // keyFlags are the flags that say how KEKs are reached, and where this host
 // remembers its volumes.
 type keyFlags struct {
 	hostKey  string
+	otherKey string // another host key file, see keyunseal.Options.OtherHostKey; no flag
 	tpm      string
 	identity string
 	cloud    string
@@ -137,7 +138,7 @@ func (k *keyFlags) signing(spec string, log *zap.Logger) (sign sector.Signer, co
 
 // options are those for a volume: each use of a KEK is recorded.
 func (k *keyFlags) options(volume string, log *zap.Logger) keyunseal.Options {
-	return keyunseal.Options{HostKey: k.hostKey, TPM: k.tpmPath(), Identity: k.identity, Cloud: k.cloud, Log: log, Observe: k.observe(volume)}
+	return keyunseal.Options{HostKey: k.hostKey, OtherHostKey: k.otherKey, TPM: k.tpmPath(), Identity: k.identity, Cloud: k.cloud, Log: log, Observe: k.observe(volume)}
 }
 
 // sealer wraps volume keys with the KEK that spec names, in a process of its
@@ -297,29 +298,44 @@ func (a *app) keyAddCommand() *cobra.Command {
 		recovery string
 	)
 	c := &cobra.Command{
-		Use:   "add DEVICE --key KEY",
+		Use:   "add DEVICE|NAME --key KEY",
 		Short: "let another key open a volume",
 		Long: `add unseals the volume with one of its keys, seals it with KEY too, unseals what
-that gave, and writes it to the header. The volume may be in use meanwhile.
+that gave, and writes it to the header. The volume may be in use meanwhile. A key that
+it has already is refused: it would be no second way in. Of a NAME in ` + tabFile + `
+the line says where the host key is.
+
+--key host-key:FILE is another host key than the one of --host-key, to exchange it: add
+the new one, give its file the old one's name or change --host-key or the line, see
+that 'hostcryptd check' is content, and 'hostcryptd key remove' the old one's token.
 
 Where none of its keys unseals the volume any more, such as after the loss of a TPM
 or of the vault's key, --recovery-key does. The keys that are lost stay in the header
 until 'hostcryptd key remove' takes them out.`,
 		Example: `  hostcryptd key add /dev/sdb --key https://VAULT.vault.azure.net/keys/NAME
+  hostcryptd key add data --key host-key:/etc/hostcryptd/new.key
   hostcryptd key add /dev/sdb --key tpm --recovery-key sdb.recovery`,
-		Args: oneArg("DEVICE"),
+		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
 			if spec == "" {
 				return usagef("--key KEY says which key: %s", keySpecs)
 			}
-			return withHeader(args[0], false, func(d *sector.Device) error {
-				defer a.watchHostKey(keys.hostKey)()
+			device, err := keys.tabDevice(c, args[0])
+			if err != nil {
+				return err
+			}
+			keys.otherKey = keyunseal.OtherHostKey(spec)
+			return withHeader(device, false, func(d *sector.Device) error {
+				defer a.watchHostKey(cmp.Or(keys.otherKey, keys.hostKey))()
 				var (
-					id  int
-					err error
-					log = a.cliLog()
-					by  string
+					id   int
+					err  error
+					log  = a.cliLog()
+					by   string
+					seal = keys.sealerOfNew(d, spec, log)
+					o    = keys.open(log)
 				)
+				o.Admit = notSameKey
 				if recovery != "" {
 					key, kerr := a.readRecoveryKey(recovery)
 					if kerr != nil {
@@ -327,9 +343,9 @@ until 'hostcryptd key remove' takes them out.`,
 					}
 					defer clear(key)
 					by = " by recovery key"
-					id, err = sector.AddTokenByRecovery(c.Context(), d, key, keys.unsealer(log), keys.sealer(spec, log), keys.open(log))
+					id, err = sector.AddTokenByRecovery(c.Context(), d, key, keys.unsealer(log), seal, o)
 				} else {
-					id, err = sector.AddToken(c.Context(), d, keys.unsealer(log), keys.sealer(spec, log), keys.open(log))
+					id, err = sector.AddToken(c.Context(), d, keys.unsealer(log), seal, o)
 				}
 				added := fmt.Sprintf("token %d%s", id, by)
 				if err != nil {
@@ -339,7 +355,7 @@ until 'hostcryptd key remove' takes them out.`,
 				if err == nil {
 					a.warnSameKey(c.Context(), d, id)
 				}
-				return a.answer(err, map[string]any{"device": args[0], "token": id}, "token %d of %s now opens the volume with %s", id, args[0], spec)
+				return a.answer(err, map[string]any{"device": device, "token": id}, "token %d of %s now opens the volume with %s", id, device, spec)
 			})
 		},
 	}
@@ -349,8 +365,87 @@ until 'hostcryptd key remove' takes them out.`,
 	return a.jsonFlag(c)
 }
 
-// warnSameKey says so if another token is of the key that a new one is of. A TPM's was
-// mostly sealed to what its PCRs held before.
+// tabDevice returns the device that a command's argument means. Of a name in hostcrypttab
+// the line has flags of the command, too.
+func (k *keyFlags) tabDevice(c *cobra.Command, arg string) (string, error) {
+	e, err := named(arg)
+	if err != nil || e == nil {
+		return arg, err
+	}
+	if e.randomKey() {
+		return "", usagef("volume %s has a key of this boot, and no header", e.unit.Name)
+	}
+	e.flags = slices.DeleteFunc(e.flags, func(f tabFlag) bool { return c.Flags().Lookup(f.name) == nil })
+	return e.unit.Device, errors.Join(e.apply(c.Flags()), k.readSigner())
+}
+
+// sameKey returns a token of those that a header has that is of the same key as one that
+// is added, and whether it's of the same version of the key; -1 if there is none.
+func sameKey(has []sector.KeyToken, added json.RawMessage) (id int, version bool) {
+	id = -1
+	is, err := keyunseal.Describe(added)
+	if err != nil {
+		return id, false
+	}
+	for _, t := range has {
+		k, err := keyunseal.Describe(t.Text)
+		if err == nil && t.Retired.IsZero() && k.Type == is.Type && k.KeyID == is.KeyID && k.PCRs == is.PCRs && k.Identity == is.Identity && k.Tenant == is.Tenant {
+			if id = t.ID; k.KeyVersion == is.KeyVersion {
+				return id, true
+			}
+		}
+	}
+	return id, false
+}
+
+// errSameKey refuses a key that a volume has.
+func errSameKey(id int) error {
+	return withCode(codeBusy, fmt.Errorf("token %d is of the same key already, so another token of it is no second way in; nothing was changed", id))
+}
+
+// notSameKey refuses a token of a key that a header has, see [sector.OpenOptions]. A
+// TPM's is another matter: its PCRs may hold something else since.
+func notSameKey(has []sector.KeyToken, added json.RawMessage) error {
+	id, version := sameKey(has, added)
+	if d, err := keyunseal.Describe(added); version && err == nil && d.Type != keyunseal.TypeTPM {
+		return errSameKey(id)
+	}
+	return nil
+}
+
+// sealerOfNew is a sealer that refuses to seal with a TPM with which a token of the
+// volume on d unseals now.
+func (k *keyFlags) sealerOfNew(d *sector.Device, spec string, log *zap.Logger) sector.Sealer {
+	seal := k.sealer(spec, log)
+	return func(ctx context.Context, volume string, key *[sector.VolumeKeySize]byte) (json.RawMessage, error) {
+		added, err := seal(ctx, volume, key)
+		if err != nil {
+			return nil, err
+		}
+		h, _, err := sector.ReadHeader(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		has := sector.KeyTokens(h)
+		if is, err := keyunseal.Describe(added); err != nil || is.Type != keyunseal.TypeTPM {
+			return added, err
+		}
+		for {
+			id, version := sameKey(has, added)
+			if !version {
+				return added, nil
+			}
+			i := slices.IndexFunc(has, func(t sector.KeyToken) bool { return t.ID == id })
+			if k.probe(ctx, volume, has[i].Text, log) == nil {
+				return nil, errSameKey(id)
+			}
+			has = slices.Delete(has, i, i+1) // it doesn't unseal any more
+		}
+	}
+}
+
+// warnSameKey says so if another token is of the same TPM as a new one, which was mostly
+// sealed to what its PCRs held before, or of another version of the same key.
 func (a *app) warnSameKey(ctx context.Context, d *sector.Device, added int) {
 	h, _, err := sector.ReadHeader(ctx, d)
 	if err != nil {
@@ -371,7 +466,7 @@ func (a *app) warnSameKey(ctx context.Context, d *sector.Device, added int) {
 		case k.Type == keyunseal.TypeTPM:
 			a.warnf("token %d is of the same TPM, and goes on opening the volume where the machine starts as it did when that was sealed; where that is not to be so, 'hostcryptd key remove' takes it out", t.ID)
 		case t.Retired == nil:
-			a.warnf("token %d is of the same key, so token %d is no second way in", t.ID, added)
+			a.warnf("token %d is of another version of the same key, so token %d is hardly a second way in; 'hostcryptd rewrap' replaces a version by the newest", t.ID, added)
 		}
 	}
 }
@@ -382,26 +477,31 @@ func (a *app) keyRemoveCommand() *cobra.Command {
 		force bool
 	)
 	c := &cobra.Command{
-		Use:   "remove DEVICE TOKEN",
+		Use:   "remove DEVICE|NAME TOKEN",
 		Short: "take a key from a volume",
 		Long: `remove takes the token of that number, as 'key list' shows it, out of the header.
-Another token has to unseal now: a recovery key doesn't count. --force does without
+Another token has to unseal now: a recovery key doesn't count. Of a NAME in
+` + tabFile + ` the line says where the host key is. --force does without
 what can't be shown now, and it also removes the last token of a volume with a
 recovery key: after that only this opens it, by 'hostcryptd key add'. The last way in
 of all is never removed; 'hostcryptd erase' is for that.
 
 Who has a backup of the header and the key that was removed can still open the
 volume.`,
-		Args: twoArgs("DEVICE", "TOKEN"),
+		Args: twoArgs("DEVICE or NAME", "TOKEN"),
 		RunE: func(c *cobra.Command, args []string) error {
 			id, err := strconv.Atoi(args[1])
 			if err != nil || id < 0 {
 				return usagef("TOKEN is the number of a token, not %q; 'hostcryptd key list' shows them", args[1])
 			}
-			return withHeader(args[0], false, func(d *sector.Device) error {
+			device, err := keys.tabDevice(c, args[0])
+			if err != nil {
+				return err
+			}
+			return withHeader(device, false, func(d *sector.Device) error {
 				err := sector.RemoveToken(c.Context(), d, keys.unsealer(a.cliLog()), id, force, keys.open(a.cliLog()))
 				keys.changed(c.Context(), d, audit.KeyRemove, fmt.Sprintf("token %d", id), err)
-				return a.answer(err, map[string]any{"device": args[0], "removed": id}, "token %d of %s is removed", id, args[0])
+				return a.answer(err, map[string]any{"device": device, "removed": id}, "token %d of %s is removed", id, device)
 			})
 		},
 	}
