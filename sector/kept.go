@@ -26,8 +26,8 @@ import (
 //  1. A look at the header ([Volume.Tokens]) judges what is on the disk. What is
 //     authentic there, and newer, is what is kept from then on.
 //  2. Under the lock on the header it is read again. If it's the one that is known, at
-//     most a copy of it is repaired. Another one must be the one that was judged, and not
-//     be newer: what could not be judged, and says that it is, is left alone.
+//     most a copy of it is repaired. Another one must be the one that was judged and
+//     refused. One that says that it is newer is left alone.
 //  3. What is kept must be what is known, and not older than what this host has seen: a
 //     way in that was removed must not come back.
 //  4. What would be overwritten must be nobody's, or be saved before.
@@ -194,8 +194,14 @@ func (v *Volume) KeptHeader() *os.File {
 }
 
 // TakeKept takes over what the process before has kept, if it's what is known of the
-// header. It is called before anybody else uses the volume, and takes over f.
+// header and nothing is kept yet. It takes over f, and reads it, which may wait for swap:
+// where that is on this very volume, it has to be served before.
 func (v *Volume) TakeKept(f *os.File) error {
+	v.refreshing.Lock()
+	defer v.refreshing.Unlock()
+	if v.kept.Load() != nil { // a look was faster
+		return f.Close()
+	}
 	known := v.known.Load()
 	h, _, err := luks2.Read(f)
 	if err != nil {
@@ -333,7 +339,7 @@ func (v *Volume) RepairHeader(ctx context.Context, o OpenOptions, r RepairOption
 		return p, fmt.Errorf("sector: reading back the header: %w", err)
 	case copies.Damaged():
 		return p, fmt.Errorf("%w: reading back the header: %s", ErrDamaged, copies.Describe())
-	case !v.isKnown(h):
+	case !v.Knows(h):
 		return p, fmt.Errorf("%w: the header reads back as another one than was written", ErrDamaged)
 	}
 	if k, err := newKept(v.b, h); err == nil { // with its new sequence id
@@ -358,25 +364,11 @@ func (f failing) Sync() error {
 	return err
 }
 
-// isKnown tells whether a header is the one that is known.
-func (v *Volume) isKnown(h *luks2.Header) bool {
-	known := v.known.Load()
-	if known == nil || h.UUID != v.uuid {
-		return false
-	}
-	t, err := supported(h)
-	if err != nil {
-		return false
-	}
-	digest, err := digestHeader(h, t)
-	return err == nil && digest == known.Digest
-}
-
 // planRepair looks what there is to do. The caller has locked the header.
 func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err error) {
 	h, copies, err := readHeader(v.b)
 	switch {
-	case err == nil && v.isKnown(h):
+	case err == nil && v.Knows(h):
 		p.header, p.copies, p.Problem, p.Foreign = h, copies, copies.Describe(), copies.Foreign()
 		p.Area, p.Seen = headerArea(h), time.Now()
 		p.Generation, err = Generation(h)
@@ -403,8 +395,8 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 	if p.Generation, err = Generation(p.header); err != nil {
 		return p, nil, err
 	}
-	if h != nil && mayBeNewer(h, v.looked.err, p.Generation) {
-		return p, nil, fmt.Errorf("the header on the disk is another one, and whether it is a newer one of the volume can't be told now: %w", v.looked.err)
+	if h != nil && h.UUID == v.uuid && mayBeNewer(h, v.looked.err, p.Generation) {
+		return p, nil, fmt.Errorf("the header on the disk says that it is a newer one of the volume, so it is left alone: %w", v.looked.err)
 	}
 	h = p.header
 	p.Area, p.Seen = headerArea(h), k.seen
@@ -446,12 +438,10 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 	return p, k, nil
 }
 
-// mayBeNewer tells whether h may be what this host has made of the header of a
-// generation, where a look has refused it. Each change with the volume key raises that.
+// mayBeNewer tells whether h may have been made of the header of a generation, though a
+// look has refused it: by its signature, maybe, or because no key could be had. Each
+// change with the volume key raises the generation.
 func mayBeNewer(h *luks2.Header, refused error, than uint64) bool {
-	if errors.Is(refused, ErrAuth) {
-		return false
-	}
 	is, err := Generation(h)
 	return errors.Is(refused, ErrUnsupported) || errors.Is(err, ErrUnsupported) || err == nil && is > than
 }

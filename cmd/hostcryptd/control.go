@@ -506,7 +506,7 @@ func (d *daemon) lookAtTokens() (seen bool) {
 		}
 		list = slices.DeleteFunc(tokenInfos(h), func(t tokenInfo) bool { return t.Key == nil && t.Error == "" })
 	case errors.Is(err, sector.ErrNotVolume) || errors.Is(err, sector.ErrDamaged):
-		damage, lost = headerGone+d.wayBack(v)+": "+err.Error(), lostGone // and its tokens with it
+		damage, lost = headerGone+d.wayBack(v)+": "+copies.Describe(), lostGone // and its tokens with it
 	default:
 		return false
 	}

@@ -127,8 +127,9 @@ func (d *daemon) pushState() {
 	// Each is without use to a next server that has another of the other.
 	var herr error
 	if f := v.KeptHeader(); f != d.heldHeader && f != nil {
-		herr = d.link.send(keeperMessage{Hold: heldHeader}, f)
-		d.heldHeader = f
+		if herr = d.link.send(keeperMessage{Hold: heldHeader}, f); herr == nil {
+			d.heldHeader = f
+		}
 	}
 	b, err := json.Marshal(s)
 	if err == nil {
@@ -182,8 +183,26 @@ func nameOf(held *os.File, name string) string {
 	return name
 }
 
+// takeKept takes over what the server before has kept of the header.
+func (d *daemon) takeKept() {
+	f := d.keptBefore
+	if f == nil {
+		return
+	}
+	if err := d.volume.TakeKept(f); err != nil {
+		d.log.Warn("what the server before has kept of the header is of no use; the header on the disk is kept from the next look at it", zap.Error(err))
+		return
+	}
+	d.pushing.Lock()
+	if d.volume.KeptHeader() == f { // the keeper has it
+		d.heldHeader = f
+	}
+	d.pushing.Unlock()
+}
+
 // readFilesAgain reads what a server that goes on couldn't, or may have changed.
 func (d *daemon) readFilesAgain() {
+	d.takeKept()
 	if d.opts.tls != nil {
 		if err := d.opts.tls.wait(); err != nil {
 			d.log.Error("clients of --tcp are refused before this is mended and the server reloaded", zap.Error(err))
@@ -296,12 +315,8 @@ func (d *daemon) goOn(s *serverState) error {
 			_ = f.Truncate(0)
 			f.Close()
 		}
-	} else if f != nil {
-		if err := v.TakeKept(f); err != nil {
-			d.log.Warn("what the server before has kept of the header is left; the header on the disk is kept from the next look at it", zap.Error(err))
-		} else {
-			d.heldHeader = f
-		}
+	} else {
+		d.keptBefore = f
 	}
 	d.mu.Lock()
 	d.volume = v

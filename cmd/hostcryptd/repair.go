@@ -53,15 +53,15 @@ func (d *daemon) repairHeader(ctx context.Context, r sector.RepairOptions) (p se
 	case d.opts.readOnly && !r.DryRun:
 		return refuse("the volume is served read-only, so its server can't write to the disk")
 	}
-	// Whoever asked may have gone: what is begun is ended.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), headerTimeout+repairTimeout)
-	defer cancel()
+	ctx = context.WithoutCancel(ctx) // whoever asked may have gone: what is begun is ended
 	look, end := context.WithTimeout(ctx, headerTimeout)
 	defer end()
 	_, lerr := d.lifeHost.lookAtHeader(look, v)
 	if look.Err() != nil {
 		return p, lerr
 	}
+	ctx, end = context.WithTimeout(ctx, repairTimeout)
+	defer end()
 	p, err = v.RepairHeader(ctx, d.lifeHost.openOptions(), r)
 	if r.DryRun || err == nil && p.Problem == "" {
 		return p, err
@@ -106,10 +106,14 @@ type repairAnswer struct {
 	Saved                string `json:"saved,omitempty"` // file with what was overwritten
 }
 
-// servedAs returns the server that repairs the header of a volume, or nil.
+// servedAs returns the server that repairs the header of a volume, or nil. A device or a
+// file is meant before a volume that is called so.
 func servedAs(ctx context.Context, which string) *status {
 	s, err := theOne(ctx, which)
 	if err != nil || s.Volume == nil || s.Key.Random {
+		return nil
+	}
+	if fi, err := os.Stat(which); err == nil && fi.Mode()&os.ModeSocket == 0 && !sameFile(which, s.Device) && !sameFile(which, s.Attached) {
 		return nil
 	}
 	return s

@@ -95,6 +95,7 @@ func TestHeaderHandedOver(t *testing.T) {
 		if err := errors.Join(d.openHandover(), d.goOn(before)); err != nil {
 			t.Fatal(err)
 		}
+		d.takeKept()
 		begin(d, before)
 		return d
 	}

@@ -379,6 +379,7 @@ type daemon struct {
 	resizing      chan struct{} // capacity 1: full while the volume grows, and from when it is left
 	pushing       sync.Mutex    // held while the keeper is told a state: the last must be the newest
 	heldHeader    *os.File      // what the keeper was given for heldHeader; guarded by pushing
+	keptBefore    *os.File      // what the server before had given it, or nil
 }
 
 // States of a daemon, as status shows them.
@@ -488,6 +489,9 @@ func (d *daemon) run(ctx context.Context, before *serverState) (err error) {
 	}()
 	for _, w := range d.volume.Warnings() {
 		d.log.Warn(w)
+	}
+	if before == nil && !d.opts.randomKey && d.volume.KeptHeader() == nil {
+		d.log.Warn("the header can't be kept in memory now, so it could not be written back if something overwrote it; each look at it tries again")
 	}
 	for _, name := range xts.Faulty() {
 		d.log.Warn("this processor, if it isn't an emulator, is broken: it computes AES wrongly; another implementation is used", zap.String("wrong", name), zap.String("cipher", d.volume.Implementation()))
