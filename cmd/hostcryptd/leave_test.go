@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"hostcryptd/keyunseal/audit"
+	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/nbd"
 	"hostcryptd/sector"
 )
@@ -200,6 +201,45 @@ func TestLateResize(t *testing.T) {
 	close(d.finished)
 	if _, err := d.resize(t.Context()); err == nil || exitCode(err) != codeBusy {
 		t.Errorf("resize = %v, want exit code %d", err, codeBusy)
+	}
+	_ = d.volume.Close()
+}
+
+// TestFreezeWhileResizing: a freeze waits for the kernel to have changed the size of its
+// device, as long as that is no reason to keep the key for long; and the kernel isn't asked
+// to when requests wait.
+func TestFreezeWhileResizing(t *testing.T) {
+	defer func(before time.Duration) { sizingLimit = before }(sizingLimit)
+	d, _ := leavingServer(t)
+	d.stopLife()
+	h := &keyHost{d: d}
+	d.sizing.Lock() // as resizeKernel does
+	halted := make(chan bool)
+	go func() {
+		h.Halt(lifecycle.Freeze)
+		close(halted)
+	}()
+	time.Sleep(50 * time.Millisecond)
+	if d.volume.Suspended() {
+		t.Error("requests wait for a key while the kernel waits for them")
+	}
+	d.sizing.Unlock()
+	<-halted
+	if !d.volume.Waiting() {
+		t.Error("the volume isn't frozen")
+	}
+	if err := d.resizeKernel(t.Context(), 1<<19, 2<<20); err == nil || exitCode(err) != codeBusy {
+		t.Errorf("resizeKernel of a frozen volume: %v, want exit code %d", err, codeBusy)
+	}
+	_ = d.volume.Close()
+
+	d, _ = leavingServer(t)
+	d.stopLife()
+	sizingLimit = 0
+	d.sizing.Lock()
+	(&keyHost{d: d}).Halt(lifecycle.Freeze)
+	if !d.volume.Waiting() {
+		t.Error("the volume isn't frozen as long as the kernel hangs")
 	}
 	_ = d.volume.Close()
 }

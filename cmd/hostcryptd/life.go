@@ -746,7 +746,9 @@ func (h *keyHost) Halt(policy lifecycle.Policy) {
 	case lifecycle.Stop:
 		err = v.Suspend(sector.SuspendRefuse)
 	case lifecycle.Freeze:
+		release := d.holdSize()
 		err = v.Suspend(sector.SuspendWait)
+		release()
 		if d.ending.Load() {
 			err = errors.Join(err, v.Suspend(sector.SuspendRefuse))
 		}

@@ -55,11 +55,11 @@ func (d *daemon) resize(ctx context.Context) (*resized, error) {
 	r := &resized{UUID: d.uuid, Device: d.opts.device, Attached: d.attached, Sockets: d.opts.listen != "" || d.tcp != "" || len(d.inherited) > 0}
 	v, state, index := d.volume, d.state, d.index
 	d.mu.Unlock()
-	switch {
-	case state != stateServing:
+	if state != stateServing {
 		return nil, withCode(codeBusy, fmt.Errorf("%s is not being served: its server is %s", r.Device, state))
-	case r.Attached != "" && v.Suspended():
-		return nil, withCode(codeBusy, fmt.Errorf("%s has no key now, and the kernel would wait for requests that wait for it", r.Device))
+	}
+	if r.Attached != "" && v.Suspended() {
+		return nil, d.noKeyToResize()
 	}
 	before, _ := v.Size()
 	size, err := v.Grow()
@@ -87,7 +87,18 @@ func (d *daemon) resize(ctx context.Context) (*resized, error) {
 	return r, nil
 }
 
+func (d *daemon) noKeyToResize() error {
+	return withCode(codeBusy, fmt.Errorf("%s has no key now, and the kernel would wait for requests that wait for it", d.opts.device))
+}
+
 func (d *daemon) resizeKernel(ctx context.Context, index int, size uint64) error {
+	if !d.sizing.TryLock() {
+		return d.noKeyToResize() // in a moment
+	}
+	defer d.sizing.Unlock()
+	if d.volume.Suspended() {
+		return d.noKeyToResize()
+	}
 	conn, err := nbdnl.Dial()
 	if err != nil {
 		return err
@@ -107,6 +118,25 @@ func (d *daemon) resizeKernel(ctx context.Context, index int, size uint64) error
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), resizeTimeout)
 	defer cancel()
 	return nbdnl.WaitReady(ctx, index, size)
+}
+
+// sizingLimit is how long a volume whose key is to be wiped waits for the kernel to
+// change the size of its device. Tests change it.
+var sizingLimit = 10 * time.Second
+
+// holdSize keeps the kernel from changing the size of its device until release is called.
+// A change that is under way is waited for: if requests began to wait for a key in the
+// middle of it, all generic netlink of the machine would wait with them, and no volume
+// could be attached, detached or given another server. It takes as long as the requests
+// that are with the disk, which the keys are not wiped before either.
+func (d *daemon) holdSize() (release func()) {
+	for begun := time.Now(); !d.sizing.TryLock(); time.Sleep(10 * time.Millisecond) {
+		if time.Since(begun) > sizingLimit {
+			d.log.Error("the kernel still changes the size of its device; the volume is frozen all the same, and generic netlink may wait until the key is back")
+			return func() {}
+		}
+	}
+	return d.sizing.Unlock
 }
 
 // serveResize answers POST /v1/resize.

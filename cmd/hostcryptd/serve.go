@@ -377,6 +377,7 @@ type daemon struct {
 	tokensLook    *tokensLook   // that is under way, or nil
 	headerChanged chan struct{} // capacity 1: to watchHeader
 	resizing      chan struct{} // capacity 1: full while the volume grows, and from when it is left
+	sizing        sync.Mutex    // held while the kernel changes the size of its device, and while requests begin to wait for a key
 	pushing       sync.Mutex    // held while the keeper is told a state: the last must be the newest
 	heldHeader    *os.File      // what the keeper was given for heldHeader; guarded by pushing
 	keptBefore    *os.File      // what the server before had given it, or nil
