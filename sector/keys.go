@@ -382,10 +382,10 @@ func digestOf(h *luks2.Header, segment int) string {
 // header is made or changed.
 func setVolumeToken(h *luks2.Header, volumeKey *[VolumeKeySize]byte, v *volumeToken) error {
 	v.Type, v.Keyslots, v.Version = volumeTokenType, []string{}, formatVersion
-	slots := recoverySlots(h) // cryptsetup may have removed some
-	maps.DeleteFunc(v.Recovery, func(id string, _ forRecovery) bool {
+	slots := recoverySlots(h) // cryptsetup may have removed some, or put others in their place
+	maps.DeleteFunc(v.Recovery, func(id string, e forRecovery) bool {
 		n, err := strconv.Atoi(id)
-		return err != nil || !slices.Contains(slots, n)
+		return err != nil || !slices.Contains(slots, n) || e.Salt != "" && e.Salt != base64.StdEncoding.EncodeToString(h.Keyslots[n].KDF.Salt)
 	})
 	mac, err := headerMAC(volumeKey, h, v)
 	if err != nil {

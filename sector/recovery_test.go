@@ -168,6 +168,13 @@ func TestRecoveryAfterCryptsetup(t *testing.T) {
 	if err := add([]byte("another passphrase")); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("by another keyslot of the same number: %v", err)
 	}
+	// What was wrapped goes with the next change, also where its number is used again.
+	if _, err := AddToken(t.Context(), d, ring(a).unseal, a.seal, OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, v, err := findVolumeToken(headerOf(t, d)); err != nil || len(v.Recovery) != 0 {
+		t.Errorf("wrapped still: %v, %v", v.Recovery, err)
+	}
 	h := headerOf(t, d)
 	_, v, _ = findVolumeToken(before)
 	k, err := newKeys(0)
