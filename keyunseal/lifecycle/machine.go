@@ -237,6 +237,7 @@ func (m *Machine) about(d time.Duration) time.Duration {
 const (
 	deniedPace    = time.Minute      // to 5 min, to unseal where access was denied
 	integrityPace = 15 * time.Minute // to 20 min, after an integrity error
+	leastPace     = 5 * time.Second  // before a stop because of MaxOffline
 )
 
 // Next returns what to do and from when on. Nothing has no time.
@@ -457,6 +458,13 @@ func (m *Machine) Probed(now time.Time, o Outcome) {
 		m.nextTry = now.Add(o.RetryAfter + m.about(wait))
 	default:
 		m.nextTry = now.Add(max(integrityPace, m.c.Heartbeat) + m.upTo(integrityPace/3))
+	}
+	if half := m.stopsAt.Sub(now) / 2; m.offline && half > leastPace {
+		// One failure that is over by then must not be the last word: after half of what
+		// is left, and half of that, which are ten looks of two hours.
+		if at := now.Add(max(o.RetryAfter, half)); at.Before(m.nextTry) {
+			m.nextTry = at
+		}
 	}
 }
 

@@ -544,3 +544,44 @@ func TestSnapshotJSON(t *testing.T) {
 		t.Error("an unknown state was accepted")
 	}
 }
+
+// TestOfflineLooksAgain: a limit for the time offline stops no volume for one look that
+// has failed, of whatever kind that was, and stops one in time whose looks all do.
+func TestOfflineLooksAgain(t *testing.T) {
+	for _, kind := range []Kind{Transient, Denied, Integrity, Misconfigured} {
+		for _, failures := range []int{1, 1000} {
+			c := Config{Heartbeat: 10 * time.Minute, MaxOffline: 15 * time.Minute, Grace: time.Hour, ConfirmSpan: time.Hour}
+			if err := c.Check(); err != nil {
+				t.Fatal(err)
+			}
+			begun := time.Unix(1e9, 0)
+			now, m, looks := begun, New(c, begun), 0
+			m.Unsealed(now, Outcome{Kind: Success})
+			lastGood := now
+			for now.Sub(begun) < 2*time.Hour {
+				action, at := m.Next()
+				if at.After(now) {
+					now = at
+				}
+				if action != Probe {
+					break
+				}
+				if looks++; looks <= failures {
+					m.Probed(now, Outcome{Kind: kind, Class: "x"})
+				} else {
+					m.Probed(now, Outcome{Kind: Success})
+					lastGood = now
+				}
+			}
+			switch stopped := now.Sub(begun) < 2*time.Hour; {
+			case failures == 1 && stopped:
+				t.Errorf("%v once, and the volume stopped after %v", kind, now.Sub(begun))
+			case failures == 1:
+			case !stopped || now.Sub(lastGood) != c.MaxOffline:
+				t.Errorf("%v always, and the volume stopped %v after it was unsealed, after %d looks", kind, now.Sub(lastGood), looks)
+			case looks < 5 || looks > 60:
+				t.Errorf("%v always: %d looks before the volume stopped", kind, looks)
+			}
+		}
+	}
+}
