@@ -112,7 +112,9 @@ func readCloud(path string) (*cloudFile, error) {
 	f := new(cloudFile)
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields() // a misspelt word must not be a missing one
-	if err := d.Decode(f); err != nil {
+	if err := d.Decode(f); errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return nil, fmt.Errorf("%s: %w: %w", path, err, errNotWhole)
+	} else if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	if d.Decode(new(any)) != io.EOF {
@@ -178,7 +180,7 @@ func readRoots(path string) (*x509.CertPool, error) {
 		roots = x509.NewCertPool() // none is installed
 	}
 	if !roots.AppendCertsFromPEM(b) {
-		return nil, fmt.Errorf("%s holds no certificate in PEM", path)
+		return nil, fmt.Errorf("%s holds no certificate in PEM: %w", path, errNotWhole)
 	}
 	return roots, nil
 }
@@ -196,9 +198,20 @@ func readTrusted(path string, limit int) ([]byte, error) {
 	})
 }
 
-// notFile is the error of [readFile] for what isn't a file of that size, and doesn't
-// become one by waiting.
-type notFile struct{ error }
+// errNotWhole is in the chain of an error about what a file holds, if that may be the
+// beginning of what it will hold.
+var errNotWhole = errors.New("if that is not all of it, it is just being written")
+
+// fileClass is the class of an error of reading what an identity needs. A file that isn't
+// there may be on a disk that comes later, one that isn't whole is being written, and the
+// system may have no descriptor left. None of that may end a boot, which would be for
+// ever. A file that others may write, or which isn't one, doesn't pass.
+func fileClass(err error) Class {
+	if _, errno := errors.AsType[unix.Errno](err); errno || errors.Is(err, errNotWhole) {
+		return ClassIdentity
+	}
+	return ClassConfig
+}
 
 // readFile reads a regular file of up to limit bytes, if check agrees.
 func readFile(path string, limit int, check func(*unix.Stat_t) error) ([]byte, error) {
@@ -213,14 +226,14 @@ func readFile(path string, limit int, check func(*unix.Stat_t) error) ([]byte, e
 		return nil, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, notFile{fmt.Errorf("%s is not a regular file", path)}
+		return nil, fmt.Errorf("%s is not a regular file", path)
 	}
 	if err := check(&st); err != nil {
 		return nil, err
 	}
 	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
 	if err == nil && len(b) > limit {
-		err = notFile{fmt.Errorf("%s is longer than %d bytes", path, limit)}
+		err = fmt.Errorf("%s is longer than %d bytes", path, limit)
 	}
 	return b, err
 }

@@ -222,8 +222,10 @@ func (e *Error) hint() string {
 			return "is the application in this tenant and not disabled, does it have this certificate or federated credential, and does Conditional Access let it in from here?"
 		case e.Op == opEntra && strings.HasPrefix(e.Code, "AADSTS"):
 			return "https://login.microsoftonline.com/error?code=" + strings.TrimPrefix(e.Code, "AADSTS") + " says what that means; nothing says that it takes the identity away, so it's tried again"
-		case e.Op == opEntra && (errors.Is(e.Err, fs.ErrNotExist) || errors.Is(e.Err, fs.ErrPermission)):
+		case e.Local && (errors.Is(e.Err, fs.ErrNotExist) || errors.Is(e.Err, fs.ErrPermission)):
 			return "the file has to be readable, and on no volume that it helps to open"
+		case e.Local:
+			return ""
 		case e.Op == opEntra:
 			return "do DNS and the route to the login host work from this host?"
 		case e.Op == opArc:

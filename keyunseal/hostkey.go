@@ -103,7 +103,7 @@ func (t *hostKeyToken) readKey(path string, secret *[KeySize]byte) error {
 	if err := readHostKey(path, secret); errors.Is(err, fs.ErrNotExist) {
 		return fail("read host key", path, ClassKeyUnusable, fmt.Errorf("%w; the token was sealed with host key %s", err, t.HostKeyID))
 	} else if err != nil {
-		return fail("read host key", path, ClassWrongKey, err)
+		return fail("read host key", path, hostKeyClass(err), err)
 	}
 	id, err := hostKeyID(secret)
 	if err != nil {
@@ -113,6 +113,15 @@ func (t *hostKeyToken) readKey(path string, secret *[KeySize]byte) error {
 		return fail("unseal", path, ClassWrongKey, fmt.Errorf("the token was sealed with host key %s, the file holds %s", t.HostKeyID, id))
 	}
 	return nil
+}
+
+// hostKeyClass is the class of an error of reading a host key that is there. No
+// descriptor or no memory left, and an error of the disk, say nothing of the key.
+func hostKeyClass(err error) Class {
+	if _, errno := errors.AsType[unix.Errno](err); errno && !errors.Is(err, fs.ErrPermission) {
+		return ClassInternal
+	}
+	return ClassWrongKey
 }
 
 func (o Options) hostKey() string { return cmp.Or(o.HostKey, DefaultHostKey) }

@@ -212,24 +212,25 @@ func managedSource(kind string) (op string, err error) {
 // readCertificate reads a client certificate and its key. The file is as secret
 // as a host key.
 func readCertificate(path string, log *zap.Logger) ([]*x509.Certificate, crypto.PrivateKey, error) {
-	fail := func(class Class, err error) ([]*x509.Certificate, crypto.PrivateKey, error) {
+	fail := func(err error) ([]*x509.Certificate, crypto.PrivateKey, error) {
+		class := fileClass(err)
 		return nil, nil, &Error{Op: opEntra, Class: class, Local: class == ClassIdentity, Err: fmt.Errorf("the client certificate: %w", err)}
 	}
 	st, err := os.Stat(path)
 	if err != nil {
-		return fail(ClassIdentity, err) // it may be on a disk that comes later
+		return fail(err)
 	}
 	if st.Mode()&0o077 != 0 {
-		return fail(ClassConfig, fmt.Errorf("%s has mode %04o, others may read or write it; if they haven't, chmod 600 it", path, st.Mode().Perm()))
+		return fail(fmt.Errorf("%s has mode %04o, others may read or write it; if they haven't, chmod 600 it", path, st.Mode().Perm()))
 	}
 	b, err := readTrusted(path, 64<<10)
 	if err != nil {
-		return fail(ClassConfig, err)
+		return fail(err)
 	}
 	defer clear(b)
 	certs, key, err := azidentity.ParseCertificates(b, nil)
 	if err != nil {
-		return fail(ClassConfig, fmt.Errorf("%s: %w", path, err))
+		return fail(fmt.Errorf("%s: %w: %w", path, err, errNotWhole))
 	}
 	if left := time.Until(certs[0].NotAfter); left < warnExpiry {
 		log.Warn("the client certificate expires, and with it this host's way to the vault",
@@ -243,15 +244,13 @@ func readCertificate(path string, log *zap.Logger) ([]*x509.Certificate, crypto.
 // some KiB, and nothing sent that isn't in the form of a signed JWT. It may be a link and
 // belong to an agent of the issuer's.
 func readAssertion(path string) (string, error) {
-	fail := func(class Class, err error) (string, error) {
+	fail := func(err error) (string, error) {
+		class := fileClass(err)
 		return "", &Error{Op: opEntra, Class: class, Local: class == ClassIdentity, Err: fmt.Errorf("the issuer's token: %w", err)}
 	}
 	b, err := readFile(path, maxAssertion, func(*unix.Stat_t) error { return nil })
-	if _, not := errors.AsType[notFile](err); not {
-		return fail(ClassConfig, err)
-	}
 	if err != nil {
-		return fail(ClassIdentity, err) // it may be on a disk that comes later
+		return fail(err)
 	}
 	text := strings.TrimSpace(string(b))
 	parts := strings.Split(text, ".")
@@ -262,7 +261,7 @@ func readAssertion(path string) (string, error) {
 		ok = ok && err == nil && json.Unmarshal(b, &object) == nil
 	}
 	if !ok {
-		return fail(ClassIdentity, fmt.Errorf("%s holds no issuer's token, or it is just being written", path))
+		return fail(fmt.Errorf("%s holds no issuer's token: %w", path, errNotWhole))
 	}
 	return text, nil
 }

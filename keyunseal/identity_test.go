@@ -157,6 +157,58 @@ func TestSite(t *testing.T) {
 	}
 }
 
+// TestFilesPass: a file that an identity needs and that isn't there, isn't whole or can't
+// be read now ends no boot; what is wrong with one as it is does.
+func TestFilesPass(t *testing.T) {
+	opts := Options{Transport: roundTripFunc(func(r *http.Request) (*http.Response, error) {
+		t.Errorf("request to %s", r.URL.Host)
+		return nil, errors.New("no network here")
+	})}
+	withCA := func(ca string) string {
+		return writeFile(t, "cloud.json", 0o600, []byte(`{"dns_suffix":"vault.cloud.example","ca_file":"`+ca+`"}`))
+	}
+	loose := writeFile(t, "cloud.json", 0o644, []byte(privateCloudFile))
+	if err := os.Chmod(loose, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	for path, passes := range map[string]bool{
+		"/nonexistent/cloud.json":              true,
+		writeFile(t, "cloud.json", 0o600, nil): true,
+		writeFile(t, "cloud.json", 0o600, []byte(privateCloudFile[:len(privateCloudFile)/2])): true,
+		withCA("/nonexistent/ca.pem"):              true,
+		withCA(writeFile(t, "ca.pem", 0o600, nil)): true,
+		loose:       false,
+		t.TempDir(): false,
+		writeFile(t, "cloud.json", 0o600, []byte(`{}`)):                                                   false,
+		writeFile(t, "cloud.json", 0o600, []byte(`{"dns_suffix":"vault.cloud.example","authority":"x"}`)): false,
+	} {
+		opts.Cloud = path
+		_, err := Seal(t.Context(), opts, privateKeyURL, testVolume, randomKey(t))
+		e, ok := errors.AsType[*Error](err)
+		if !ok {
+			t.Errorf("%s: %v", path, err)
+			continue
+		}
+		for where, e := range map[string]*Error{"here": e, "in the parent": newWireError(e).err().(*Error)} {
+			if e.Transient() != passes || e.Local != passes || e.Denied() {
+				t.Errorf("%s, %s: it passes %v, want %v: %v", path, where, e.Transient(), passes, e)
+			}
+		}
+	}
+	for _, errno := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EIO} {
+		err := &os.PathError{Op: "open", Path: "f", Err: errno}
+		if c := fileClass(fmt.Errorf("x: %w", err)); c != ClassIdentity {
+			t.Errorf("%v: %v", errno, c)
+		}
+		if c := hostKeyClass(err); c != ClassInternal {
+			t.Errorf("%v of a host key: %v", errno, c)
+		}
+	}
+	if c := hostKeyClass(&os.PathError{Op: "open", Path: "f", Err: unix.EACCES}); c != ClassWrongKey {
+		t.Errorf("a host key that may not be read: %v", c)
+	}
+}
+
 // TestForeignVault: neither a token nor a person makes this host show a token to
 // a vault outside of the clouds.
 func TestForeignVault(t *testing.T) {
@@ -305,8 +357,9 @@ func TestCertificateIdentity(t *testing.T) {
 	}{
 		{"no file", base + "/nonexistent/client.pem", ClassIdentity, true, "", "on no volume that it helps to open"},
 		{"readable by others", base + writeFile(t, "c.pem", 0o644, content), ClassConfig, false, "", "chmod 600"},
-		{"empty", base + writeFile(t, "c.pem", 0o600, nil), ClassConfig, false, "", ""},
-		{"no key", base + writeFile(t, "c.pem", 0o600, content[:strings.Index(string(content), "-----BEGIN PRIVATE")]), ClassConfig, false, "", "private key"},
+		{"empty", base + writeFile(t, "c.pem", 0o600, nil), ClassIdentity, true, "", "just being written"},
+		{"no key", base + writeFile(t, "c.pem", 0o600, content[:strings.Index(string(content), "-----BEGIN PRIVATE")]), ClassIdentity, true, "", "just being written"},
+		{"half", base + writeFile(t, "c.pem", 0o600, content[:len(content)/2]), ClassIdentity, true, "", "just being written"},
 		{"a device", base + "/dev/null", ClassConfig, false, "", ""},
 		{"unknown certificate", base + otherFile, ClassIdentity, false, "AADSTS700027", "does it have this certificate"},
 		{"certificate that expires soon, and is unknown", base + soonFile, ClassIdentity, false, "AADSTS700027", ""},

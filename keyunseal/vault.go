@@ -223,7 +223,8 @@ func (t *vaultToken) vault(opts Options, volume string) (*vault, error) {
 func newVault(opts Options, id keyURL, identity, tenant, volume string) (*vault, error) {
 	where, err := opts.site(id)
 	if err != nil {
-		return nil, fail("vault", id.String(), ClassConfig, err)
+		class := fileClass(err)
+		return nil, &Error{Op: "vault", KeyID: id.String(), Class: class, Local: class == ClassIdentity, Err: err}
 	}
 	who, err := parseIdentity(identity)
 	if err != nil {
