@@ -83,12 +83,15 @@ func TestParts(t *testing.T) {
 // A hugeDevice takes trims and has no data.
 type hugeDevice struct {
 	*nbdtest.Device
+	mu    sync.Mutex
 	trims []nbdtest.Op
 }
 
 func (d *hugeDevice) Size() (int64, error) { return 1 << 40, nil }
 
 func (d *hugeDevice) Trim(off, length int64, fua bool) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.trims = append(d.trims, nbdtest.Op{Method: "Trim", Off: off, Len: length, FUA: fua})
 	return nil
 }
@@ -110,6 +113,8 @@ func TestPartsOfTrim(t *testing.T) {
 		want = append(want, nbdtest.Op{Method: "Trim", Off: off, Len: next - off})
 		off = next
 	}
+	dev.mu.Lock()
+	defer dev.mu.Unlock()
 	if !slices.Equal(dev.trims, want) {
 		t.Errorf("the device was given %v, want %v", dev.trims, want)
 	}
