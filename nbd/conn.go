@@ -792,6 +792,10 @@ func (c *conn) execute(r *request) uint32 {
 // What the kernel has sent is done to its end in any case: its socket is handed over
 // to the next server between two requests, so nothing would send it again.
 func (c *conn) inParts(r *request, size uint64, do func(off, length int64, fua bool) error) error {
+	if c.ses.kernel {
+		c.s.kernelZeroes.Add(1)
+		defer c.s.kernelZeroes.Add(-1)
+	}
 	fua := r.flags&cmdFlagFUA != 0
 	off, end := r.off, r.off+r.length
 	if end <= (off/size+1)*size {

@@ -244,3 +244,37 @@ func TestNextServer(t *testing.T) {
 		t.Errorf("the first server did %d of %d calls: it was left too late", calls, dev.Calls())
 	}
 }
+
+// TestKernelZeroes: who watches over the kernel's requests isn't told that zeros of a
+// client are the kernel's.
+func TestKernelZeroes(t *testing.T) {
+	for _, kernel := range []bool{false, true} {
+		dev := nbdtest.NewDevice(1<<20, false)
+		ops, release := partsOf(dev, 1)
+		defer release()
+		h := newHarness(t, nbd.Config{}, nbd.Export{Device: dev})
+		var c *nbdtest.Client
+		if kernel {
+			client, server := socketpair(t)
+			defer client.Close()
+			h.serves.Go(func() { h.s.ServeTransmission(h.ctx, server, ""); server.Close() })
+			c = &nbdtest.Client{Conn: client}
+		} else {
+			c, _ = h.dial("")
+		}
+		if err := c.Send(nbdtest.Request{Cmd: nbdtest.WriteZeroes, Len: 1 << 20}, nil); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the zeros", func() bool { return len(ops()) == 1 })
+		if got := h.s.KernelZeroes(); got != kernel {
+			t.Errorf("KernelZeroes() = %v while those of the kernel are under way: %v", got, kernel)
+		}
+		release()
+		if errno, _, err := c.ReadReply(); errno != 0 || err != nil {
+			t.Fatal(errno, err)
+		}
+		if h.s.KernelZeroes() {
+			t.Error("KernelZeroes() after the reply")
+		}
+	}
+}

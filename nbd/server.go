@@ -164,6 +164,8 @@ type Server struct {
 
 	settleTime time.Duration
 
+	kernelZeroes atomic.Int64 // WRITE_ZEROES and TRIM of the kernel that are with a device
+
 	spare atomic.Int64 // workers that clients may have at work besides one each
 
 	mu       sync.Mutex     // guards what follows
@@ -683,6 +685,10 @@ func (n *Counts) merge(m *Counts) {
 	n.TrimBytes += m.TrimBytes
 	n.Errors += m.Errors
 }
+
+// KernelZeroes tells whether a request of [Server.ServeTransmission] to write zeros, or
+// to trim, is with its device. It takes no lock.
+func (s *Server) KernelZeroes() bool { return s.kernelZeroes.Load() > 0 }
 
 // Stats is a snapshot of a server.
 type Stats struct {

@@ -21,7 +21,7 @@ import (
 // believed about itself. The kernel counts requests that were answered, though, and one
 // of zeros is up to 4 GiB (from Linux 6.12), a minute's work for a disk of 70 MB/s: with
 // several side by side, none is answered for long. Of these the parts count that were
-// written, and a discard is the disk's matter. So is a flush, which a disk that reads may
+// written, as long as the kernel is among those who asked for some, and a discard is the disk's matter. So is a flush, which a disk that reads may
 // try for minutes: a server that is killed meanwhile never learns that it has failed, the
 // next one has to wait for it all the same, and is told by another flush that all is well.
 //
@@ -41,10 +41,13 @@ const hungAfter = time.Minute
 type watchdog struct {
 	progress func() (inFlight int, done uint64, err error) // of the kernel's requests
 	long     func() (parts uint64, waits bool)             // see sector.Volume.Long
+	zeroing  func() bool                                   // zeros or a discard of the kernel are under way
 	excused  func() bool                                   // requests wait because they are meant to
 	disk     func() error
 
 	done  uint64
+	parts uint64     // of long, when it was last looked at
+	other uint64     // of these, that were not for the kernel
 	moved time.Time  // when done last changed, or nothing was to be done
 	probe chan error // a read of the disk is under way; nil if none is
 	alive bool       // the disk has answered since moved
@@ -54,7 +57,11 @@ type watchdog struct {
 func (w *watchdog) works(now time.Time) bool {
 	inFlight, done, err := w.progress()
 	parts, waits := w.long()
-	done += parts
+	if !w.zeroing() {
+		w.other += parts - w.parts
+	}
+	w.parts = parts
+	done += parts - w.other
 	if err != nil || inFlight == 0 || done != w.done || waits || w.excused() {
 		w.done, w.moved, w.alive = done, now, false
 		select {
@@ -86,7 +93,7 @@ func (d *daemon) watch(ctx context.Context) {
 	if usec > 0 {
 		every = min(every, time.Duration(usec)*time.Microsecond/4)
 	}
-	w := &watchdog{progress: d.progress, long: d.long, excused: d.excused, disk: d.readDisk, moved: time.Now()}
+	w := &watchdog{progress: d.progress, long: d.long, zeroing: d.zeroing, excused: d.excused, disk: d.readDisk, moved: time.Now()}
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
@@ -129,6 +136,13 @@ func (d *daemon) long() (parts uint64, waits bool) {
 		return 0, false
 	}
 	return v.Long()
+}
+
+func (d *daemon) zeroing() bool {
+	d.mu.Lock()
+	s := d.server
+	d.mu.Unlock()
+	return s != nil && s.KernelZeroes()
 }
 
 // excused tells whether requests may wait for long: until the volume's key is

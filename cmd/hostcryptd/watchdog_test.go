@@ -68,6 +68,7 @@ func TestWatchdog(t *testing.T) {
 						return l.inFlight, l.done, l.err
 					},
 					long:    func() (uint64, bool) { return 0, false },
+					zeroing: func() bool { return false },
 					excused: func() bool { return tt.excused }, disk: tt.disk, moved: begun,
 				}
 				var hung time.Duration
@@ -121,7 +122,9 @@ func TestWatchdogLongRequest(t *testing.T) {
 		each    time.Duration
 		request func(v *sector.Volume, size int64) error
 		hung    bool
+		client  bool // has asked for it, while the kernel waits for something else
 	}{
+		{name: "zeros of a client", each: 10 * time.Second, request: func(v *sector.Volume, size int64) error { return v.WriteZeroes(0, size, false) }, client: true, hung: true},
 		{name: "zeros", each: 10 * time.Second, request: func(v *sector.Volume, size int64) error { return v.WriteZeroes(0, size, false) }},
 		{name: "zeros that get on no more", each: 10 * hungAfter, request: func(v *sector.Volume, size int64) error { return v.WriteZeroes(0, size, false) }, hung: true},
 		{name: "discard", each: 10 * hungAfter, request: func(v *sector.Volume, size int64) error { return v.Trim(0, size, false) }},
@@ -149,6 +152,7 @@ func TestWatchdogLongRequest(t *testing.T) {
 				w := &watchdog{
 					progress: func() (int, uint64, error) { return 1, 7, nil },
 					long:     (&daemon{volume: v}).long,
+					zeroing:  func() bool { return !tt.client },
 					excused:  func() bool { return false }, disk: func() error { return nil }, moved: begun,
 				}
 				hung := false
@@ -220,7 +224,7 @@ func TestWatchdogFUA(t *testing.T) {
 				begun := time.Now()
 				w := &watchdog{
 					progress: func() (int, uint64, error) { return 1, 7, nil },
-					long:     d.long, excused: func() bool { return false }, disk: d.readDisk, moved: begun,
+					long:     d.long, zeroing: d.zeroing, excused: func() bool { return false }, disk: d.readDisk, moved: begun,
 				}
 				hung := false
 				for !hung && time.Since(begun) < 10*hungAfter {
