@@ -237,7 +237,7 @@ func (v *Volume) TakeKept(f *os.File) error {
 func (v *Volume) StopRepairs() {
 	v.endOnce.Do(func() { close(v.ended) })
 	v.repairing.Lock()
-	v.repairing.Unlock() //nolint:staticcheck // only to have waited
+	defer v.repairing.Unlock() // it's held by who is under way
 }
 
 // ForgetHeader drops what is kept of the header, for whoever has its descriptor, and

@@ -570,6 +570,17 @@ func TestRepairDisk(t *testing.T) {
 			t.Error("nothing was written, and it says that all is well")
 		}
 	})
+	t.Run("writes to a keyslot that are lost", func(t *testing.T) {
+		s := serve(t, a)
+		poke(t, s.d, 0, make([]byte, 1<<20))
+		s.v.b = deafAt{s.d, 2 * copySize}
+		if _, err := s.repair(t, false); !errors.Is(err, ErrDamaged) {
+			t.Errorf("RepairHeader() = %v", err)
+		}
+		if _, _, err := luks2.Read(s.d); err == nil {
+			t.Error("there is a header, and not its keyslot")
+		}
+	})
 	t.Run("a keyslot that could not be read", func(t *testing.T) {
 		s := serve(t, a)
 		s.d.Fail(func(op sectortest.Op, _ int, off int64, _ int) error {
@@ -591,6 +602,19 @@ func TestRepairDisk(t *testing.T) {
 		}
 		s.whole(t, s.d) // nobody has touched the area
 	})
+}
+
+// deafAt loses what is written at an offset.
+type deafAt struct {
+	*sectortest.Disk
+	off int64
+}
+
+func (d deafAt) WriteAt(p []byte, off int64) (int, error) {
+	if off == d.off {
+		return len(p), nil
+	}
+	return d.Disk.WriteAt(p, off)
 }
 
 // TestRepairCut cuts the power, or kills the server, everywhere in a repair. A header
