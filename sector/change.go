@@ -90,7 +90,7 @@ func (u *unlocked) update(ctx context.Context, edit func(h *luks2.Header, v *vol
 	if err := edit(h, v); err != nil {
 		return false, err
 	}
-	v.noteOldAreas(u.b, u.keys.volumeKey, h, time.Now())
+	v.noteOldKeyslots(u.b, u.keys.volumeKey, h, time.Now())
 	v.setGeneration(u.generation + 1)
 	if err := setVolumeToken(h, u.keys.volumeKey, v); err != nil {
 		return false, err

@@ -77,7 +77,7 @@ func Format(ctx context.Context, b Backing, o FormatOptions) (*luks2.Header, err
 	v.setGeneration(1)
 	if o.RecoveryKey != nil {
 		v.wrapVolumeKey(k, o.RecoveryKey, h.UUID, 0, newNonce())
-		v.noteArea(k.volumeKey, h, 0, area)
+		v.noteKeyslot(k.volumeKey, h, 0, area)
 	}
 	fp := fingerprint(k.volumeKey, h.UUID)
 	if o.Sign != nil {

@@ -191,16 +191,20 @@ func exampleValues(t *testing.T, h *luks2.Header, volumeKey *[32]byte, dek *[64]
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\ntoken 0: %s\nMAC: %x\ndigest: %x\nfingerprint: %s\nrecovery wrapping key: %x\nrecovery additional data: %x\nwrapped volume key: %x\narea key: %x\narea MAC: %x\n",
+	return fmt.Sprintf("wrapping key: %x\nadditional data: %x\nwrapped DEK: %x\nMAC key: %x\ntoken 0: %s\nMAC: %x\ndigest: %x\nfingerprint: %s\nrecovery wrapping key: %x\nrecovery additional data: %x\nwrapped volume key: %x\nkeyslot MAC key: %x\nkeyslot MAC: %x\n",
 		deriveKey(volumeKey[:], h.UUID, purposeWrap), dekData(h.UUID, "0", 4096), wrapped,
 		deriveKey(volumeKey[:], h.UUID, purposeMAC), token, mac, h.Digests[0].Digest, fingerprint(volumeKey, h.UUID),
 		deriveKey(forRecovery, h.UUID, purposeRecovery), recoveryData(h.UUID, 0), wrappedKey,
-		deriveKey(volumeKey[:], h.UUID, purposeArea), areaMAC(volumeKey, h.UUID, 0, exampleSalt(), exampleArea()))
+		deriveKey(volumeKey[:], h.UUID, purposeKeyslot), keyslotMAC(volumeKey, h.UUID, 0, exampleKeyslot(), exampleArea()))
 }
 
-// exampleSalt and exampleArea are those of a keyslot: 32 bytes of 5a, and as many bytes as
-// an area has, of which the one at i is i modulo 251.
-func exampleSalt() []byte { return bytes.Repeat([]byte{0x5a}, 32) }
+// exampleKeyslot is the first keyslot, with 32 bytes of 5a for salt; exampleArea is as many
+// bytes as an area has, of which the one at i is i modulo 251.
+func exampleKeyslot() *luks2.Keyslot {
+	k := newKeyslot(2 * copySize)
+	k.KDF.Salt = bytes.Repeat([]byte{0x5a}, 32)
+	return k
+}
 
 func exampleArea() []byte {
 	b := make([]byte, keyslotAreaSize)

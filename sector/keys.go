@@ -63,9 +63,9 @@ type wrappedKey struct {
 type forRecovery struct {
 	wrappedKey
 	Salt string `json:"salt,omitempty"` // of the keyslot's KDF: another one is another keyslot
-	Area string `json:"area,omitempty"` // see areaMAC
+	MAC  string `json:"mac,omitempty"`  // see keyslotMAC
 
-	// Noted is when Area was made of what was there then, see noteOldAreas; zero if it was
+	// Noted is when MAC was made of what was there then, see noteOldKeyslots; zero if it was
 	// made when the keyslot was.
 	Noted time.Time `json:"noted,omitzero"`
 }
@@ -77,7 +77,7 @@ const (
 	purposeWrap     = "hostcryptd v1 DEK wrapping"
 	purposeMAC      = "hostcryptd v1 header MAC"
 	purposePin      = "hostcryptd v1 pin"
-	purposeArea     = "hostcryptd v1 keyslot area"
+	purposeKeyslot  = "hostcryptd v1 keyslot"
 	purposeRecovery = "hostcryptd v1 volume key wrapping"
 )
 
@@ -194,64 +194,78 @@ func (v *volumeToken) wrapVolumeKey(k *keys, recoveryKey []byte, uuid string, ke
 	v.Recovery[strconv.Itoa(keyslot)] = forRecovery{wrappedKey: wrap(recoveryAEAD(k.dek, recoveryKey, uuid), k.volumeKey[:], recoveryData(uuid, keyslot), nonce)}
 }
 
-// areaMAC tells the area of a keyslot from any other content. It needs no MAC around
-// it, and no older program minds it.
-func areaMAC(volumeKey *[VolumeKeySize]byte, uuid string, keyslot int, salt, area []byte) []byte {
-	key := deriveKey(volumeKey[:], uuid, purposeArea)
+// keyslotMAC tells a keyslot from any other: all of its members that decide how it is
+// opened, and what is in its area. Its priority is left out, which cryptsetup may change.
+// It needs no MAC around it, and no older program minds it.
+func keyslotMAC(volumeKey *[VolumeKeySize]byte, uuid string, keyslot int, k *luks2.Keyslot, area []byte) []byte {
+	var list []string
+	add := func(members ...any) {
+		for _, m := range members {
+			list = append(list, fmt.Sprint(m))
+		}
+	}
+	add(uuid, keyslot, k.Type, k.KeySize, k.AF.Type, k.AF.Stripes, k.AF.Hash)
+	add(k.Area.Type, k.Area.Offset, k.Area.Size, k.Area.Encryption, k.Area.KeySize, k.KDF.Type, string(k.KDF.Salt))
+	if k.KDF.Type == "pbkdf2" {
+		add(k.KDF.Hash, k.KDF.Iterations)
+	} else {
+		add(k.KDF.Time, k.KDF.Memory, k.KDF.CPUs)
+	}
+	key := deriveKey(volumeKey[:], uuid, purposeKeyslot)
 	defer clear(key)
 	mac := hmac.New(sha256.New, key)
-	mac.Write(fields(uuid, strconv.Itoa(keyslot), string(salt), string(area)))
+	mac.Write(fields(append(list, string(area))...))
 	return mac.Sum(nil)
 }
 
-// noteArea lets areaIntact know a keyslot of h, whose volume key is wrapped, by what
-// is in its area.
-func (v *volumeToken) noteArea(volumeKey *[VolumeKeySize]byte, h *luks2.Header, keyslot int, area []byte) {
-	name, salt := strconv.Itoa(keyslot), h.Keyslots[keyslot].KDF.Salt
+// noteKeyslot lets keyslotIntact know a keyslot of h, whose volume key is wrapped, and
+// what is in its area.
+func (v *volumeToken) noteKeyslot(volumeKey *[VolumeKeySize]byte, h *luks2.Header, keyslot int, area []byte) {
+	name, k := strconv.Itoa(keyslot), h.Keyslots[keyslot]
 	e := v.Recovery[name]
 	e.Noted = time.Time{}
-	e.Salt = base64.StdEncoding.EncodeToString(salt)
-	e.Area = base64.StdEncoding.EncodeToString(areaMAC(volumeKey, h.UUID, keyslot, salt, area))
+	e.Salt = base64.StdEncoding.EncodeToString(k.KDF.Salt)
+	e.MAC = base64.StdEncoding.EncodeToString(keyslotMAC(volumeKey, h.UUID, keyslot, k, area))
 	v.Recovery[name] = e
 }
 
-// noteOldAreas lets areaIntact know the keyslots that have no area MAC, since an earlier
+// noteOldKeyslots lets keyslotIntact know the keyslots that have no MAC, since an earlier
 // version has made them: from now on. Nobody can tell without its recovery key whether
 // one is damaged already, so when it was noted stands beside it. What can't be read is
 // left as it is, and so are keyslots of other programs, for which no volume key is
 // wrapped.
-func (v *volumeToken) noteOldAreas(b Backing, volumeKey *[VolumeKeySize]byte, h *luks2.Header, now time.Time) {
+func (v *volumeToken) noteOldKeyslots(b Backing, volumeKey *[VolumeKeySize]byte, h *luks2.Header, now time.Time) {
 	for _, id := range recoverySlots(h) {
 		e, ours := v.Recovery[strconv.Itoa(id)]
 		k := h.Keyslots[id]
-		if !ours || e.Area != "" || k.Area.Size > 1<<20 {
+		if !ours || e.MAC != "" || k.Area.Size > 1<<20 {
 			continue
 		}
 		area := alignedBytes(int(k.Area.Size))
 		if readFull(b, area, int64(k.Area.Offset)) != nil {
 			continue
 		}
-		v.noteArea(volumeKey, h, id, area)
+		v.noteKeyslot(volumeKey, h, id, area)
 		e = v.Recovery[strconv.Itoa(id)]
 		e.Noted = now.UTC().Truncate(time.Second)
 		v.Recovery[strconv.Itoa(id)] = e
 	}
 }
 
-// areaNoted is when a keyslot was noted by noteOldAreas, or zero.
-func (v *volumeToken) areaNoted(keyslot int) time.Time {
+// keyslotNoted is when a keyslot was noted by noteOldKeyslots, or zero.
+func (v *volumeToken) keyslotNoted(keyslot int) time.Time {
 	return v.Recovery[strconv.Itoa(keyslot)].Noted
 }
 
-// areaIntact tells whether the area of a keyslot holds what was written, or that
+// keyslotIntact tells whether a keyslot and its area are as they were written, or that
 // this isn't known: of a keyslot that cryptsetup or an earlier version has made.
-func (v *volumeToken) areaIntact(volumeKey *[VolumeKeySize]byte, h *luks2.Header, keyslot int, area []byte) (intact, known bool) {
-	e, salt := v.Recovery[strconv.Itoa(keyslot)], h.Keyslots[keyslot].KDF.Salt
-	if e.Area == "" || e.Salt != base64.StdEncoding.EncodeToString(salt) {
+func (v *volumeToken) keyslotIntact(volumeKey *[VolumeKeySize]byte, h *luks2.Header, keyslot int, area []byte) (intact, known bool) {
+	e, k := v.Recovery[strconv.Itoa(keyslot)], h.Keyslots[keyslot]
+	if e.MAC == "" || e.Salt != base64.StdEncoding.EncodeToString(k.KDF.Salt) {
 		return false, false
 	}
-	want, err := base64.StdEncoding.DecodeString(e.Area)
-	return err == nil && hmac.Equal(want, areaMAC(volumeKey, h.UUID, keyslot, salt, area)), true
+	want, err := base64.StdEncoding.DecodeString(e.MAC)
+	return err == nil && hmac.Equal(want, keyslotMAC(volumeKey, h.UUID, keyslot, k, area)), true
 }
 
 // unwrapVolumeKey is the reverse: with the DEK in k it fills in the volume key.

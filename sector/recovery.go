@@ -266,7 +266,7 @@ func changeRecovery(ctx context.Context, b Backing, unseal Unsealer, add []byte,
 				return fmt.Errorf("sector: reading back keyslot %d: %w", id, err)
 			}
 			v.wrapVolumeKey(u.keys, add, h.UUID, id, newNonce())
-			v.noteArea(u.keys.volumeKey, h, id, area)
+			v.noteKeyslot(u.keys.volumeKey, h, id, area)
 		}
 		if show {
 			if err := sameToken(h, u.token, was.Tokens[u.token]); err != nil {

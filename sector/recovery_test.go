@@ -293,9 +293,52 @@ func residentPeak(t *testing.T) (kib int) {
 	return kib
 }
 
-// TestOldAreas: a keyslot of a version that wrote no area MAC gets one with the next change
+// TestTamperedKeyslot: each member of a keyslot that keeps its recovery key from opening it
+// and that a header may have is seen when it has changed; what cryptsetup may change isn't one.
+func TestTamperedKeyslot(t *testing.T) {
+	a := &kek{name: "a"}
+	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, RecoveryKey: NewRecoveryKey()})
+	was := d.Bytes()
+	for name, tamper := range map[string]func(k *luks2.Keyslot){
+		"key_size":        func(k *luks2.Keyslot) { k.KeySize = 32 },
+		"af.stripes":      func(k *luks2.Keyslot) { k.AF.Stripes = 3999 },
+		"af.hash":         func(k *luks2.Keyslot) { k.AF.Hash = "sha512" },
+		"area.offset":     func(k *luks2.Keyslot) { k.Area.Offset += 4096 },
+		"area.size":       func(k *luks2.Keyslot) { k.Area.Size += 4096 },
+		"area.encryption": func(k *luks2.Keyslot) { k.Area.Encryption = "aes-cbc-plain64" },
+		"area.key_size":   func(k *luks2.Keyslot) { k.Area.KeySize = 32 },
+		"kdf.type":        func(k *luks2.Keyslot) { k.KDF.Type = "argon2i" },
+		"kdf.time":        func(k *luks2.Keyslot) { k.KDF.Time++ },
+		"kdf.memory":      func(k *luks2.Keyslot) { k.KDF.Memory *= 2 },
+		"kdf.cpus":        func(k *luks2.Keyslot) { k.KDF.CPUs++ },
+		"pbkdf2": func(k *luks2.Keyslot) {
+			k.KDF = luks2.KDF{Type: "pbkdf2", Salt: k.KDF.Salt, Hash: "sha256", Iterations: 1000}
+		},
+		"priority": func(k *luks2.Keyslot) { k.Priority = new(int) },
+	} {
+		d.WriteAt(was[:2*copySize], 0)
+		h := headerOf(t, d)
+		tamper(h.Keyslots[0])
+		if err := luks2.Write(d, h); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		r, err := Verify(t.Context(), d, ring(a).unseal, OpenOptions{})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		intact := slices.Equal(r.Intact, []int{0}) && len(r.Findings) == 0
+		seen := r.Intact == nil && len(r.Findings) == 1 && strings.Contains(r.Findings[0], "keyslot 0 is damaged")
+		if name == "priority" && !intact || name != "priority" && !seen {
+			t.Errorf("%s: intact %v, unknown %v, findings %q", name, r.Intact, r.Unknown, r.Findings)
+		}
+	}
+}
+
+// TestOldKeyslots: a keyslot of a version that wrote no MAC gets one with the next change
 // of the header, and from then on damage to it is seen; that it was good before isn't said.
-func TestOldAreas(t *testing.T) {
+func TestOldKeyslots(t *testing.T) {
 	a, b := &kek{name: "a"}, &kek{name: "b"}
 	key := NewRecoveryKey()
 	d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, RecoveryKey: key})
@@ -305,7 +348,7 @@ func TestOldAreas(t *testing.T) {
 		t.Fatal(err)
 	}
 	e := v.Recovery["0"]
-	e.Salt, e.Area = "", ""
+	e.Salt, e.MAC = "", ""
 	v.Recovery["0"] = e
 	text, err := json.Marshal(v)
 	if err != nil {
@@ -346,7 +389,7 @@ func TestOldAreas(t *testing.T) {
 	}
 	verify(nil, []int{0}, nil, 0)
 	_, v, _ = findVolumeToken(headerOf(t, d))
-	noted := v.areaNoted(0)
+	noted := v.keyslotNoted(0)
 	if time.Since(noted) > time.Hour {
 		t.Errorf("noted %v", noted)
 	}

@@ -21,8 +21,8 @@ type Report struct {
 	Copies   luks2.Copies
 	Tokens   []TokenReport // in the order in which Open tries them
 	Keyslots []int         // that a recovery key may open
-	Intact   []int         // those of Keyslots whose areas are as they were written
-	Noted    []int         // those whose areas are as they were when they were noted, long after
+	Intact   []int         // those of Keyslots that are as they were written
+	Noted    []int         // those that are as they were when they were noted, long after
 	Unknown  []int         // those of which that can't be told
 	Pin      *Pin          // nil if this host has none
 	PinError error         // why the header isn't the one that is pinned
@@ -122,7 +122,7 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 			if a.err == nil {
 				judged[i] = map[int]bool{}
 				for id, area := range areas {
-					if intact, known := v.areaIntact(a.keys.volumeKey, h, id, area); known {
+					if intact, known := v.keyslotIntact(a.keys.volumeKey, h, id, area); known {
 						judged[i][id] = intact
 					}
 				}
@@ -138,12 +138,12 @@ func verify(ctx context.Context, b Backing, h *luks2.Header, copies luks2.Copies
 	for _, id := range r.Keyslots {
 		intact, ok := known[id]
 		switch {
-		case intact && !v.areaNoted(id).IsZero():
+		case intact && !v.keyslotNoted(id).IsZero():
 			r.Noted = append(r.Noted, id)
 		case intact:
 			r.Intact = append(r.Intact, id)
 		case ok:
-			find("keyslot %d is damaged: its area isn't as it was written, so no recovery key opens it; 'hostcryptd recovery rotate --keyslot %d' replaces it", id, id)
+			find("keyslot %d is damaged: it isn't as it was written, so no recovery key opens it; 'hostcryptd recovery rotate --keyslot %d' replaces it", id, id)
 		case areas[id] != nil:
 			r.Unknown = append(r.Unknown, id)
 		}
