@@ -64,11 +64,12 @@ would mean. It also looks at the copies of the header, at what this host remembe
 of it, at the recovery keyslots, at when the keys expire, and where the host key
 file is. Of a NAME in ` + tabFile + ` it takes the options that say what may
 open the volume, and asks its vault in the way of its service, by hostcryptd-dial, so this
-is the way to ask about a volume of a boot. It changes nothing, and ends with 19 if
+is the way to ask about a volume of a boot. For one that the initramfs attaches it judges
+by the files of the host, and says if those are newer. It changes nothing, and ends with 19 if
 something is wrong, even if the volume would open by another key.`,
 		Args: oneArg("DEVICE or NAME"),
 		RunE: func(c *cobra.Command, args []string) error {
-			itself := true
+			itself, initramfs := true, false
 			boot.device = args[0]
 			if e, err := named(boot.device); err != nil {
 				return err
@@ -82,8 +83,8 @@ something is wrong, even if the volume would open by another key.`,
 					return err
 				}
 				boot.device = e.unit.Device
-				// The initramfs has no dialer.
-				if e.unit.Vault && !slices.Contains(e.words, "x-initrd.attach") {
+				initramfs = slices.Contains(e.words, "x-initrd.attach")
+				if e.unit.Vault && !initramfs { // which has no dialer
 					if itself, err = dialAsService(c.Context()); err != nil {
 						return err
 					}
@@ -102,6 +103,9 @@ something is wrong, even if the volume would open by another key.`,
 				}
 				if !itself && slices.ContainsFunc(report.Tokens, func(t checkToken) bool { return t.Type == keyunseal.TypeKeyVault }) {
 					report.Notices = append(report.Notices, "hostcryptd-dial.service doesn't run here now; this was asked by its rules, not through it")
+				}
+				if initramfs {
+					report.Notices = append(report.Notices, initramfsAge("/boot", kernelRelease(), tabFile, keys.pinDir().Path(report.UUID), keys.hostKey, keys.signer))
 				}
 				if a.json {
 					err = a.printJSON(report)
@@ -202,6 +206,36 @@ func pinText(r *sector.Report, chip bool) string {
 		text += ", and the TPM remembers it"
 	}
 	return text
+}
+
+// initramfsAge says which of the files that an initramfs has a copy of are newer than it,
+// which is what counts at the next boot.
+func initramfsAge(boot, release string, files ...string) string {
+	const asks = "the initramfs attaches this volume, by the table, the keys and the pin that it has had since it was made, and not by this host's files, which are asked here"
+	for _, name := range []string{"initrd.img-" + release, "initramfs-" + release + ".img", "initrd-" + release} {
+		image, err := os.Stat(filepath.Join(boot, name))
+		if err != nil {
+			continue
+		}
+		newer := slices.DeleteFunc(files, func(file string) bool {
+			fi, err := os.Stat(file)
+			return err != nil || !fi.ModTime().After(image.ModTime())
+		})
+		if len(newer) == 0 {
+			return asks + "; none of them is newer than " + filepath.Join(boot, name)
+		}
+		return asks + "; " + strings.Join(newer, ", ") + " is newer than " + filepath.Join(boot, name) + ", which 'update-initramfs -u' or 'dracut -f' makes anew"
+	}
+	return asks
+}
+
+// kernelRelease is that of the running kernel, as the names of its files have it.
+func kernelRelease() string {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(u.Release[:])
 }
 
 // meaning says what the failure of a token would mean at boot.

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"hostcryptd/keyunseal"
 	"hostcryptd/sector"
@@ -38,6 +39,36 @@ func initramfsTable(t *testing.T, text string) (ask func(what, option string) (o
 			said.WriteString(err.Error())
 		}
 		return out.String(), said.String(), exitCode(err)
+	}
+}
+
+// TestInitramfsAge: who asks about a volume that the initramfs attaches learns that it is
+// asked by newer files than the boot will be.
+func TestInitramfsAge(t *testing.T) {
+	boot := t.TempDir()
+	pin, tab := filepath.Join(boot, "pin"), filepath.Join(boot, "tab")
+	made := time.Now().Add(-time.Hour)
+	age := func(name string, after time.Duration) {
+		t.Helper()
+		path := filepath.Join(boot, name)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, time.Time{}, made.Add(after))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask := func() string { return initramfsAge(boot, "6.1", tab, pin, "", filepath.Join(boot, "gone")) }
+	if said := ask(); !strings.HasSuffix(said, "which are asked here") {
+		t.Errorf("without an initramfs: %q", said)
+	}
+	age("initrd.img-5.0", 0)
+	age("initramfs-6.1.img", 0)
+	age("pin", -time.Second)
+	age("tab", 0)
+	if said := ask(); !strings.HasSuffix(said, "none of them is newer than "+boot+"/initramfs-6.1.img") {
+		t.Errorf("older files: %q", said)
+	}
+	age("pin", time.Second)
+	if said := ask(); !strings.Contains(said, "; "+pin+" is newer than ") {
+		t.Errorf("a newer pin: %q", said)
 	}
 }
 
