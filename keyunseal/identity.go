@@ -370,9 +370,10 @@ func (e *identityEndpoint) refuses(i identity) bool {
 		// token that is, or whose key is new.
 		return e.said == invalidClient && !e.public && i.kind == identityCertificate && e.skew < maxSkew
 	case identityArc:
-		if e.status == http.StatusUnauthorized {
-			return false // it asks for a proof, or the proof is out of date
-		}
+		// Any user of the host may have the agent's port, when it starts anew, and that's
+		// plain HTTP: nobody's no may stop a volume. The vault says itself that a role was
+		// taken away.
+		return false
 	}
 	if e.said == "invalid_request" && e.status == http.StatusBadRequest {
 		// Where the identity isn't named, it's said too when another one was assigned to

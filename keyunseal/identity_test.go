@@ -811,9 +811,23 @@ func TestArc(t *testing.T) {
 		}
 	}
 
+	// Who answers at the agent's port may be anybody. The vault is asked by TLS.
+	for _, body := range []string{`{"error":"invalid_request","error_description":"Identity not found"}`, `{"error":"unauthorized_client"}`, `{"error":"access_denied"}`} {
+		for _, status := range []int{400, 403, 404} {
+			s.Inject(vaulttest.Fault{Route: "arc", Times: -1, Do: vaulttest.Answer(status, nil, body)})
+			e := wantClass(t, onArc.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassIdentity)
+			s.ClearFaults()
+			if e.Denied() || !e.Transient() {
+				t.Errorf("%d %s: %v", status, body, e)
+			}
+		}
+	}
+	s.Permit(s.System(), "get")
+	if e := wantClass(t, onArc.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassDenied); !e.Denied() {
+		t.Errorf("without the role: %v", e)
+	}
 	s.Unassign(s.System())
-	e := wantClass(t, onArc.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassIdentity)
-	if !e.Denied() {
+	if e := wantClass(t, onArc.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassIdentity); e.Denied() {
 		t.Errorf("without an identity: %v", e)
 	}
 }
