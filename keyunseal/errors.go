@@ -224,7 +224,7 @@ func (e *Error) hint() string {
 			return "https://login.microsoftonline.com/error?code=" + strings.TrimPrefix(e.Code, "AADSTS") + " says what that means; nothing says that it takes the identity away, so it's tried again"
 		case e.Local && (errors.Is(e.Err, fs.ErrNotExist) || errors.Is(e.Err, fs.ErrPermission)):
 			return "the file has to be readable, and on no volume that it helps to open"
-		case e.Local:
+		case e.Local && e.Op != opArc:
 			return ""
 		case e.Op == opEntra:
 			return "do DNS and the route to the login host work from this host?"

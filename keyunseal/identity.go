@@ -168,7 +168,9 @@ func newCredential(client *http.Client, i identity, where *site, log *zap.Logger
 			ClientOptions: options, DisableInstanceDiscovery: where.noDiscovery,
 		})
 	default:
-		if c.op, err = managedSource(i.kind); err != nil {
+		if c.op, err = managedSource(i.kind); errors.Is(err, errNoAgent) {
+			return nil, &Error{Op: opArc, Class: ClassIdentity, Local: true, Err: err}
+		} else if err != nil {
 			return nil, &Error{Class: ClassConfig, Err: err}
 		}
 		o := &azidentity.ManagedIdentityCredentialOptions{ClientOptions: options}
@@ -188,6 +190,9 @@ func newCredential(client *http.Client, i identity, where *site, log *zap.Logger
 	return c, nil
 }
 
+// errNoAgent may pass: at boot /opt may be a file system that isn't mounted yet.
+var errNoAgent = errors.New("the Azure Arc agent isn't installed here, or not mounted yet (no /opt/azcmagent/bin/himds)")
+
 // managedSource checks that the SDK will ask the endpoint that the identity
 // means: it goes by environment variables, and by whether the Arc agent is
 // installed.
@@ -198,7 +203,7 @@ func managedSource(kind string) (op string, err error) {
 	}
 	switch {
 	case kind == identityArc && source != managedidentity.AzureArc:
-		return "", errors.New("the identity is that of the Azure Arc agent, which isn't installed here (no /opt/azcmagent/bin/himds)")
+		return "", errNoAgent
 	case kind == identityArc:
 		return opArc, nil
 	case source == managedidentity.AzureArc:

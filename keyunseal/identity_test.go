@@ -696,8 +696,8 @@ func TestManagedSource(t *testing.T) {
 	s, url := newDouble(t, vaulttest.Options{})
 	opts, _ := withIdentity(t, s, allPermissions...)
 	_, err := Seal(t.Context(), Options{Transport: opts.Transport, Identity: "arc"}, url, testVolume, randomKey(t))
-	if e := wantClass(t, err, ClassConfig); !strings.Contains(e.Error(), "Azure Arc agent") {
-		t.Error(e)
+	if e := wantClass(t, err, ClassIdentity); !e.Transient() || !e.Local || !strings.Contains(e.Error(), "not mounted yet") || !strings.Contains(e.Error(), "azcmagent show") {
+		t.Errorf("no agent yet: %v", e)
 	}
 	t.Setenv("MSI_ENDPOINT", "http://127.0.0.1:1/")
 	_, err = Seal(t.Context(), opts, url, testVolume, randomKey(t))
@@ -766,7 +766,9 @@ func TestArc(t *testing.T) {
 	if e := wantClass(t, err, ClassConfig); !strings.Contains(e.Error(), "is named arc") {
 		t.Error(e)
 	}
-	wantClass(t, plain.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassConfig)
+	if e := wantClass(t, plain.Unseal(t.Context(), Options{}, token, testVolume, &got), ClassIdentity); !e.Transient() || !e.Local {
+		t.Errorf("without the agent: %v", e)
+	}
 
 	for name, do := range map[string]vaulttest.FaultFunc{
 		"reset":            vaulttest.Reset,
