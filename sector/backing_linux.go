@@ -366,12 +366,20 @@ func (d *Device) syncBefore() error {
 	return err
 }
 
+// FlushFailed tells whether err is, or wraps, that of [Device.Sync].
+func FlushFailed(err error) bool {
+	p, ok := errors.AsType[*os.PathError](err)
+	return ok && p.Op == opFlush
+}
+
+const opFlush = "fdatasync"
+
 func fdatasync(f *os.File) error {
 	for {
 		err := unix.Fdatasync(int(f.Fd()))
 		if !errors.Is(err, unix.EINTR) {
 			if err != nil {
-				err = &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
+				err = &os.PathError{Op: opFlush, Path: f.Name(), Err: err}
 			}
 			return err
 		}

@@ -137,6 +137,11 @@ func (v *Volume) ReadOnly() bool { return v.readOnly }
 // Discards tells whether Trim reaches the backing device.
 func (v *Volume) Discards() bool { return v.discard && !v.readOnly }
 
+// Fail has the volume fail as after a flush that failed, see [ErrFailed]: another process
+// was told of such a flush. Of a disk's cache that is lost the disk tells once, and who
+// has not flushed at that time, but wrote before, is not told.
+func (v *Volume) Fail() { v.flush.fail() }
+
 // Failed tells whether a flush has failed, see [ErrFailed].
 func (v *Volume) Failed() bool { return v.flush.hasFailed() }
 

@@ -157,6 +157,15 @@ func (d *daemon) serveControl() (stop func(), err error) {
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+	mux.HandleFunc("POST /v1/flush-failed", func(w http.ResponseWriter, r *http.Request) {
+		d.mu.Lock()
+		v := d.volume
+		d.mu.Unlock()
+		if v != nil && !v.ReadOnly() && !v.Failed() {
+			d.log.Error("the volume has failed: a flush of its disk by a command that changes the header has, and what was written before may be lost")
+			v.Fail()
+		}
+	})
 	mux.HandleFunc("/v1/repair", d.serveRepair)
 	mux.HandleFunc("POST /v1/resize", d.serveResize)
 	for path, command := range map[string]struct {
@@ -537,21 +546,38 @@ const controlEnv = "HOSTCRYPTD_CONTROL"
 // tellServer tells the server of a volume, if there is one, what its header is now.
 // What it isn't told it finds at its next look. accepted is for [sector.Volume.Learn].
 func tellServer(ctx context.Context, volume string, k *sector.Known, accepted bool) error {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
-	defer cancel()
 	body, err := json.Marshal(k)
 	if err != nil {
 		return err
 	}
+	return postServer(ctx, volume, fmt.Sprintf("/v1/header?accepted=%t", accepted), body)
+}
+
+// tellFlushFailed tells the server of the volume on a device, if there is one, that a flush
+// of the device has failed here: a disk tells once that it has lost its cache, and the next
+// flush of the server may succeed.
+func tellFlushFailed(d *sector.Device) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	volume := ""
+	if h, _, err := sector.ReadHeader(ctx, d); err == nil && sector.CheckUUID(h) == nil {
+		volume = h.UUID
+	}
+	return postServer(ctx, volume, "/v1/flush-failed", nil)
+}
+
+// postServer sends what the server of a volume is told, if there is one.
+func postServer(ctx context.Context, volume, what string, body []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
 	path := cmp.Or(os.Getenv(controlEnv), filepath.Join(controlDir(), volume+".sock"))
 	if _, err := os.Stat(path); err != nil {
 		return nil
 	}
-	err = newControlClient(path).send(ctx, "POST", fmt.Sprintf("/v1/header?accepted=%t", accepted), body, nil)
-	if nobodyThere(err) {
-		return nil
+	if err := newControlClient(path).send(ctx, "POST", what, body, nil); !nobodyThere(err) {
+		return err
 	}
-	return err
+	return nil
 }
 
 // running returns the status of every daemon that which may mean: a control

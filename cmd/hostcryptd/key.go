@@ -241,10 +241,17 @@ func withHeader(device string, readOnly bool, f func(d *sector.Device) error) er
 		return err
 	}
 	defer d.Close()
-	if err := f(d); err != nil {
-		return fmt.Errorf("%s: %w", device, err)
+	err = f(d)
+	if err == nil {
+		return nil
 	}
-	return nil
+	err = fmt.Errorf("%s: %w", device, err)
+	if sector.FlushFailed(err) {
+		if terr := tellFlushFailed(d); terr != nil {
+			err = fmt.Errorf("%w; the server of the volume could not be told that the disk may have lost what was written before: %w", err, terr)
+		}
+	}
+	return err
 }
 
 func (a *app) keyCommand() *cobra.Command {

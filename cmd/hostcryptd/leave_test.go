@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -241,6 +243,65 @@ func TestFreezeWhileResizing(t *testing.T) {
 	if !d.volume.Waiting() {
 		t.Error("the volume isn't frozen as long as the kernel hangs")
 	}
+	_ = d.volume.Close()
+}
+
+// TestFlushFailedElsewhere: if a flush fails that a command does which changes the header,
+// the volume has failed. The disk's page cache is written to memory that is sealed, which
+// is an I/O error.
+func TestFlushFailedElsewhere(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test makes a loop device, which takes root")
+	}
+	disk, err := unix.MemfdCreate("disk", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(disk)
+	if err := unix.Ftruncate(disk, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(tool("losetup"), "--show", "-f", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), disk)).CombinedOutput()
+	if err != nil {
+		t.Fatalf("losetup: %v: %s", err, out)
+	}
+	name := strings.TrimSpace(string(out))
+	defer exec.Command(tool("losetup"), "-d", name).Run()
+
+	d, _ := leavingServer(t)
+	stop, err := d.serveControl()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	t.Setenv(controlEnv, d.opts.control)
+	if err := withHeader(name, false, func(*sector.Device) error { return unix.EIO }); !errors.Is(err, unix.EIO) || d.volume.Failed() {
+		t.Errorf("a write failed with %v, and the volume has failed: %v", err, d.volume.Failed())
+	}
+	if err := withHeader(name, false, (*sector.Device).Sync); err != nil || d.volume.Failed() {
+		t.Errorf("a flush ended with %v, and the volume has failed: %v", err, d.volume.Failed())
+	}
+	err = withHeader(name, false, func(dev *sector.Device) error {
+		cached, err := os.OpenFile(name, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cached.Close()
+		if _, err := cached.WriteAt(make([]byte, 4096), 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.FcntlInt(uintptr(disk), unix.F_ADD_SEALS, unix.F_SEAL_WRITE); err != nil {
+			t.Fatal(err)
+		}
+		return dev.Sync()
+	})
+	if !errors.Is(err, unix.EIO) || !d.volume.Failed() {
+		t.Errorf("a flush failed with %v, want %v, and the volume has failed: %v", err, unix.EIO, d.volume.Failed())
+	}
+	if err := d.volume.Sync(); !errors.Is(err, sector.ErrFailed) {
+		t.Errorf("the next flush of the volume: %v, want %v", err, sector.ErrFailed)
+	}
+	d.stopLife()
 	_ = d.volume.Close()
 }
 
