@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -152,6 +153,15 @@ func (t *tpmToken) describe() Description {
 
 func (o Options) tpm() string { return cmp.Or(o.TPM, DefaultTPM) }
 
+// secureBootVar is what UEFI says of Secure Boot: four bytes of attributes, and 0 or 1.
+const secureBootVar = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+
+// secureBootOff tells whether the firmware says so.
+func secureBootOff(name string) bool {
+	b, err := os.ReadFile(name)
+	return err == nil && len(b) == 5 && b[4] == 0
+}
+
 func sealTPM(ctx context.Context, opts Options, pcrs []uint, volume string, key *[KeySize]byte) (token, error) {
 	t, err := trySealTPM(ctx, opts, pcrs, volume, key)
 	if err != nil {
@@ -181,6 +191,9 @@ func trySealTPM(ctx context.Context, opts Options, pcrs []uint, volume string, k
 			opts.log().Warn("this PCR holds zeros: the firmware has measured nothing into it, and sealing to it protects little",
 				zap.Uint("pcr", n), zap.String("tpm", opts.tpm()))
 		}
+	}
+	if slices.Contains(pcrs, 7) && strings.HasPrefix(opts.tpm(), "/dev/") && secureBootOff(secureBootVar) {
+		opts.log().Warn("Secure Boot is off: PCR 7 is the same for whatever is started on this machine, so its TPM protects only a disk that is lost without it", zap.String("tpm", opts.tpm()))
 	}
 	policy, err := pcrPolicy(pcrs, values)
 	if err != nil {

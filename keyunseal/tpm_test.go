@@ -160,6 +160,22 @@ func TestTPM(t *testing.T) {
 	}
 }
 
+// TestSecureBootOff: only what the firmware says counts.
+func TestSecureBootOff(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "SecureBoot")
+	if secureBootOff(file) {
+		t.Error("off without a variable")
+	}
+	for text, want := range map[string]bool{"\x06\x00\x00\x00\x00": true, "\x06\x00\x00\x00\x01": false, "\x06\x00\x00\x00": false, "": false} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := secureBootOff(file); got != want {
+			t.Errorf("%q: off %v", text, got)
+		}
+	}
+}
+
 // TestTPMChoosesPCRs: other PCRs, and that a token asks for all of them.
 func TestTPMChoosesPCRs(t *testing.T) {
 	s := newTPM(t)

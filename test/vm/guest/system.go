@@ -428,6 +428,17 @@ func (m *machine) sandboxed() error {
 			return errors.Join(fmt.Errorf("the service of data writes %s: %d, %s", name, code, out), err)
 		}
 	}
+	// That has not the host key, and is root as this test is.
+	dialer, err := m.unit("hostcryptd-dial.service", "MainPID")
+	if err != nil {
+		return err
+	}
+	for name, may := range map[string]bool{systemHostKey: false, "/etc/hostcrypttab": true} {
+		code, out, err := m.try("nsenter", "--mount", "--target="+dialer["MainPID"], "test", "-s", name)
+		if err != nil || (code == 0) != may {
+			return errors.Join(fmt.Errorf("the dialer sees %s: %d, %s", name, code, out), err)
+		}
+	}
 	if out, err := m.run("hostcryptd", "check", "data"); err != nil || !strings.Contains(out, "opens the volume") || strings.Contains(out, "hostcryptd-dial") {
 		return errors.Join(errors.New("check doesn't ask the vault of data through the dialer"), err)
 	}
