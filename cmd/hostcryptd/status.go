@@ -201,6 +201,9 @@ func (s *status) printKey(p func(name, format string, args ...any)) {
 		text += " by an operator: its key was random and is wiped, so its data is gone"
 	case k.Locked:
 		text += " by an operator; 'hostcryptd unlock' opens it again"
+		if k.Header != "" {
+			text += " if the header on the disk allows it"
+		}
 	case k.State == lifecycle.Erased:
 		text += ": the volume has stopped, and every way into it is destroyed"
 	case k.State == lifecycle.Revoked && k.Wiped:
