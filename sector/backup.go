@@ -324,6 +324,18 @@ var ErrNoHeader = fmt.Errorf("%w: there is no readable header", ErrNotVolume)
 // nothing else stands there is then the caller's to know. Force also erases a LUKS2
 // header with the UUID that has nothing of a volume's: it may have been forged.
 func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, error) {
+	return erase(ctx, b, uuid, force, false)
+}
+
+// EraseServed is Erase with force, for a server that has authenticated the volume and has
+// had the device exclusively since. A header that doesn't say which volume it is, says
+// another, or can't be read doesn't keep it from anything: who can write to the device may
+// have put that before a copy of the true one.
+func EraseServed(ctx context.Context, b Backing, uuid string) (Erased, error) {
+	return erase(ctx, b, uuid, true, true)
+}
+
+func erase(ctx context.Context, b Backing, uuid string, force, served bool) (Erased, error) {
 	release, err := b.LockHeader(ctx, true)
 	if err != nil {
 		return Erased{}, err
@@ -341,10 +353,13 @@ func Erase(ctx context.Context, b Backing, uuid string, force bool) (Erased, err
 		if _, _, err := findVolumeToken(h); err != nil && !force {
 			return done, fmt.Errorf("%w; if it was one of hostcryptd's volumes, which the other copy may still open, --force erases it", err)
 		}
-		if h.UUID != strings.ToLower(uuid) {
+		if h.UUID == strings.ToLower(uuid) {
+			done.UUID = h.UUID
+		} else if !served {
 			return done, fmt.Errorf("%w: the device holds volume %s, not %s", ErrDevice, h.UUID, uuid)
 		}
-		done.UUID, end, copies = h.UUID, max(end, headerArea(h)), max(copies, int64(2*h.Size))
+		end, copies = max(end, headerArea(h)), max(copies, int64(2*h.Size))
+	case served:
 	case !force || !errors.Is(err, ErrNotVolume) && !errors.Is(err, ErrDamaged):
 		if errors.Is(err, ErrDamaged) || errors.Is(err, ErrNotVolume) {
 			err = fmt.Errorf("%w: %w", ErrNoHeader, err)

@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -1409,6 +1410,64 @@ func TestEraseTokenless(t *testing.T) {
 	if _, _, err := luks2.Read(d); !errors.Is(err, luks2.ErrMagic) {
 		t.Errorf("after Erase: %v", err)
 	}
+}
+
+// TestEraseServed: whatever stands before the second copy, the server of the volume
+// destroys that.
+func TestEraseServed(t *testing.T) {
+	for name, forge := range map[string]func(d *sectortest.Disk) Backing{
+		"another UUID": func(d *sectortest.Disk) Backing {
+			h := headerOf(t, d)
+			h.UUID = "00000000-0000-4000-8000-000000000000"
+			enc, err := h.Encode(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.WriteAt(enc, 0)
+			return d
+		},
+		"another's volume": func(d *sectortest.Disk) Backing {
+			other := formatWith(t, FormatOptions{Seal: []Sealer{(&kek{name: "b"}).seal}})
+			d.WriteAt(other.Bytes()[:copySize], 0)
+			return d
+		},
+		"nothing": func(d *sectortest.Disk) Backing {
+			d.WriteAt(make([]byte, copySize), 0)
+			return d
+		},
+		"unreadable": func(d *sectortest.Disk) Backing { return &badUntilWritten{Disk: d} },
+	} {
+		a := &kek{name: "a"}
+		d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}})
+		uuid := headerOf(t, d).UUID
+		second := bytes.Clone(d.Bytes()[copySize : copySize+512])
+		b := forge(d)
+		done, err := EraseServed(t.Context(), b, uuid)
+		if err != nil || done.Bytes != dataOffset {
+			t.Errorf("%s: EraseServed() = %+v, %v", name, done, err)
+		}
+		if bytes.Contains(d.Bytes()[:dataOffset], second) {
+			t.Errorf("%s: the second copy is left", name)
+		}
+	}
+}
+
+// badUntilWritten is a disk with sectors that can't be read before they are written again.
+type badUntilWritten struct {
+	*sectortest.Disk
+	written bool
+}
+
+func (d *badUntilWritten) ReadAt(p []byte, off int64) (int, error) {
+	if !d.written {
+		return 0, syscall.EIO
+	}
+	return d.Disk.ReadAt(p, off)
+}
+
+func (d *badUntilWritten) WriteAt(p []byte, off int64) (int, error) {
+	d.written = true
+	return d.Disk.WriteAt(p, off)
 }
 
 // TestEraseForged: a header that somebody has forged doesn't say what of the true one

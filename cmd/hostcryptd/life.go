@@ -771,11 +771,9 @@ func (d *daemon) erase(ctx context.Context, uuid string) (*eraseAnswer, error) {
 		return nil, err
 	}
 	v.ForgetHeader()
-	// With force: an erase of before may have been interrupted, and nobody else has
-	// had the device since.
 	ctx, cancel := context.WithTimeout(ctx, eraseLock)
 	defer cancel()
-	done, err := sector.Erase(ctx, d.device, d.uuid, true)
+	done, err := sector.EraseServed(ctx, d.device, d.uuid)
 	d.opts.keys.recordChange(audit.Erase, d.uuid, d.opts.device+", in use", err)
 	if err != nil {
 		err = fmt.Errorf("the volume has stopped and its keys are wiped, but %s: %w", d.opts.device, err)
