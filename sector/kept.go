@@ -26,7 +26,7 @@ import (
 //  1. A look at the header ([Volume.Tokens]) judges what is on the disk. What is
 //     authentic there, and newer, is what is kept from then on.
 //  2. Under the lock on the header it is read again. If it's the one that is known, at
-//     most a copy of it is repaired. Another one must be the one that was judged and
+//     most a copy of it, and its keyslots, are repaired. Another one must be the one that was judged and
 //     refused. One that says that it is newer is left alone.
 //  3. What is kept must be what is known, and not older than what this host has seen: a
 //     way in that was removed must not come back.
@@ -44,9 +44,10 @@ type keptHeader struct {
 	// more than maxKeptAreas and two copies.
 	f *os.File
 
-	sum    [sha256.Size]byte // see luks2.Header.Sum
-	digest string            // as in Known
-	seen   time.Time         // when it was on the disk last; guarded by refreshing
+	slots  map[int]*luks2.Keyslot // of the header
+	sum    [sha256.Size]byte      // see luks2.Header.Sum
+	digest string                 // as in Known
+	seen   time.Time              // when it was on the disk last; guarded by refreshing
 }
 
 // maxKeptAreas bounds what is kept of keyslots, in bytes: all that a header can have of
@@ -71,13 +72,15 @@ func keptSlots(h *luks2.Header) []int {
 	})
 }
 
-// newKept copies h, which is on b. The caller has locked the header.
-func newKept(b Backing, h *luks2.Header) (_ *keptHeader, err error) {
+// newKept copies h, which is on b. What old has of its keyslots is taken from there: the
+// disk's may be damaged since, and nobody changes one without a new salt. The caller has
+// locked the header.
+func newKept(b Backing, h *luks2.Header, old *keptHeader) (_ *keptHeader, err error) {
 	fd, err := unix.MemfdCreate("hostcryptd-header", unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("sector: memory for the header: %w", err)
 	}
-	k := &keptHeader{f: os.NewFile(uintptr(fd), "header"), seen: time.Now()}
+	k := &keptHeader{f: os.NewFile(uintptr(fd), "header"), slots: h.Keyslots, seen: time.Now()}
 	defer func() {
 		if err != nil {
 			k.f.Close()
@@ -106,9 +109,12 @@ func newKept(b Backing, h *luks2.Header) (_ *keptHeader, err error) {
 	}
 	for _, id := range keptSlots(h) {
 		a := h.Keyslots[id].Area
-		area := alignedBytes(int(a.Size))
-		if readFull(b, area, int64(a.Offset)) != nil {
-			continue // zeros, which are no keyslot
+		area := old.slot(id, h.Keyslots[id])
+		if area == nil {
+			area = alignedBytes(int(a.Size))
+			if readFull(b, area, int64(a.Offset)) != nil {
+				continue // zeros, which are no keyslot
+			}
 		}
 		if _, err := k.f.WriteAt(area, int64(a.Offset)); err != nil {
 			return nil, err
@@ -131,6 +137,23 @@ func (k *keptHeader) area(a luks2.Area) ([]byte, error) {
 		return nil, nil
 	}
 	return b, nil
+}
+
+// slot returns what is kept of a keyslot of another header, or nil if that has another
+// one of that number, or there is nothing.
+func (k *keptHeader) slot(id int, s *luks2.Keyslot) []byte {
+	if k == nil || k.slots[id] == nil {
+		return nil
+	}
+	is := k.slots[id]
+	if is.Area.Offset != s.Area.Offset || is.Area.Size != s.Area.Size || !bytes.Equal(is.KDF.Salt, s.KDF.Salt) {
+		return nil
+	}
+	area, err := k.area(s.Area)
+	if err != nil {
+		return nil
+	}
+	return area
 }
 
 func isZero(b []byte) bool { return len(bytes.TrimLeft(b, "\x00")) == 0 }
@@ -161,7 +184,7 @@ func (v *Volume) keep(ctx context.Context, h *luks2.Header) {
 	if again, err := h.Sum(); err != nil || again != sum {
 		return // the next look finds it
 	}
-	if k, err := newKept(v.b, h); err == nil {
+	if k, err := newKept(v.b, h, v.kept.Load()); err == nil {
 		v.setKept(k)
 	}
 }
@@ -211,6 +234,7 @@ func (v *Volume) TakeKept(f *os.File) error {
 	}
 	k := &keptHeader{f: f}
 	if err == nil {
+		k.slots = h.Keyslots
 		k.sum, err = h.Sum()
 	}
 	var t *volumeToken
@@ -325,10 +349,10 @@ func (v *Volume) RepairHeader(ctx context.Context, o OpenOptions, r RepairOption
 	}
 	// From here on it is not given up: half a header is none.
 	b := failing{v}
-	if !p.Whole {
+	if err = v.putKeyslots(b, k, p); err == nil && p.Whole {
+		err = luks2.Put(b, p.header)
+	} else if err == nil {
 		err = luks2.Repair(b, p.header, p.copies)
-	} else {
-		err = v.putBack(b, k, p)
 	}
 	if err != nil {
 		return p, fmt.Errorf("sector: repairing the header; repeat it: %w", err)
@@ -342,7 +366,7 @@ func (v *Volume) RepairHeader(ctx context.Context, o OpenOptions, r RepairOption
 	case !v.Knows(h):
 		return p, fmt.Errorf("%w: the header reads back as another one than was written", ErrDamaged)
 	}
-	if k, err := newKept(v.b, h); err == nil { // with its new sequence id
+	if k, err := newKept(v.b, h, v.kept.Load()); err == nil { // with its new sequence id
 		v.setKept(k)
 	}
 	return p, nil
@@ -371,8 +395,12 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 	case err == nil && v.Knows(h):
 		p.header, p.copies, p.Problem, p.Foreign = h, copies, copies.Describe(), copies.Foreign()
 		p.Area, p.Seen = headerArea(h), time.Now()
-		p.Generation, err = Generation(h)
-		return p, nil, err
+		if p.Generation, err = Generation(h); err != nil {
+			return p, nil, err
+		}
+		k = v.kept.Load()
+		v.planKeyslots(&p, k)
+		return p, k, nil
 	case err == nil:
 		// What is refused here may be the newest, made by who has told nobody of it.
 		if sum, err := h.Sum(); err != nil || sum != v.looked.sum || v.looked.err == nil {
@@ -438,6 +466,24 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 	return p, k, nil
 }
 
+// planKeyslots adds the keyslots of a header that is on the disk whose areas are not
+// what is kept of them.
+func (v *Volume) planKeyslots(p *HeaderRepair, k *keptHeader) {
+	for _, id := range keptSlots(p.header) {
+		a := p.header.Keyslots[id].Area
+		area, is := k.slot(id, p.header.Keyslots[id]), alignedBytes(int(a.Size))
+		if area == nil || readFull(v.b, is, int64(a.Offset)) == nil && bytes.Equal(is, area) {
+			continue
+		}
+		p.Keyslots, p.Seen = append(p.Keyslots, id), k.seen
+		p.Foreign = p.Foreign || !v.isOurs(area, int64(a.Offset), false)
+		if p.Problem != "" {
+			p.Problem += "; "
+		}
+		p.Problem += fmt.Sprintf("the area of keyslot %d is not what this server has read of it", id)
+	}
+}
+
 // mayBeNewer tells whether h may have been made of the header of a generation, though a
 // look has refused it: by its signature, maybe, or because no key could be had. Each
 // change with the volume key raises the generation.
@@ -483,8 +529,11 @@ func CopyArea(w io.Writer, b Backing, n int64) error {
 	return nil
 }
 
-// putBack writes what is kept.
-func (v *Volume) putBack(b luks2.File, k *keptHeader, p HeaderRepair) error {
+// putKeyslots writes what is kept of the keyslots, and reads it back.
+func (v *Volume) putKeyslots(b luks2.File, k *keptHeader, p HeaderRepair) error {
+	if len(p.Keyslots) == 0 {
+		return nil
+	}
 	for _, id := range p.Keyslots {
 		a := p.header.Keyslots[id].Area
 		area, err := k.area(a)
@@ -512,5 +561,5 @@ func (v *Volume) putBack(b luks2.File, k *keptHeader, p HeaderRepair) error {
 			return fmt.Errorf("%w: keyslot %d reads back as something else than was written", ErrDamaged, id)
 		}
 	}
-	return luks2.Put(b, p.header)
+	return nil
 }

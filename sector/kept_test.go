@@ -167,6 +167,25 @@ func TestRepairHeader(t *testing.T) {
 			damage: func(t *testing.T, s *served) { poke(t, s.d, 0, make([]byte, 4096)) }},
 		{name: "one copy, by something else", foreign: true, problem: "first header copy is damaged",
 			damage: func(t *testing.T, s *served) { poke(t, s.d, 0, noise) }},
+		{name: "one copy and the keyslot", foreign: true, problem: "first header copy is damaged",
+			damage: func(t *testing.T, s *served) {
+				poke(t, s.d, 0, make([]byte, 4096))
+				poke(t, s.d, 2*copySize, noise)
+			}},
+		{name: "the keyslot", foreign: true, problem: "area of keyslot 0 is not",
+			damage: func(t *testing.T, s *served) { poke(t, s.d, 2*copySize+8192, noise) }},
+		{name: "the keyslot, by zeros", problem: "area of keyslot 0 is not",
+			damage: func(t *testing.T, s *served) { poke(t, s.d, 2*copySize, make([]byte, 8192)) }},
+		{name: "the keyslot, before a change of the header", foreign: true, problem: "area of keyslot 0 is not",
+			damage: func(t *testing.T, s *served) {
+				poke(t, s.d, 2*copySize, noise)
+				if _, err := AddToken(t.Context(), s.d, s.keys.unseal, b.seal, s.options()); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.v.Tokens(t.Context(), s.keys.unseal, s.options()); err != nil {
+					t.Fatal(err)
+				}
+			}},
 		{name: "partitioned", whole: true, foreign: true, problem: "no LUKS header",
 			damage: func(t *testing.T, s *served) {
 				poke(t, s.d, 0, make([]byte, 1<<20))

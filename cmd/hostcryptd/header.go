@@ -233,10 +233,10 @@ over the other one. serve does so by itself; this is for what serve leaves alone
 While the volume is served, its server does it. That needs no key, and also helps where
 no good copy is left, as after a partitioner, dd or mkfs on the wrong device: the server
 has the header that it has authenticated, with its keyslots, in memory, and writes all of
-it back. It brings nothing back that hostcryptd has removed. Of a keyslot that cryptsetup
-has removed it knows from its last look at the header, which it takes as often as
---heartbeat says; repair tells when that was. It's refused for a volume that was erased or
-is served read-only.
+it back; or the keyslots alone, where only these are damaged. It brings nothing back that
+hostcryptd has removed. Of a keyslot that cryptsetup has removed it knows from its last
+look at the header, which it takes as often as --heartbeat says; repair tells when that
+was. It's refused for a volume that was erased or is served read-only.
 
 Where something else stands in the place of the header, --force overwrites that; of a
 volume that is served only with --save FILE, which writes it to a new file first. The
