@@ -556,6 +556,16 @@ func (k *keyFlags) initramfsLacks(e *tabEntry, volume string, before []sector.Ke
 	if repinned && ours {
 		return "will refuse it at the next boot, as it remembers another header"
 	}
+	// Its file has the same name, whichever key is in it.
+	ids := func(n *initramfsNeeds) (ids []string) {
+		for _, t := range n.tokens.of(keyunseal.TypeHostKey) {
+			ids = append(ids, t.KeyID)
+		}
+		return ids
+	}
+	if now := ids(is); len(now) > 0 && slices.Contains(is.files, cmp.Or(e.unit.KeyFile, is.usual)) && len(without(ids(was), now)) > 0 {
+		return "has the host key of before, unless it was made since that was exchanged"
+	}
 	if ours {
 		chip, err := is.keys.pinStore(zap.NewNop()).loadTPM(volume)
 		if err != nil || chip == nil || chip.Fingerprint != now.Fingerprint || chip.Generation < now.Generation {

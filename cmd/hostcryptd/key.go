@@ -312,9 +312,11 @@ that gave, and writes it to the header. The volume may be in use meanwhile. A ke
 it has already is refused: it would be no second way in. Of a NAME in ` + tabFile + `
 the line says where the host key is.
 
---key host-key:FILE is another host key than the one of --host-key, to exchange it: add
-the new one, give its file the old one's name or change --host-key or the line, see
-that 'hostcryptd check' is content, and 'hostcryptd key remove' the old one's token.
+--key host-key:FILE is another host key than the one of --host-key, to exchange it on
+every volume that it opens: add the new one to each; move the old file aside, and keep it
+until no volume has a token of it; then give the new file its name, or change --host-key
+or the line; make an initramfs that has it anew; see that 'hostcryptd check' is content,
+and 'hostcryptd key remove' the old one's token from each.
 
 Where none of its keys unseals the volume any more, such as after the loss of a TPM
 or of the vault's key, --recovery-key does. The keys that are lost stay in the header
