@@ -26,9 +26,25 @@ import (
 
 // A kernelDevice is the volume as a device of this kernel.
 type kernelDevice struct {
-	conn  *nbdnl.Conn
-	index int
-	room  int // in each of its sockets, see nbdnl.Room
+	conn    kernelDriver
+	index   int
+	room    int             // in each of its sockets, see nbdnl.Room
+	serving *sync.WaitGroup // of its connections
+	ended   chan error      // how each of them has ended; nil if the kernel said goodbye
+
+	// Of keepConnected.
+	stop    context.CancelFunc
+	keeping sync.WaitGroup
+}
+
+// A kernelDriver is what this needs of an [nbdnl.Conn].
+type kernelDriver interface {
+	Connect(cfg nbdnl.Config, socks ...*os.File) (int, error)
+	Reconfigure(index int, backend string, socks ...*os.File) error
+	DetachOnClose(index int, backend string, on bool) error
+	Disconnect(index int) error
+	Status(index int) (nbdnl.Status, error)
+	Close() error
 }
 
 // maxRequest is the longest request of the kernel, in bytes. The defaults are 128
@@ -72,10 +88,9 @@ const (
 // Both were seen once on a busy emulated machine of one processor thread, where the
 // three sockets came within 0.3 s. What was in flight isn't delayed by this: the
 // kernel sends that again after 5 s.
-const (
-	settleDead  = 500 * time.Millisecond
-	settleGiven = 2 * time.Second
-)
+const settleDead = 500 * time.Millisecond
+
+var settleGiven = 2 * time.Second // tests change it
 
 // settle waits.
 func settle(ctx context.Context, how time.Duration) error {
@@ -88,7 +103,7 @@ func settle(ctx context.Context, how time.Duration) error {
 }
 
 // attachKernel makes the volume a kernel device, with one server per socket.
-func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, failed chan<- error) (*kernelDevice, error) {
+func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup) (*kernelDevice, error) {
 	conn, err := nbdnl.Dial()
 	if err != nil {
 		return nil, fmt.Errorf("--attach: %w", err)
@@ -129,7 +144,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		return nil, conn.Close()
 	}
 	d.tellUdev()
-	k := &kernelDevice{conn: conn, index: d.index, room: maxRequest}
+	k := &kernelDevice{conn: conn, index: d.index, room: maxRequest, serving: serving, ended: make(chan error, d.left.Connections)}
 	again := d.index >= 0
 	shown := uint64(size)
 	if again {
@@ -143,7 +158,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 		return nil, fmt.Errorf("--attach: %w", err)
 	}
 	for _, server := range left {
-		d.serveKernel(ctx, server, serving, failed)
+		d.serveKernel(ctx, k, server)
 	}
 	if again {
 		if d.left.Connections > len(left) {
@@ -152,12 +167,12 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 			}
 		}
 		for range d.left.Connections - len(left) {
-			if err := d.reconnect(ctx, k, serving, failed); err != nil {
+			if err := d.reconnect(ctx, ctx, k); err != nil {
 				conn.Close()
 				return nil, fmt.Errorf("--attach: %w", err)
 			}
 		}
-	} else if err := d.connect(ctx, k, cfg, serving, failed); err != nil {
+	} else if err := d.connect(ctx, k, cfg); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("--attach: %w", err)
 	}
@@ -194,7 +209,7 @@ func (d *daemon) attachKernel(ctx context.Context, serving *sync.WaitGroup, fail
 }
 
 // connect attaches a device that is free.
-func (d *daemon) connect(ctx context.Context, k *kernelDevice, cfg nbdnl.Config, serving *sync.WaitGroup, failed chan<- error) (err error) {
+func (d *daemon) connect(ctx context.Context, k *kernelDevice, cfg nbdnl.Config) (err error) {
 	var kernelEnds []*os.File
 	defer func() {
 		for _, f := range kernelEnds {
@@ -214,7 +229,7 @@ func (d *daemon) connect(ctx context.Context, k *kernelDevice, cfg nbdnl.Config,
 			return err
 		}
 		k.room = min(k.room, room)
-		d.serveKernel(ctx, server, serving, failed)
+		d.serveKernel(ctx, k, server)
 	}
 	k.index, err = k.conn.Connect(cfg, kernelEnds...)
 	if err != nil && cfg.Index != nbdnl.FirstFree {
@@ -224,12 +239,12 @@ func (d *daemon) connect(ctx context.Context, k *kernelDevice, cfg nbdnl.Config,
 }
 
 // serveKernel serves a connection of the kernel.
-func (d *daemon) serveKernel(ctx context.Context, server *net.UnixConn, serving *sync.WaitGroup, failed chan<- error) {
-	serving.Go(func() {
+func (d *daemon) serveKernel(ctx context.Context, k *kernelDevice, server *net.UnixConn) {
+	k.serving.Go(func() {
 		sock, err := nbd.NewSocket(server)
 		if err != nil {
 			server.Close()
-			failed <- &kernelConnError{err}
+			k.ended <- err
 			return
 		}
 		d.mu.Lock()
@@ -250,26 +265,70 @@ func (d *daemon) serveKernel(ctx context.Context, server *net.UnixConn, serving 
 		if ctx.Err() != nil {
 			return
 		}
-		if err != nil {
-			err = &kernelConnError{err}
-		}
-		failed <- err // nil: the kernel said goodbye
+		k.ended <- err // nil: the kernel said goodbye
 	})
 }
 
-// A kernelConnError is how a connection of the kernel ended.
-type kernelConnError struct{ error }
-
-func (e *kernelConnError) Unwrap() error { return e.error }
-
-// reconnect gives the kernel a new connection in place of a dead one.
-func (d *daemon) reconnect(ctx context.Context, k *kernelDevice, serving *sync.WaitGroup, failed chan<- error) error {
-	server, err := k.reattach(ctx, d.backend())
+// reconnect gives the kernel a new connection in place of a dead one, which is served
+// until ctx ends. The kernel is asked for no longer than until asking does.
+func (d *daemon) reconnect(ctx, asking context.Context, k *kernelDevice) error {
+	server, err := k.reattach(asking, d.backend())
 	if err != nil {
 		return err
 	}
-	d.serveKernel(ctx, server, serving, failed)
+	d.serveKernel(ctx, k, server)
 	return nil
+}
+
+// reconnectPause is the longest pause before the kernel is asked once more to take
+// another connection.
+const reconnectPause = 30 * time.Second
+
+// keepConnected gives the kernel another connection for each that fails, until ctx ends
+// or stopKeeping is called. It does so also while the server waits to stop, for hours
+// maybe: what uses the device could not be unmounted without one. gone receives nil if
+// the device was detached by another program.
+func (d *daemon) keepConnected(ctx context.Context, k *kernelDevice, gone chan<- error) {
+	var keeping context.Context
+	keeping, k.stop = context.WithCancel(ctx)
+	k.keeping.Go(func() {
+		for {
+			select {
+			case err := <-k.ended:
+				if err != nil && d.replaceConnection(ctx, keeping, k, err) {
+					continue
+				}
+				if keeping.Err() == nil {
+					gone <- nil
+				}
+			case <-keeping.Done():
+			}
+			return
+		}
+	})
+}
+
+// replaceConnection gives the kernel another connection for one that has failed with err.
+// It is false if the device is not attached any more, or keeping has ended.
+func (d *daemon) replaceConnection(ctx, keeping context.Context, k *kernelDevice, err error) bool {
+	for wait := settleGiven; err != nil; wait = min(2*wait, reconnectPause) {
+		// No request of that connection is on the device any more, so the kernel may
+		// send them again.
+		d.log.Error("the kernel's connection has failed; it gets another one", zap.Error(err))
+		if settle(keeping, wait) != nil || nbdnl.Detached(k.index, d.backend()) {
+			return false
+		}
+		err = d.reconnect(ctx, keeping, k)
+	}
+	return true
+}
+
+// stopKeeping ends keepConnected.
+func (k *kernelDevice) stopKeeping() {
+	if k != nil && k.stop != nil {
+		k.stop()
+		k.keeping.Wait()
+	}
 }
 
 // reattach gives the kernel a new socket for one that is dead, and returns the
@@ -309,16 +368,14 @@ func (k *kernelDevice) reattach(ctx context.Context, backend string) (*net.UnixC
 
 // waitUnused claims the kernel device, however long it takes until nobody uses
 // it: to detach it from under a file system would lose data. Only a request to
-// detach, which claims it too, ends the wait earlier.
-func (d *daemon) waitUnused(k *kernelDevice) *os.File {
-	if k == nil {
-		return nil
-	}
+// detach, which claims it too, ends the wait earlier, or that another program has
+// detached it, see keepConnected: then attached is false.
+func (d *daemon) waitUnused(k *kernelDevice, gone <-chan error) (claimed *os.File, attached bool) {
 	said := ""
 	for {
 		f, err := d.claim(k.index)
 		if err == nil {
-			return f
+			return f, true
 		}
 		if msg := err.Error(); msg != said {
 			said = msg
@@ -328,7 +385,9 @@ func (d *daemon) waitUnused(k *kernelDevice) *os.File {
 		}
 		select {
 		case f := <-d.detach:
-			return f
+			return f, true
+		case <-gone:
+			return nil, false
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
@@ -371,7 +430,7 @@ func (d *daemon) release(k *kernelDevice, claimed *os.File) error {
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
-	return errors.Join(err, k.conn.Close())
+	return errors.Join(err, k.close())
 }
 
 func (k *kernelDevice) path() string { return nbdnl.Path(k.index) }
@@ -383,7 +442,14 @@ func (d *daemon) claim(index int) (*os.File, error) {
 
 // detach detaches a device that nobody uses.
 func (k *kernelDevice) detach() error {
+	k.stopKeeping() // a device that is being detached must not get another connection
 	return errors.Join(k.conn.Disconnect(k.index), k.conn.Close())
+}
+
+// close leaves the device as it is.
+func (k *kernelDevice) close() error {
+	k.stopKeeping()
+	return k.conn.Close()
 }
 
 const backendPrefix = "hostcryptd-"

@@ -98,7 +98,7 @@ func TestLeaveFrozen(t *testing.T) {
 	}
 	kernel, socket := unixPair(t, unix.SOCK_STREAM)
 	var serving sync.WaitGroup
-	d.serveKernel(t.Context(), socket, &serving, make(chan error, 1))
+	d.serveKernel(t.Context(), &kernelDevice{serving: &serving, ended: make(chan error, 1)}, socket)
 	if err := d.volume.Suspend(sector.SuspendWait); err != nil {
 		t.Fatal(err)
 	}
@@ -155,6 +155,92 @@ func TestLeaveFrozen(t *testing.T) {
 	_ = d.volume.Close() // lets the request go
 	kernel.Close()
 	serving.Wait()
+}
+
+// A kernelDouble is the driver of a kernel device.
+type kernelDouble struct {
+	kernelDriver
+	errs   []error            // of the first calls of Reconfigure
+	socket chan *net.UnixConn // that Reconfigure was given
+}
+
+func (k *kernelDouble) Reconfigure(_ int, _ string, socks ...*os.File) error {
+	if len(k.errs) > 0 {
+		err := k.errs[0]
+		k.errs = k.errs[1:]
+		return err
+	}
+	c, err := net.FileConn(socks[0])
+	if err == nil {
+		k.socket <- c.(*net.UnixConn)
+	}
+	return err
+}
+
+// TestConnectionLostWhileStopping: a server that waits until nobody uses the kernel
+// device goes on to replace connections, or it could never be unmounted.
+func TestConnectionLostWhileStopping(t *testing.T) {
+	defer func(before time.Duration) { settleGiven = before }(settleGiven)
+	settleGiven = 10 * time.Millisecond
+	d, _ := leavingServer(t)
+	var err error
+	if d.server, err = nbd.New(d.serverConfig(), nbd.Export{Name: d.exportName(), Device: d.volume, BlockSize: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	kernel, socket := unixPair(t, unix.SOCK_STREAM)
+	driver := &kernelDouble{errs: []error{unix.ENOMEM, unix.ENOMEM}, socket: make(chan *net.UnixConn, 1)}
+	var serving sync.WaitGroup
+	// Of a device that isn't there, nothing tells that it is unused.
+	k := &kernelDevice{conn: driver, index: 1 << 19, serving: &serving, ended: make(chan error, 1)}
+	d.serveKernel(t.Context(), k, socket)
+	failed := make(chan error, 1)
+	d.keepConnected(t.Context(), k, failed)
+	stopped := make(chan bool, 1)
+	go func() {
+		_, attached := d.waitUnused(k, failed)
+		stopped <- attached
+	}()
+	kernel.Close()
+	select {
+	case kernel = <-driver.socket:
+	case <-time.After(time.Minute):
+		t.Fatal("the kernel got no other connection")
+	}
+	defer kernel.Close()
+	if err := kernel.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	// A flush, NBD_CMD_FLUSH of the protocol, then NBD_CMD_DISC.
+	request := binary.BigEndian.AppendUint32(nil, 0x25609513)
+	request = append(binary.BigEndian.AppendUint32(request, 3), make([]byte, 20)...)
+	if _, err := kernel.Write(request); err != nil {
+		t.Fatal(err)
+	}
+	reply := make([]byte, 16)
+	if _, err := io.ReadFull(kernel, reply); err != nil || binary.BigEndian.Uint32(reply[4:]) != 0 {
+		t.Fatalf("the reply is %x, %v", reply, err)
+	}
+	select {
+	case <-stopped:
+		t.Fatal("it doesn't wait any more")
+	default:
+	}
+	request[7] = 2
+	if _, err := kernel.Write(request); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case attached := <-stopped:
+		if attached {
+			t.Error("it has claimed a device that isn't there")
+		}
+	case <-time.After(time.Minute):
+		t.Error("it waits for a device that was detached")
+	}
+	k.stopKeeping()
+	serving.Wait()
+	_ = d.server.Close()
+	_ = d.volume.Close()
 }
 
 // TestLateDetach: who asks a server to detach when it leaves the volume to another is

@@ -651,7 +651,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 	} else if d.left.Connections != d.opts.connections {
 		d.log.Warn("the kernel device keeps its number of sockets; --connections counts when it is attached anew", zap.Int("sockets", d.left.Connections))
 	}
-	failed := make(chan error, 2+len(d.inherited)+d.left.Connections)
+	failed := make(chan error, 3+len(d.inherited)) // with a kernel device nothing but nil, see keepConnected
 
 	var (
 		k       *kernelDevice
@@ -709,7 +709,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		})
 	}
 	if d.opts.attach != "" {
-		k, err = d.attachKernel(serveCtx, &serving, failed)
+		k, err = d.attachKernel(serveCtx, &serving)
 		if d.gone {
 			d.log.Info("stopping, as the kernel device was detached while there was no server")
 			return nil
@@ -718,6 +718,7 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
+		d.keepConnected(serveCtx, k, failed)
 		d.waitUdev(ctx, k.index)
 	}
 
@@ -745,7 +746,6 @@ func (d *daemon) serve(ctx context.Context) (err error) {
 		d.log.Warn("the keeper was not told that this server serves", zap.Error(err))
 	}
 
-wait:
 	select {
 	case <-ctx.Done():
 		d.log.Info("stopping on a signal")
@@ -756,31 +756,28 @@ wait:
 				u.SetUnlinkOnClose(false) // the next server goes on with it
 			}
 		}
+		k.stopKeeping() // from here on that is the next server's matter
 		return d.leaveVolume(stopClients, stopServing, &clients, &serving)
 	case claimed = <-d.detach:
 		d.log.Info("stopping on request")
 		return nil
 	case err = <-failed:
-		if _, ok := errors.AsType[*kernelConnError](err); ok {
-			// No request of that connection is on the device any more, so the
-			// kernel may send them again.
-			d.log.Error("the kernel's connection has failed; it gets another one", zap.Error(err))
-			if err = settle(serveCtx, settleGiven); err == nil {
-				err = d.reconnect(serveCtx, k, &serving, failed)
-			}
-			if err == nil {
-				goto wait
-			}
-		}
 		if err == nil {
 			d.log.Info("stopping, as the kernel device was detached by another program")
-			err = k.conn.Close()
+			err = k.close()
 			k = nil
 			return err
 		}
 		d.log.Error("stopping, as a connection has failed", zap.Error(err))
 	}
-	claimed = d.waitUnused(k)
+	if k != nil {
+		var attached bool
+		if claimed, attached = d.waitUnused(k, failed); !attached {
+			d.log.Info("the kernel device was detached by another program")
+			err = errors.Join(err, k.close())
+			k = nil
+		}
+	}
 	return err
 }
 

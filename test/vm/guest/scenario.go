@@ -170,6 +170,7 @@ func (m *machine) peakMemory() error {
 // request and by signal: it must not take the device from under the file
 // system, and must stop by itself when the file system is gone.
 func inUse(m *machine) error {
+	m.reconnects = true
 	s, err := m.attach()
 	if err != nil {
 		return err
@@ -185,8 +186,25 @@ func inUse(m *machine) error {
 		return fmt.Errorf("hostcryptd detach of a mounted device: exit code %d, want %d and where it is mounted", code, exitBusy)
 	}
 
+	// As in a container whose /dev was filled before there was the device.
+	node := unix.Stat_t{}
+	if err := errors.Join(unix.Stat(s.dev, &node), os.Remove(s.dev)); err != nil {
+		return err
+	}
+	code, out, err = m.try("hostcryptd", "detach", m.disk)
+	if err != nil {
+		return err
+	}
+	if code != exitBusy || !strings.Contains(out, "mknod "+s.dev) {
+		return fmt.Errorf("hostcryptd detach of a device without a node: exit code %d, want %d and how to make the node", code, exitBusy)
+	}
+
 	m.typed("kill", "-TERM", strconv.Itoa(s.cmd.Process.Pid))
 	if err := s.cmd.Process.Signal(unix.SIGTERM); err != nil {
+		return err
+	}
+	time.Sleep(time.Second)
+	if err := unix.Mknod(s.dev, node.Mode, int(node.Rdev)); err != nil {
 		return err
 	}
 	time.Sleep(time.Second)
@@ -196,12 +214,19 @@ func inUse(m *machine) error {
 	if out, err := m.run("hostcryptd", "status", m.disk); err != nil || !strings.Contains(out, "in use: mounted on") {
 		return errors.Join(errors.New("hostcryptd status doesn't say what it waits for"), err)
 	}
-	// The file system still works, and what it writes now must not be lost.
+	// The file system still works, also on another connection than it had, and what it
+	// writes now must not be lost.
+	if err := m.loseKernelSocket(); err != nil {
+		return err
+	}
+	begun := time.Now()
 	late := filepath.Join(m.mnt, "late")
 	if err := os.WriteFile(late, []byte("written after SIGTERM"), 0o600); err != nil {
 		return err
 	}
-	begun := time.Now()
+	unix.Sync()
+	m.figure("written on another connection", time.Since(begun).Seconds(), "s")
+	begun = time.Now()
 	if err := m.unmount(); err != nil {
 		return err
 	}

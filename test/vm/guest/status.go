@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"time"
 
@@ -97,4 +98,53 @@ func (m *machine) killServer() error {
 	}
 	m.typed("kill", "-KILL", strconv.Itoa(s.PID))
 	return unix.Kill(s.PID, unix.SIGKILL)
+}
+
+// loseKernelSocket shuts down the socket between the server and the kernel, as older
+// kernels do themselves when a signal interrupts who sends.
+func (m *machine) loseKernelSocket() error {
+	s, err := m.status()
+	if err != nil {
+		return err
+	}
+	process, err := unix.PidfdOpen(s.PID, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(process)
+	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", s.PID))
+	if err != nil {
+		return err
+	}
+	lost := map[string]bool{} // the server may have one twice
+	for _, f := range files {
+		number, err := strconv.Atoi(f.Name())
+		if err != nil {
+			return err
+		}
+		fd, err := unix.PidfdGetfd(process, number, 0)
+		if err != nil {
+			return fmt.Errorf("descriptor %d of the server: %w", number, err)
+		}
+		// It is the one whose ends have no names, which the package says as "@".
+		kind, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+		name, _ := unix.Getsockname(fd)
+		peer, err := unix.Getpeername(fd)
+		u, unixSocket := name.(*unix.SockaddrUnix)
+		p, connected := peer.(*unix.SockaddrUnix)
+		if err == nil && kind == unix.SOCK_STREAM && unixSocket && connected && u.Name+p.Name == "@@" {
+			socket, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+			lost[socket] = true
+			err = unix.Shutdown(fd, unix.SHUT_RDWR)
+		} else {
+			err = nil
+		}
+		if err := errors.Join(err, unix.Close(fd)); err != nil {
+			return err
+		}
+	}
+	if len(lost) != 1 {
+		return fmt.Errorf("the server has %d sockets that look like the kernel's, want 1", len(lost))
+	}
+	return nil
 }
