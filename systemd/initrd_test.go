@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -234,14 +235,14 @@ func TestInitramfsMakers(t *testing.T) {
 	// What the makers have for their scripts, as far as it matters here.
 	write("hook-functions", `copy_file() { case $2 in /usr/*) return ;; esac; [ -f "$2" ] || return 2; echo "$2" >>`+dir+`/copied; }
 copy_exec() { :; }
-manual_add_modules() { :; }
+manual_add_modules() { echo "$@" >>`+dir+`/modules; }
 `)
 	write("dracut", `moddir=`+dir+` initdir=`+dir+`/initrd DRACUT_TMPDIR=`+dir+` hostonly=yes dracutbasedir=`+dir+`
 require_binaries() { :; }
 inst_multiple() { :; }
 inst_rules() { :; }
 inst_hook() { :; }
-instmods() { :; }
+instmods() { echo "$@" >>`+dir+`/modules; }
 dracut_need_initqueue() { :; }
 inst_simple() { [ -f "$1" ] || return 1; echo "$1" >>`+dir+`/copied; }
 dfatal() { echo "FATAL: $*" >&2; }
@@ -250,9 +251,10 @@ derror() { echo "ERROR: $*" >&2; }
 . initrd/dracut-module-setup.sh
 check; [ $? = 0 ] || exit 0
 depends >/dev/null
+installkernel
 install
 `)
-	write("hostcryptd", "#!/bin/sh\n[ $1 = initramfs ] || exit 1\n[ ! -e "+dir+"/$2 ] || . "+dir+"/$2\n")
+	write("hostcryptd", "#!/bin/sh\n[ $1 = initramfs ] || exit 1\n[ $2 != modules ] || exec echo tpm_tis_spi\n[ ! -e "+dir+"/$2 ] || . "+dir+"/$2\n")
 	hook, err := os.ReadFile("initrd/initramfs-hook")
 	if err != nil {
 		t.Fatal(err)
@@ -281,7 +283,7 @@ install
 			if tt.there {
 				write("a file", "text")
 			}
-			if err := errors.Join(os.RemoveAll(dir+"/copied"), os.RemoveAll(dir+"/initrd"), os.MkdirAll(dir+"/initrd/etc/cmdline.d", 0o755)); err != nil {
+			if err := errors.Join(os.RemoveAll(dir+"/copied"), os.RemoveAll(dir+"/modules"), os.RemoveAll(dir+"/initrd"), os.MkdirAll(dir+"/initrd/etc/cmdline.d", 0o755)); err != nil {
 				t.Fatal(err)
 			}
 			shell := map[string]string{"initramfs-tools": "sh", "dracut": "bash"}[maker]
@@ -289,6 +291,12 @@ install
 			cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "DESTDIR="+dir+"/initrd", "MODULES=most")
 			out, err := cmd.CombinedOutput()
 			copied, _ := os.ReadFile(dir + "/copied")
+			modules, _ := os.ReadFile(dir + "/modules")
+			for _, name := range []string{"nbd", "tpm_tis", "tpm_tis_spi"} {
+				if has := slices.Contains(strings.Fields(string(modules)), name); has != (tt.lines != "") && !tt.fails {
+					t.Errorf("%s, %s: module %s: %v", maker, tt.name, name, has)
+				}
+			}
 			if (err != nil) != tt.fails || strings.Contains(string(copied), file+"\n") != tt.copies || !strings.Contains(string(out), tt.says) || tt.says == "" && !tt.fails && len(out) > 0 {
 				t.Errorf("%s, %s: %v, copied %q, said %q", maker, tt.name, err, copied, out)
 			}

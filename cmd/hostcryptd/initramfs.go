@@ -30,15 +30,16 @@ const initramfsTab = "HOSTCRYPTTAB"
 
 func (a *app) initramfsCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "initramfs lines|devices|network|files OPTION",
+		Use:   "initramfs lines|devices|modules|network|files OPTION",
 		Short: "what an initramfs needs of the lines of " + tabFile + " that have an option",
 		Long: `initramfs is for the scripts that make an initramfs: with the option x-initrd.attach
 or x-kdump.attach it prints the table that is to be in it, the backing devices, the
-names of volumes that wait for the network, or the files of this host that are needed.
+modules of the TPM, the names of volumes that wait for the network, or the files of this
+host that are needed.
 What could keep a volume from being attached at boot is a warning, what is going to is
 an error.`,
 		Hidden: true,
-		Args:   twoArgs("lines, devices, network or files", "OPTION"),
+		Args:   twoArgs("lines, devices, modules, network or files", "OPTION"),
 		RunE: func(c *cobra.Command, args []string) error {
 			table := cmp.Or(os.Getenv(initramfsTab), tabFile)
 			entries, bad, err := readTab(table)
@@ -71,6 +72,10 @@ an error.`,
 				for _, e := range ours {
 					list = append(list, e.unit.Device)
 				}
+			case "modules":
+				if len(ours) > 0 {
+					list = tpmModules("/sys")
+				}
 			case "network":
 				for _, e := range ours {
 					if e.unit.NetDev {
@@ -82,7 +87,7 @@ an error.`,
 					return err
 				}
 			default:
-				return usagef("%q is none of lines, devices, network and files", args[0])
+				return usagef("%q is none of lines, devices, modules, network and files", args[0])
 			}
 			for _, s := range list {
 				fmt.Fprintln(a.stdout, s)
@@ -90,6 +95,26 @@ an error.`,
 			return nil
 		},
 	}
+}
+
+// tpmModules are the modules that drive this host's TPM and the buses that it is on. One
+// on SPI, I2C or FF-A has others than most have, and without them no volume is attached:
+// its pin may be in the TPM, see [keyunseal.HaveTPM].
+func tpmModules(sys string) (list []string) {
+	devices, _ := filepath.Glob(filepath.Join(sys, "class/tpm/tpm*/device"))
+	for _, device := range devices {
+		dir, err := filepath.EvalSymlinks(device)
+		if err != nil {
+			continue
+		}
+		for ; strings.HasPrefix(dir, filepath.Join(sys, "devices")+"/"); dir = filepath.Dir(dir) {
+			module, err := filepath.EvalSymlinks(filepath.Join(dir, "driver/module"))
+			if name := filepath.Base(module); err == nil && !slices.Contains(list, name) {
+				list = append(list, name)
+			}
+		}
+	}
+	return list
 }
 
 // initramfsWarn says what initramfs-tools' hooks say, and dracut's module looks for.

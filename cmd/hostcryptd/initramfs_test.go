@@ -72,6 +72,42 @@ func TestInitramfsAge(t *testing.T) {
 	}
 }
 
+// TestTPMModules: a TPM on SPI takes the drivers of all that it is on, and not of what is
+// beside that. Those that are in the kernel have no module, or one that no file is of.
+func TestTPMModules(t *testing.T) {
+	sys := t.TempDir()
+	const bus = "devices/pci0000:00/0000:00:1f.5/spi_master/spi0/spi-PRP0001:00"
+	for name, to := range map[string]string{
+		"class/tpm/tpm0":                          "../../" + bus + "/tpm/tpm0",
+		"class/tpm/tpm1":                          "../../devices/virtual/tpm/tpm1",
+		bus + "/tpm/tpm0/device":                  "../..",
+		bus + "/driver":                           "../../../../../../bus/spi/drivers/tpm_tis_spi",
+		"bus/spi/drivers/tpm_tis_spi/module":      "../../../../module/tpm_tis_spi",
+		"devices/pci0000:00/0000:00:1f.5/driver":  "../../../bus/pci/drivers/intel-spi",
+		"bus/pci/drivers/intel-spi/module":        "../../../../module/spi_intel_pci",
+		"devices/pci0000:00/0000:00:02.0/driver":  "../../../bus/pci/drivers/i915",
+		"bus/pci/drivers/i915/module":             "../../../../module/i915",
+		"devices/pci0000:00/driver":               "../../bus/pci/drivers/none",
+		"devices/virtual/tpm/tpm1/power/anything": "nowhere",
+	} {
+		path := filepath.Join(sys, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.Symlink(to, path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"tpm_tis_spi", "spi_intel_pci", "i915"} {
+		if err := os.MkdirAll(filepath.Join(sys, "module", name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := tpmModules(sys); !slices.Equal(got, []string{"tpm_tis_spi", "spi_intel_pci"}) {
+		t.Errorf("modules %q", got)
+	}
+	if got := tpmModules(t.TempDir()); got != nil {
+		t.Errorf("modules of no TPM %q", got)
+	}
+}
+
 // TestInitramfsLines compares what is in the initramfs with the table: a line that is
 // lost is a host that doesn't boot.
 func TestInitramfsLines(t *testing.T) {

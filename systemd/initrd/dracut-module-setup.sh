@@ -15,7 +15,7 @@ _hostcryptd_option() {
 	fi
 }
 
-# _hostcryptd lines|devices|network|files
+# _hostcryptd lines|devices|modules|network|files
 _hostcryptd() {
 	hostcryptd initramfs "$1" "$(_hostcryptd_option)"
 }
@@ -84,7 +84,8 @@ cmdline() {
 
 installkernel() {
 	hostonly='' instmods nbd
-	hostonly='' instmods -o tpm_crb tpm_tis
+	# shellcheck disable=SC2046 # words
+	hostonly='' instmods -o tpm_crb tpm_tis $(_hostcryptd modules)
 	local dir
 	while read -r dir; do
 		# shellcheck disable=SC2046 # words
