@@ -39,7 +39,9 @@ it: its server lets requests fail, flushes what was answered, wipes the keys, an
 erases the volume. It goes on running, and says so in its status, until it's detached.
 
 A copy of a volume, which stays, is erased with --copy: this host goes on knowing the
-volume, as it does where its table or its devices show that there is another. Where it's being served, from another device, DEVICE is refused without that.
+volume, as it does, also with --in-use, where its table or its devices show that there
+is another, or may be. Where it's being served, from another device, DEVICE is refused
+without that.
 
 Out of its reach are backups of the header, copies and snapshots of the disk, and
 blocks that the disk itself has set aside. If there may be such, disable or delete
@@ -77,6 +79,11 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 					return fmt.Errorf("%s: nothing was changed: %w; if this is another disk, with a copy of the volume, --copy erases it", args[0], err)
 				}
 			}
+			// Before udev notices that it's gone.
+			elsewhere, there := "", false
+			if h != nil && !copied {
+				elsewhere, there = volumeElsewhere(c.Context(), eraseTab(), byUUID, d, uuid, false)
+			}
 			done, err := sector.Erase(c.Context(), d, uuid, force)
 			keys.recordChange(audit.Erase, uuid, args[0], err)
 			if err != nil {
@@ -85,15 +92,12 @@ the key in the vault too; for a key of the TPM, clear the TPM.`,
 			// Only a header shows that the volume named is the one that is gone now.
 			answer := &eraseAnswer{Device: args[0], UUID: done.UUID, Bytes: done.Bytes, Discarded: done.Discarded, OutOfReach: eraseOutOfReach}
 			pins := keys.pinStore(a.cliLog())
-			if done.UUID != "" && !copied {
-				answer.elsewhere = volumeElsewhere(c.Context(), cmp.Or(os.Getenv(initramfsTab), tabFile), byUUID, args[0], done.UUID)
-			}
-			if done.UUID != "" && !copied && answer.elsewhere == "" {
+			if done.UUID != "" && !copied && elsewhere == "" {
 				if answer.Pin, answer.Chip, err = pins.Remove(done.UUID); err != nil {
 					err = fmt.Errorf("%s is erased, but not what this host remembers of it: %w; 'hostcryptd header forget' removes that", args[0], err)
 				}
 			} else if known, perr := pins.Load(uuid); known != nil || perr != nil {
-				answer.Kept = uuid
+				answer.Kept, answer.Elsewhere, answer.There = uuid, elsewhere, there
 			}
 			return errors.Join(err, a.printErased(answer))
 		},
@@ -115,16 +119,22 @@ type eraseAnswer struct {
 	Discarded  bool     `json:"discarded"`
 	Pin        bool     `json:"pin_removed"`
 	Chip       bool     `json:"tpm_pin_removed"`
-	Kept       string   `json:"pin_kept,omitempty"` // UUID of a volume that this host still remembers
+	Kept       string   `json:"pin_kept,omitempty"`       // UUID of a volume that this host still remembers
+	Elsewhere  string   `json:"elsewhere,omitempty"`      // where that one is, or may be
+	There      bool     `json:"elsewhere_read,omitempty"` // it was seen there
 	OutOfReach []string `json:"out_of_reach"`
-	elsewhere  string   // where that one is, or ""
 }
 
-// volumeElsewhere says where this host has a volume that is not the one on device, by a
-// line of its table or by udev's links, or "". The UUID of a header that was erased may
-// have been written into it to have this host forget another volume, which it would then
-// trust at first sight.
-func volumeElsewhere(ctx context.Context, tab, links, device, uuid string) string {
+// eraseTab is the table that says where the volumes of this host are.
+func eraseTab() string { return cmp.Or(os.Getenv(initramfsTab), tabFile) }
+
+// volumeElsewhere says where this host has a volume that is not the one on d, by a line
+// of its table or by udev's links, or "", and whether it was seen there. The UUID of a
+// header that is to be erased may have been written into it to have this host forget
+// another volume, which it would then trust at first sight; authentic says that it is
+// d's own. That a line means the volume, wherever it is, then tells of no other device.
+func volumeElsewhere(ctx context.Context, tab, links string, d *sector.Device, uuid string, authentic bool) (where string, there bool) {
+	device := fmt.Sprintf("/proc/self/fd/%d", d.Descriptor())
 	entries, _, err := readTab(tab)
 	if err != nil {
 		entries = nil
@@ -133,17 +143,19 @@ func volumeElsewhere(ctx context.Context, tab, links, device, uuid string) strin
 		if e.randomKey() || sameFile(e.unit.Device, device) {
 			continue
 		}
-		if h, err := readTokens(ctx, e.unit.Device); err == nil && h.uuid == uuid {
-			return e.unit.Device
-		} else if err != nil && e.flag("uuid") == uuid {
-			return e.unit.Device // which isn't there now
+		h, err := readTokens(ctx, e.unit.Device)
+		switch {
+		case err == nil && h.uuid == uuid:
+			return e.unit.Device, true
+		case err != nil && e.flag("uuid") == uuid && !(authentic && strings.HasPrefix(e.unit.Device, links)):
+			where = e.unit.Device
 		}
 	}
 	link := filepath.Join(links, uuid)
 	if target, err := filepath.EvalSymlinks(link); err == nil && !sameFile(link, device) {
-		return target
+		return target, true
 	}
-	return ""
+	return where, false
 }
 
 func (a *app) printErased(e *eraseAnswer) error {
@@ -157,8 +169,12 @@ func (a *app) printErased(e *eraseAnswer) error {
 	if e.Chip {
 		fmt.Fprint(a.stdout, "\nThe TPM has forgotten it")
 	}
-	if e.elsewhere != "" && e.Kept != "" {
-		fmt.Fprintf(a.stdout, "\n%s is volume %s too, so this host still remembers it;\n'hostcryptd header forget %s' removes that", e.elsewhere, e.Kept, e.Kept)
+	if e.Elsewhere != "" && e.Kept != "" {
+		is := "is"
+		if !e.There {
+			is = "can't be read now, and by the table may be"
+		}
+		fmt.Fprintf(a.stdout, "\n%s %s volume %s too, so this host still remembers it;\n'hostcryptd header forget %s' removes that", e.Elsewhere, is, e.Kept, e.Kept)
 	} else if e.Kept != "" && e.UUID != "" {
 		fmt.Fprintf(a.stdout, "\nIt was a copy, so this host still remembers volume %s", e.Kept)
 	} else if e.Kept != "" {

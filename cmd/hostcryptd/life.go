@@ -783,7 +783,16 @@ func (d *daemon) erase(ctx context.Context, uuid string) (*eraseAnswer, error) {
 		return nil, err
 	}
 	a := &eraseAnswer{Device: d.opts.device, UUID: d.uuid, Bytes: done.Bytes, Discarded: done.Discarded, OutOfReach: eraseOutOfReach}
-	if a.Pin, a.Chip, err = d.opts.keys.pinStore(d.log).Remove(d.uuid); err != nil {
+	// After the erase, which waits for no other device.
+	elsewhere, there := volumeElsewhere(ctx, eraseTab(), byUUID, d.device, d.uuid, true)
+	pins := d.opts.keys.pinStore(d.log)
+	if elsewhere != "" {
+		if known, err := pins.Load(d.uuid); known != nil || err != nil {
+			a.Kept, a.Elsewhere, a.There = d.uuid, elsewhere, there
+		}
+		return a, nil
+	}
+	if a.Pin, a.Chip, err = pins.Remove(d.uuid); err != nil {
 		return nil, fmt.Errorf("%s is erased, but not what this host remembers of it: %w; 'hostcryptd header forget' removes that", d.opts.device, err)
 	}
 	return a, nil
