@@ -317,14 +317,21 @@ func removeUnused(name string) error {
 	return os.Remove(name)
 }
 
+// syncDir flushes the names in a directory. A file system that has nothing for that, such
+// as some of those in user space, isn't asked for more than it can.
 func syncDir(name string) error {
 	d, err := os.Open(name)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	if err := fsyncDir(d); !unsupported(err) {
+		return err
+	}
+	return nil
 }
+
+var fsyncDir = (*os.File).Sync
 
 // printFormatted tells what was made, and what to do with it.
 func (a *app) printFormatted(device string, h *luks2.Header, keys *keyFlags, recovery string) error {

@@ -89,8 +89,11 @@ func writeWhole(name string, write func(f *os.File) error) (err error) {
 		return err
 	}
 	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
+		if err == nil {
+			return
+		}
+		if rerr := os.Remove(f.Name()); !errors.Is(rerr, os.ErrNotExist) { // it has its new name
+			err = errors.Join(err, rerr)
 		}
 	}()
 	if err := errors.Join(write(f), f.Sync(), f.Close()); err != nil {

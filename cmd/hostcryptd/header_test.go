@@ -47,6 +47,26 @@ func TestWriteWhole(t *testing.T) {
 	}
 }
 
+// TestWriteWholeNames: a file system whose directories can't be flushed takes a backup;
+// that flushing one fails is told, and the file stays.
+func TestWriteWholeNames(t *testing.T) {
+	defer func(was func(*os.File) error) { fsyncDir = was }(fsyncDir)
+	for _, errno := range []unix.Errno{unix.EINVAL, unix.EOPNOTSUPP, unix.ENOSYS, unix.EIO} {
+		fsyncDir = func(d *os.File) error { return &os.PathError{Op: "sync", Path: d.Name(), Err: errno} }
+		name := filepath.Join(t.TempDir(), "backup")
+		err := writeWhole(name, func(f *os.File) error {
+			_, err := f.WriteString("whole")
+			return err
+		})
+		if b, rerr := os.ReadFile(name); string(b) != "whole" {
+			t.Errorf("%v: the file has %q, %v", errno, b, rerr)
+		}
+		if errno != unix.EIO && err != nil || errno == unix.EIO && (!errors.Is(err, unix.EIO) || errors.Is(err, os.ErrNotExist)) {
+			t.Errorf("%v: writeWhole() = %v", errno, err)
+		}
+	}
+}
+
 // TestWriteWholeAnywhere: also on file systems that can't rename to a new name, or have
 // no links, no file that exists is replaced and no half of a new one is left.
 func TestWriteWholeAnywhere(t *testing.T) {
