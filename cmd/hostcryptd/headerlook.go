@@ -85,6 +85,9 @@ type headerLook struct {
 	err    error
 }
 
+// errLookHangs is that of a look that has not ended by its time, nor when it was told to.
+var errLookHangs = errors.New("the header could not be read")
+
 // lookAtHeader is v.Tokens, and returns the tokens that are known when ctx ends: a
 // disk that doesn't answer must not keep the KEK from being looked at. There is one
 // look at a time, also if it hangs.
@@ -131,7 +134,7 @@ func (h *keyHost) lookAtHeader(ctx context.Context, v *sector.Volume) ([]sector.
 		return l.list, l.err
 	case <-time.After(time.Second):
 	}
-	err := fmt.Errorf("%w: the header could not be read in %v", sector.ErrDevice, headerTimeout)
+	err := fmt.Errorf("%w: %w in %v", sector.ErrDevice, errLookHangs, headerTimeout)
 	if k := v.Known(); k != nil {
 		return k.Tokens, err
 	}
@@ -140,18 +143,20 @@ func (h *keyHost) lookAtHeader(ctx context.Context, v *sector.Volume) ([]sector.
 
 // endLook ends a look that is under way, once the volume is suspended: it may have
 // the volume key. What is still there after lookEnds hangs in the disk: that has no
-// key, and fetches none any more.
-func (h *keyHost) endLook() {
+// key, and fetches none any more, and endLook returns false.
+func (h *keyHost) endLook() bool {
 	h.mu.Lock()
 	l := h.look
 	h.mu.Unlock()
 	if l == nil {
-		return
+		return true
 	}
 	l.cancel()
 	select {
 	case <-l.done:
+		return true
 	case <-time.After(lookEnds):
+		return false
 	}
 }
 

@@ -56,9 +56,8 @@ func (d *daemon) repairHeader(ctx context.Context, r sector.RepairOptions) (p se
 	ctx = context.WithoutCancel(ctx) // whoever asked may have gone: what is begun is ended
 	look, end := context.WithTimeout(ctx, headerTimeout)
 	defer end()
-	_, lerr := d.lifeHost.lookAtHeader(look, v)
-	if look.Err() != nil {
-		return p, lerr
+	if err := d.lookToRepair(look, v); err != nil {
+		return p, err
 	}
 	ctx, end = context.WithTimeout(ctx, repairTimeout)
 	defer end()
@@ -79,6 +78,18 @@ func (d *daemon) repairHeader(ctx context.Context, r sector.RepairOptions) (p se
 	d.lifeHost.judgeHeader(nil)
 	d.pushState()
 	return p, nil
+}
+
+// lookToRepair looks at the header. Only a look that hangs in the disk stops a repair, which
+// needs no key: one that no key answers in time has refused the header as any other.
+func (d *daemon) lookToRepair(ctx context.Context, v *sector.Volume) error {
+	_, err := d.lifeHost.lookAtHeader(ctx, v)
+	hangs := errors.Is(err, errLookHangs) && !d.lifeHost.endLook()
+	d.pushState() // it may be another header that is kept now
+	if hangs {
+		return err
+	}
+	return nil
 }
 
 // serveRepair answers GET and POST of /v1/repair.

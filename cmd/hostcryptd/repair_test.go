@@ -1,10 +1,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -12,6 +16,7 @@ import (
 
 	"hostcryptd/keyunseal/lifecycle"
 	"hostcryptd/sector"
+	"hostcryptd/sector/luks2"
 )
 
 // TestHeaderHandedOver: what a server keeps of the header outlives it. The next one writes
@@ -148,6 +153,25 @@ func TestHeaderHandedOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	before = state()
+	// One that only looks may have what is kept replaced too.
+	h, _, err := luks2.Read(fourth.device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Label = "changed by another program"
+	if err := luks2.Write(fourth.device, h); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := fourth.repairHeader(t.Context(), sector.RepairOptions{DryRun: true}); err != nil || p.Problem != "" {
+		t.Fatalf("repairHeader() = %+v, %v", p, err)
+	}
+	fourth.pushing.Lock()
+	sent := fourth.heldHeader
+	fourth.pushing.Unlock()
+	if sent != fourth.volume.KeptHeader() {
+		t.Fatal("the keeper has a header that isn't kept any more")
+	}
+	before = state()
 	if _, err := fourth.erase(t.Context(), before.Volume.UUID); err != nil {
 		t.Fatal(err)
 	}
@@ -166,4 +190,29 @@ func TestHeaderHandedOver(t *testing.T) {
 		fourth = next()
 	}
 	leave(fourth)
+}
+
+// TestRepairAfterLook: a look that waits for a key stops no repair, and one that hangs in the
+// disk does.
+func TestRepairAfterLook(t *testing.T) {
+	for name, tt := range map[string]struct {
+		ends  time.Duration // after it was told to
+		hangs bool
+	}{"at once": {0, false}, "late": {2 * time.Second, false}, "never": {time.Hour, true}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				l := &headerLook{done: make(chan struct{}), err: context.Canceled}
+				var once sync.Once
+				l.cancel = func() { once.Do(func() { time.AfterFunc(tt.ends, func() { close(l.done) }) }) }
+				d := &daemon{log: zap.NewNop(), lifeHost: &keyHost{look: l}}
+				d.lifeHost.d = d
+				ctx, cancel := context.WithTimeout(t.Context(), headerTimeout)
+				defer cancel()
+				err := d.lookToRepair(ctx, &sector.Volume{})
+				if tt.hangs != errors.Is(err, sector.ErrDevice) || !tt.hangs && err != nil {
+					t.Errorf("lookToRepair() = %v", err)
+				}
+			})
+		})
+	}
 }
