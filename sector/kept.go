@@ -27,7 +27,7 @@ import (
 //     authentic there, and newer, is what is kept from then on.
 //  2. Under the lock on the header it is read again. If it's the one that is known, at
 //     most a copy of it, and its keyslots, are repaired. Another one must be the one that was judged and
-//     refused. One that says that it is newer is left alone.
+//     refused. One that says that it is newer is overwritten only if a person says so.
 //  3. What is kept must be what is known, and not older than what this host has seen: a
 //     way in that was removed must not come back.
 //  4. What would be overwritten must be nobody's, or be saved before.
@@ -423,8 +423,18 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 	if p.Generation, err = Generation(p.header); err != nil {
 		return p, nil, err
 	}
-	if h != nil && h.UUID == v.uuid && mayBeNewer(h, v.looked.err, p.Generation) {
-		return p, nil, fmt.Errorf("the header on the disk says that it is a newer one of the volume, so it is left alone: %w", v.looked.err)
+	newer := false
+	if h != nil && h.UUID == v.uuid {
+		is, err := Generation(h)
+		if errors.Is(v.looked.err, ErrUnsupported) || errors.Is(err, ErrUnsupported) {
+			return p, nil, fmt.Errorf("the header on the disk says that another program has changed the volume, so it is left alone: %w; if none has, save the first %d bytes of the device, overwrite them with zeros and run this again", v.looked.err, 2*p.header.Size)
+		}
+		// Each change with the volume key raises the generation. Whoever can write to the
+		// disk can claim a high one, which is no reason to refuse a person who says that
+		// none was made elsewhere.
+		if newer = err == nil && is > p.Generation; newer {
+			p.Problem = fmt.Sprintf("%s; it says that it is a newer one of the volume, of generation %d: overwrite it only if no other host has made it", p.Problem, is)
+		}
 	}
 	h = p.header
 	p.Area, p.Seen = headerArea(h), k.seen
@@ -438,6 +448,8 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 			return p, nil, err
 		case err != nil:
 			return p, nil, fmt.Errorf("%w: %w", ErrAuth, err)
+		case newer && pin != nil && pin.Generation > p.Generation:
+			return p, nil, fmt.Errorf("the header on the disk says that it is a newer one of the volume, and this host has seen one, so it is left alone: %w", v.looked.err)
 		case pin != nil && (pin.Fingerprint != known.Fingerprint || pin.Generation > p.Generation):
 			return p, nil, fmt.Errorf("%w: %s; this server has the header of generation %d, and this host has seen another one, of generation %d: keys that were removed since would come back; %s", ErrAuth, p.Problem, p.Generation, pin.Generation, copyData)
 		}
@@ -482,14 +494,6 @@ func (v *Volume) planKeyslots(p *HeaderRepair, k *keptHeader) {
 		}
 		p.Problem += fmt.Sprintf("the area of keyslot %d is not what this server has read of it", id)
 	}
-}
-
-// mayBeNewer tells whether h may have been made of the header of a generation, though a
-// look has refused it: by its signature, maybe, or because no key could be had. Each
-// change with the volume key raises the generation.
-func mayBeNewer(h *luks2.Header, refused error, than uint64) bool {
-	is, err := Generation(h)
-	return errors.Is(refused, ErrUnsupported) || errors.Is(err, ErrUnsupported) || err == nil && is > than
 }
 
 // isOurs tells whether nothing is lost by writing want at off: what stands there is

@@ -3,12 +3,14 @@ package sector
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -226,6 +228,28 @@ func TestRepairHeader(t *testing.T) {
 				}
 				poke(t, s.d, 0, s.first[:2*copySize])
 			}},
+		{name: "forged, of a generation that none reaches", whole: true, foreign: true, problem: "says that it is a newer one of the volume, of generation 9000000000000000000",
+			damage: func(t *testing.T, s *served) {
+				h := headerOf(t, s.d)
+				id, v, err := findVolumeToken(h)
+				if err != nil {
+					t.Fatal(err)
+				}
+				v.Generation = "9000000000000000000"
+				text, err := json.Marshal(v)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if h.Tokens[id], err = luks2.NewToken(text); err != nil {
+					t.Fatal(err)
+				}
+				h.SeqID++
+				c, err := h.Encode(0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				poke(t, s.d, 0, c)
+			}},
 		{name: "a token taken out, with a high sequence id", whole: true, foreign: true, problem: "no token is left", damage: takeToken},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -433,8 +457,8 @@ func TestRepairRefused(t *testing.T) {
 		if _, err := s.v.Tokens(t.Context(), s.keys.unseal, o); !errors.Is(err, ErrAuth) {
 			t.Fatalf("Tokens() = %v", err)
 		}
-		if _, err := s.v.RepairHeader(t.Context(), o, RepairOptions{Force: true, Saved: "00"}); !errors.Is(err, ErrAuth) || !bytes.Equal(s.d.Bytes(), before) {
-			t.Errorf("RepairHeader() = %v", err)
+		if p, err := s.v.RepairHeader(t.Context(), o, RepairOptions{}); !errors.Is(err, ErrDamaged) || !strings.Contains(p.Problem, "says that it is a newer one") || !bytes.Equal(s.d.Bytes(), before) {
+			t.Errorf("RepairHeader() = %+v, %v", p, err)
 		}
 	})
 	t.Run("no pins now", func(t *testing.T) {
