@@ -29,9 +29,10 @@
 // waits for a reply, as the protocol says. A write of more than 512 KiB is given to
 // the device in pieces of that size, as they come: of two that overlap and are under
 // way at the same time, one can have won in some pieces and the other in the rest.
-// Shorter ones are one call of the device each. So are zeros and trims to their next
-// multiple of 16 MiB and 1 GiB; longer ones are given to the device in parts that end
-// there, and are called off between two parts if the peer is gone or the server stops.
+// Shorter ones are one call of the device each. So are the kernel's zeros and trims,
+// and those of clients to their next multiple of 16 MiB and 64 GiB; longer ones are
+// given to the device in parts that end there, and are called off between two parts if
+// the peer is gone or the server stops.
 //
 // # Clients that go
 //
@@ -48,8 +49,8 @@
 //     who has closed only the sending half is served to the end.
 //   - A new connection begins when those whose peers have hung up have ended. It waits
 //     a second at most, for a device that doesn't answer must not keep others out.
-//   - After a DISC that the server has read, everything before it is done, whoever is
-//     there to hear of it: who has sent that sends nothing again. Who wants it done, or
+//   - After a DISC that the server has read, everything before it is done, but for long
+//     zeros and trims if the server stops, whoever is there to hear of it: who has sent that sends nothing again. Who wants it done, or
 //     done before something else, waits for the server to close the connection.
 //
 // What is not promised: a peer that has vanished without a word, as when its network

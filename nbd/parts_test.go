@@ -101,15 +101,15 @@ func TestPartsOfTrim(t *testing.T) {
 	dev := &hugeDevice{Device: nbdtest.NewDevice(0, false)}
 	h := newHarness(t, nbd.Config{}, nbd.Export{Device: dev, Trim: true})
 	c, _ := h.dial("")
-	if err := c.Send(nbdtest.Request{Cmd: nbdtest.Trim, Off: 1<<30 - 4096, Len: math.MaxUint32 - 4095}, nil); err != nil {
+	if err := c.Send(nbdtest.Request{Cmd: nbdtest.Trim, Off: 64<<30 - 4096, Len: math.MaxUint32 - 4095}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if errno, _, err := c.ReadReply(); errno != 0 || err != nil {
 		t.Fatal(errno, err)
 	}
 	var want []nbdtest.Op
-	for off, end := int64(1<<30-4096), int64(5<<30-8192); off < end; {
-		next := min(end, (off>>30+1)<<30)
+	for off, end := int64(64<<30-4096), int64(68<<30-8192); off < end; {
+		next := min(end, (off>>36+1)<<36)
 		want = append(want, nbdtest.Op{Method: "Trim", Off: off, Len: next - off})
 		off = next
 	}
@@ -141,6 +141,7 @@ func TestCalledOff(t *testing.T) {
 			ops, release := partsOf(dev, 2)
 			defer release()
 			h := newHarness(t, nbd.Config{Grace: 30 * time.Second}, nbd.Export{Device: dev})
+			h.s.SetSettleTime(10 * time.Millisecond)
 			c, server, result := tt.connect(t, h, nil)
 			if err := c.Send(nbdtest.Request{Cmd: nbdtest.WriteZeroes, Cookie: 7, Len: 64 << 20}, nil); err != nil {
 				t.Fatal(err)
@@ -158,7 +159,6 @@ func TestCalledOff(t *testing.T) {
 					_, err := other.Read(make([]byte, 512), 0)
 					done <- err
 				}()
-				release()
 				if err := wait(t, "another's read", done); err != nil {
 					t.Fatal(err)
 				}
@@ -189,7 +189,14 @@ func TestCalledOff(t *testing.T) {
 // on: QEMU writes meanwhile, and reads it all.
 func TestNextServer(t *testing.T) {
 	dev := nbdtest.NewDevice(64<<20, false)
-	dev.Before = func(nbdtest.Op) error { time.Sleep(time.Millisecond); return nil }
+	const n = 400
+	canceled := make(chan struct{})
+	dev.Before = func(nbdtest.Op) error {
+		if dev.Calls() > n/2 {
+			<-canceled
+		}
+		return nil
+	}
 	path := t.TempDir() + "/s"
 	first, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
@@ -206,7 +213,6 @@ func TestNextServer(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	const n = 400
 	args := []string{"--image-opts", "driver=nbd,server.type=unix,server.path=" + path + ",reconnect-delay=30"}
 	for i := range n {
 		args = append(args, "-c", fmt.Sprintf("aio_write -q -P %d %d 16k", i%250+1, i*65536))
@@ -230,6 +236,7 @@ func TestNextServer(t *testing.T) {
 	h1.serves.Go(func() { left <- h1.s.ServeListener(h1.ctx, first) })
 	eventually(t, "writes", func() bool { return dev.Calls() > n/4 })
 	h1.cancel(nbd.ErrLeave)
+	close(canceled)
 	if err := wait(t, "ServeListener", left); err != nbd.ErrLeave {
 		t.Errorf("ServeListener() = %v, want %v", err, nbd.ErrLeave)
 	}

@@ -536,7 +536,7 @@ func (s *Server) handshake(parent context.Context, in *input) (*session, error) 
 	ses, err := h.run()
 	if !stop() {
 		<-interrupted
-		if parent.Err() != nil {
+		if parent.Err() != nil && context.Cause(parent) != ErrLeave {
 			h.shutdown()
 		}
 		return nil, context.Cause(ctx)

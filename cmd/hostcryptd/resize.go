@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -95,7 +96,8 @@ func (d *daemon) resizeKernel(ctx context.Context, index int, size uint64) error
 	if !d.sizing.TryLock() {
 		return d.noKeyToResize() // in a moment
 	}
-	defer d.sizing.Unlock()
+	sized := sync.OnceFunc(d.sizing.Unlock)
+	defer sized()
 	if d.volume.Suspended() {
 		return d.noKeyToResize()
 	}
@@ -109,6 +111,7 @@ func (d *daemon) resizeKernel(ctx context.Context, index int, size uint64) error
 		d.log.Warn("the keeper was not told that this server can't be replaced now", zap.Error(err))
 	}
 	err = conn.Resize(index, d.backend(), size)
+	sized() // a freeze doesn't wait for the rest
 	if err := d.link.send(keeperMessage{Unpin: true}, nil); err != nil {
 		d.log.Warn("the keeper was not told that this server can be replaced again", zap.Error(err))
 	}
