@@ -295,6 +295,8 @@ type HeaderRepair struct {
 
 	header *luks2.Header
 	copies luks2.Copies
+	none   bool    // no copy of a header could be read
+	unread []int64 // pages that are written over and could not be read
 }
 
 // RepairHeader puts the header that is known back on the disk where it is not, or not
@@ -305,8 +307,8 @@ type HeaderRepair struct {
 // What can't be read, zeros, what is left of the volume's own header, and what is to be
 // written anyway may be overwritten. Something else may be with Force and Saved only;
 // else the error is [ErrDamaged]. It is [ErrAuth] if the header that is kept isn't the newest
-// that this host has seen, and [luks2.ErrChanged] if another was written meanwhile, or
-// something else than was saved stands there. After another error it can be repeated.
+// that this host has seen, and [luks2.ErrChanged] if another was written meanwhile,
+// something else than was saved stands there, or what could not be read can be again. After another error it can be repeated.
 func (v *Volume) RepairHeader(ctx context.Context, o OpenOptions, r RepairOptions) (HeaderRepair, error) {
 	v.refreshing.Lock()
 	defer v.refreshing.Unlock()
@@ -346,6 +348,9 @@ func (v *Volume) RepairHeader(ctx context.Context, o OpenOptions, r RepairOption
 		if sum != r.Saved {
 			return p, fmt.Errorf("%w: the device holds something else than was saved; nothing was overwritten; run this again", luks2.ErrChanged)
 		}
+	}
+	if err := v.stillUnread(p); err != nil {
+		return p, err
 	}
 	// From here on it is not given up: half a header is none.
 	b := failing{v}
@@ -408,7 +413,7 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 		}
 		p.Problem, p.Foreign = v.looked.err.Error(), true
 	default:
-		p.Problem = copies.Describe()
+		p.Problem, p.none = copies.Describe(), true
 	}
 
 	const copyData = "copy the data while the volume is served, or stop it and 'hostcryptd header restore' a backup"
@@ -466,14 +471,14 @@ func (v *Volume) planRepair(o OpenOptions) (p HeaderRepair, k *keptHeader, err e
 			continue
 		}
 		p.Keyslots = append(p.Keyslots, id)
-		p.Foreign = p.Foreign || !v.isOurs(area, int64(h.Keyslots[id].Area.Offset), false)
+		p.Foreign = p.Foreign || !v.isOurs(&p.unread, area, int64(h.Keyslots[id].Area.Offset), false)
 	}
 	for _, offset := range []uint64{0, h.Size} {
 		c, err := h.Encode(offset)
 		if err != nil {
 			return p, nil, err
 		}
-		p.Foreign = p.Foreign || !v.isOurs(c, int64(offset), true)
+		p.Foreign = p.Foreign || !v.isOurs(&p.unread, c, int64(offset), true)
 	}
 	return p, k, nil
 }
@@ -488,7 +493,7 @@ func (v *Volume) planKeyslots(p *HeaderRepair, k *keptHeader) {
 			continue
 		}
 		p.Keyslots, p.Seen = append(p.Keyslots, id), k.seen
-		p.Foreign = p.Foreign || !v.isOurs(area, int64(a.Offset), false)
+		p.Foreign = p.Foreign || !v.isOurs(&p.unread, area, int64(a.Offset), false)
 		if p.Problem != "" {
 			p.Problem += "; "
 		}
@@ -497,11 +502,13 @@ func (v *Volume) planKeyslots(p *HeaderRepair, k *keptHeader) {
 }
 
 // isOurs tells whether nothing is lost by writing want at off: what stands there is
-// zeros, the same, or can't be read, or the first page of a copy of this volume's header.
-func (v *Volume) isOurs(want []byte, off int64, isCopy bool) bool {
+// zeros, the same, or the first page of a copy of this volume's header, or can't be read:
+// such pages are added to unread.
+func (v *Volume) isOurs(unread *[]int64, want []byte, off int64, isCopy bool) bool {
 	page := alignedBytes(backupPage)
 	for i := 0; i < len(want); i += len(page) {
 		if err := readFull(v.b, page, off+int64(i)); err != nil {
+			*unread = append(*unread, off+int64(i))
 			continue
 		}
 		if !isZero(page) && !bytes.Equal(page, want[i:i+len(page)]) && !(isCopy && i == 0 && luks2.Remnant(page, v.uuid)) {
@@ -509,6 +516,23 @@ func (v *Volume) isOurs(want []byte, off int64, isCopy bool) bool {
 		}
 	}
 	return true
+}
+
+// stillUnread is [luks2.ErrChanged] if what could not be read for a plan can be now, as
+// after another path to the disk took over: nobody has looked whose that is.
+func (v *Volume) stillUnread(p HeaderRepair) error {
+	if p.none {
+		if _, _, err := readHeader(v.b); err == nil {
+			return fmt.Errorf("%w: the header could not be read, and can be now; nothing was overwritten; run this again", luks2.ErrChanged)
+		}
+	}
+	page := alignedBytes(backupPage)
+	for _, off := range p.unread {
+		if readFull(v.b, page, off) == nil {
+			return fmt.Errorf("%w: the page at %d could not be read, and can be now; nothing was overwritten; run this again", luks2.ErrChanged, off)
+		}
+	}
+	return nil
 }
 
 // sumOf is the SHA-256 of the first n bytes of the backing device, in hexadecimal.

@@ -410,6 +410,42 @@ func TestRepairRefused(t *testing.T) {
 			t.Error("the keyslot is back")
 		}
 	})
+	t.Run("killed by cryptsetup, and can't be read for a moment", func(t *testing.T) {
+		for name, last := range map[string]int64{"all": 2*copySize - backupPage, "the keyslot": 2*copySize + backupPage} {
+			s := serve(t, a, b)
+			h := headerOf(t, s.d)
+			area := h.Keyslots[0].Area
+			if name == "all" {
+				delete(h.Keyslots, 0)
+				h.Digests[0].Keyslots = nil
+				if err := luks2.Write(s.d, h); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				poke(t, s.d, 0, make([]byte, 2*copySize))
+			}
+			poke(t, s.d, int64(area.Offset)+backupPage, bytes.Repeat([]byte{7}, backupPage))
+			before := s.d.Bytes()
+			over, reads := false, 0
+			s.d.Fail(func(op sectortest.Op, _ int, off int64, n int) error {
+				if op != sectortest.Read || over || name != "all" && off != last {
+					return nil
+				}
+				over = off == last && n == backupPage // it has just been looked whose that is
+				reads++
+				return syscall.EIO
+			})
+			_, err := s.repair(t, false)
+			s.d.Fail(nil)
+			if !errors.Is(err, luks2.ErrChanged) || !over || !bytes.Equal(s.d.Bytes(), before) {
+				t.Errorf("%s: RepairHeader() = %v, after %d reads that failed", name, err, reads)
+			}
+			p, err := s.repair(t, false)
+			if name == "all" && (err != nil || p.Problem != "") || name != "all" && !errors.Is(err, ErrDamaged) {
+				t.Errorf("%s: RepairHeader() once it can be read = %+v, %v", name, p, err)
+			}
+		}
+	})
 	t.Run("removed and not known", func(t *testing.T) {
 		s := serve(t, a, b)
 		if _, err := RemoveRecoveryKey(t.Context(), s.d, s.keys.unseal, OnlySlot, s.options()); err != nil {
