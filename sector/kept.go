@@ -184,7 +184,11 @@ func (v *Volume) keep(ctx context.Context, h *luks2.Header) {
 	if again, err := h.Sum(); err != nil || again != sum {
 		return // the next look finds it
 	}
-	if k, err := newKept(v.b, h, v.kept.Load()); err == nil {
+	old := v.kept.Load()
+	if v.Waiting() {
+		old = nil // it may be in swap on this very volume, and reading it would wait for that
+	}
+	if k, err := newKept(v.b, h, old); err == nil {
 		v.setKept(k)
 	}
 }

@@ -50,6 +50,8 @@ func (d *daemon) repairHeader(ctx context.Context, r sector.RepairOptions) (p se
 		return refuse("the volume is not unsealed yet, so its server doesn't know which header is the right one")
 	case life.Snapshot().State == lifecycle.Erased:
 		return refuse("the volume was erased; nothing brings it back")
+	case d.opts.swap && v.Waiting():
+		return refuse("the volume is frozen, and what its server has of the header may be in swap on it; resume it first")
 	case d.opts.readOnly && !r.DryRun:
 		return refuse("the volume is served read-only, so its server can't write to the disk")
 	}

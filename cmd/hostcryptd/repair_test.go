@@ -171,6 +171,22 @@ func TestHeaderHandedOver(t *testing.T) {
 	if sent != fourth.volume.KeptHeader() {
 		t.Fatal("the keeper has a header that isn't kept any more")
 	}
+	// What it has of the header may be in swap on a volume that is frozen.
+	if err := fourth.volume.Suspend(sector.SuspendWait); err != nil {
+		t.Fatal(err)
+	}
+	fourth.opts.swap = true
+	_, err = fourth.repairHeader(t.Context(), sector.RepairOptions{DryRun: true})
+	fourth.opts.swap = false
+	if exitCode(err) != codeBusy {
+		t.Errorf("repairHeader() of a frozen volume with swap = %v", err)
+	}
+	if _, err := fourth.repairHeader(t.Context(), sector.RepairOptions{DryRun: true}); err != nil {
+		t.Errorf("repairHeader() of a frozen volume = %v", err)
+	}
+	if err := fourth.volume.Resume(t.Context(), fourth.opts.keys.unsealer(fourth.log), fourth.lifeHost.openOptions()); err != nil {
+		t.Fatal(err)
+	}
 	before = state()
 	if _, err := fourth.erase(t.Context(), before.Volume.UUID); err != nil {
 		t.Fatal(err)
