@@ -232,12 +232,13 @@ func (v *volumeToken) noteKeyslot(volumeKey *[VolumeKeySize]byte, h *luks2.Heade
 // noteOldKeyslots lets keyslotIntact know the keyslots that have no MAC, since an earlier
 // version has made them: from now on. Nobody can tell without its recovery key whether
 // one is damaged already, so when it was noted stands beside it. What can't be read is
-// left as it is, and so are keyslots of other programs, for which no volume key is
-// wrapped.
+// left as it is, and so are keyslots of other programs: for them no volume key is wrapped,
+// unless one has taken the number of a keyslot that had it.
 func (v *volumeToken) noteOldKeyslots(b Backing, volumeKey *[VolumeKeySize]byte, h *luks2.Header, now time.Time) {
 	for _, id := range recoverySlots(h) {
 		e, ours := v.Recovery[strconv.Itoa(id)]
 		k := h.Keyslots[id]
+		ours = ours && kdfCost(k) == 0 && (e.Salt == "" || e.Salt == base64.StdEncoding.EncodeToString(k.KDF.Salt))
 		if !ours || e.MAC != "" || k.Area.Size > 1<<20 {
 			continue
 		}

@@ -336,6 +336,66 @@ func TestTamperedKeyslot(t *testing.T) {
 	}
 }
 
+// TestReplacedOldKeyslots: a keyslot that cryptsetup has put in the place of one that an
+// earlier version made isn't taken for that.
+func TestReplacedOldKeyslots(t *testing.T) {
+	for _, salted := range []bool{false, true} {
+		a, b := &kek{name: "a"}, &kek{name: "b"}
+		key, other := NewRecoveryKey(), filepath.Join(t.TempDir(), "other")
+		d := formatWith(t, FormatOptions{Seal: []Sealer{a.seal}, RecoveryKey: key})
+		h := headerOf(t, d)
+		id, v, err := findVolumeToken(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := v.Recovery["0"]
+		e.MAC = ""
+		if !salted {
+			e.Salt = ""
+		}
+		v.Recovery["0"] = e
+		text, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Tokens[id], err = luks2.NewToken(text); err != nil {
+			t.Fatal(err)
+		}
+		if err := luks2.Write(d, h); err != nil {
+			t.Fatal(err)
+		}
+		name, keyFile := filepath.Join(t.TempDir(), "image"), filepath.Join(t.TempDir(), "key")
+		for file, content := range map[string][]byte{name: d.Bytes(), keyFile: key, other: []byte("another passphrase")} {
+			if err := os.WriteFile(file, content, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		cheap := []string{"--pbkdf", "argon2id", "--pbkdf-force-iterations", "4", "--pbkdf-memory", "64", "--pbkdf-parallel", "1"}
+		cryptsetup(t, append([]string{"luksAddKey", "--batch-mode", "--key-slot", "1", "--key-file", keyFile, name, other}, cheap...)...)
+		cryptsetup(t, "luksKillSlot", "--batch-mode", "--key-file", other, name, "0")
+		cryptsetup(t, append([]string{"luksAddKey", "--batch-mode", "--key-slot", "0", "--key-file", other, name, other}, cheap...)...)
+		cryptsetup(t, "luksKillSlot", "--batch-mode", "--key-file", other, name, "1")
+		image, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.WriteAt(image[:dataOffset], 0)
+		if _, err := AddToken(t.Context(), d, ring(a, b).unseal, b.seal, OpenOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		_, v, err = findVolumeToken(headerOf(t, d))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, ok := v.Recovery["0"]; e.MAC != "" || ok == salted {
+			t.Errorf("salted: %v: after a change there is %v, %+v", salted, ok, e)
+		}
+		if r, err := Verify(t.Context(), d, ring(a, b).unseal, OpenOptions{}); err != nil || len(r.Noted) > 0 || !slices.Equal(r.Unknown, []int{0}) || len(r.Findings) > 0 {
+			t.Errorf("salted: %v: Verify() = intact %v, noted %v, unknown %v, findings %q, %v", salted, r.Intact, r.Noted, r.Unknown, r.Findings, err)
+		}
+	}
+}
+
 // TestOldKeyslots: a keyslot of a version that wrote no MAC gets one with the next change
 // of the header, and from then on damage to it is seen; that it was good before isn't said.
 func TestOldKeyslots(t *testing.T) {
