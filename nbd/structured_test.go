@@ -323,7 +323,7 @@ func TestStructuredBytes(t *testing.T) {
 		{rule: "WRITE longer than the maximum: consumed", ext: true, req: req{Cmd: nbdtest.Write, Len: 33 << 20, Flags: nbdtest.PayloadLen}, payload: -1, want: xErr(0, eINVAL)},
 		{rule: "FLUSH", ext: true, req: req{Cmd: nbdtest.Flush}, want: xNone(0), calls: 1},
 		{rule: "FLUSH with a length", ext: true, req: req{Cmd: nbdtest.Flush, Len64: 1 << 40}, want: xErr(0, eINVAL)},
-		{rule: "TRIM of more than 4 GiB", ext: true, req: req{Cmd: nbdtest.Trim, Off: 1 << 20, Len64: size - 1<<20}, want: xNone(1 << 20), calls: size >> 30},
+		{rule: "TRIM of more than 4 GiB", ext: true, req: req{Cmd: nbdtest.Trim, Off: 1 << 20, Len64: size - 1<<20}, want: xNone(1 << 20), calls: 1},
 		{rule: "TRIM past the end", ext: true, req: req{Cmd: nbdtest.Trim, Off: 1, Len64: size}, want: xErr(1, eINVAL)},
 		{rule: "TRIM with PAYLOAD_LEN: the payload is consumed", ext: true, req: req{Cmd: nbdtest.Trim, Len: 70_000, Flags: nbdtest.PayloadLen}, payload: -1, want: xErr(0, eINVAL)},
 		{rule: "WRITE_ZEROES of more than 4 GiB", ext: true, req: req{Cmd: nbdtest.WriteZeroes, Off: 1 << 20, Len64: size - 1<<20, Flags: nbdtest.NoHole}, want: xNone(1 << 20), calls: size / (16 << 20)},

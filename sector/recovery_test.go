@@ -250,7 +250,13 @@ func TestCostlyKeyslots(t *testing.T) {
 	for id := 1; id <= 3; id++ {
 		theirs(id, 1, each)
 	}
-	one := try(1)
+	// The peak is seen only if nothing else of the process gives memory back meanwhile.
+	one := 0
+	for range 10 {
+		if one = try(1); one >= each*7/8 {
+			break
+		}
+	}
 	if three := try(1, 2, 3); one < each*7/8 || three > one*3/2 {
 		t.Errorf("a keyslot of %d KiB took %d KiB of memory, and three %d KiB", each, one, three)
 	}

@@ -27,7 +27,7 @@ func TestComplete(t *testing.T) {
 		{"format disk.img ", ":4"},
 		{"status a ", ":4"},
 		{"speed ", ":4"},
-		{"initramfs ", "lines devices network files :4"},
+		{"initramfs ", "lines devices modules network files :4"},
 		{"initramfs lines ", "x-initrd.attach x-kdump.attach :4"},
 		{"recovery ro", "rotate :4"},
 		{"completion ", "bash fish zsh :4"},
