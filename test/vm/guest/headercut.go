@@ -256,14 +256,12 @@ func (h *headerChanger) change() error {
 	added := d.keys("hostcryptd-hostkey")
 	kind, recovery := h.acked.Changes%4, h.acked.Recovery
 	switch {
-	case kind == 1 && len(added) > 1:
-		_, err = h.m.run("hostcryptd", "key", "remove", h.m.disk, strconv.Itoa(added[len(added)-1]), "--host-key", h.hostKey())
 	case kind == 2:
 		recovery = h.nextRecovery(0)
 		_, err = h.m.run("hostcryptd", "recovery", "rotate", h.m.disk, "--recovery-key", recovery, "--host-key", h.hostKey())
 	case kind == 3:
 		err = h.rewrap()
-	case len(added) > 4: // what cuts have left
+	case len(added) > 0: // a key is there once, so it is removed and added in turn
 		_, err = h.m.run("hostcryptd", "key", "remove", h.m.disk, strconv.Itoa(added[len(added)-1]), "--host-key", h.hostKey())
 	default:
 		_, err = h.m.run("hostcryptd", "key", "add", h.m.disk, "--key", "host-key", "--host-key", h.hostKey())
