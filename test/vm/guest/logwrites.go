@@ -150,7 +150,7 @@ func (c *cutVolume) changeHeader(w *writeRecorder, stop *atomic.Bool) error {
 		if err != nil {
 			return err
 		}
-		args := []string{"key", "add", c.m.disk, "--key", "host-key", "--host-key", hostKey}
+		args := []string{"key", "add", c.m.disk, "--key", "host-key:/run/other.key", "--host-key", hostKey}
 		if ids := d.keys(""); n%2 == 1 {
 			args = []string{"key", "remove", c.m.disk, strconv.Itoa(ids[len(ids)-1]), "--host-key", hostKey}
 		}
