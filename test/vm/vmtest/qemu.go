@@ -35,7 +35,7 @@ type Config struct {
 }
 
 // BootLimit is how long a boot of most scenarios may take.
-const BootLimit = 4 * time.Minute
+const BootLimit = 8 * time.Minute
 
 // Run starts QEMU and waits for its end.
 func (c Config) Run(ctx context.Context) (*Result, error) {
