@@ -26,8 +26,9 @@ import (
 //  1. A look at the header ([Volume.Tokens]) judges what is on the disk. What is
 //     authentic there, and newer, is what is kept from then on.
 //  2. Under the lock on the header it is read again. If it's the one that is known, at
-//     most a copy of it, and its keyslots, are repaired. Another one must be the one that was judged and
-//     refused. One that says that it is newer is overwritten only if a person says so.
+//     most a copy of it, and its keyslots, are repaired. Another one must be the one that
+//     was judged and refused. One that says that it is newer is overwritten only if a
+//     person says so.
 //  3. What is kept must be what is known, and not older than what this host has seen: a
 //     way in that was removed must not come back.
 //  4. What would be overwritten must be nobody's, or be saved before.
@@ -310,9 +311,10 @@ type HeaderRepair struct {
 //
 // What can't be read, zeros, what is left of the volume's own header, and what is to be
 // written anyway may be overwritten. Something else may be with Force and Saved only;
-// else the error is [ErrDamaged]. It is [ErrAuth] if the header that is kept isn't the newest
-// that this host has seen, and [luks2.ErrChanged] if another was written meanwhile,
-// something else than was saved stands there, or what could not be read can be again. After another error it can be repeated.
+// else the error is [ErrDamaged]. It is [ErrAuth] if the header that is kept isn't the
+// newest that this host has seen, and [luks2.ErrChanged] if another was written
+// meanwhile, something else than was saved stands there, or what could not be read can be
+// again. After another error it can be repeated.
 func (v *Volume) RepairHeader(ctx context.Context, o OpenOptions, r RepairOptions) (HeaderRepair, error) {
 	v.refreshing.Lock()
 	defer v.refreshing.Unlock()

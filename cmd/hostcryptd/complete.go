@@ -14,7 +14,8 @@ import (
 	"hostcryptd/sector"
 )
 
-// completeTimeout is how long a person who presses Tab waits for servers that hang.
+// completeTimeout is how long a person who presses Tab waits for servers that hang, and
+// for a header that is locked.
 const completeTimeout = time.Second
 
 // flagWords are the values of flags that have some of their own.
@@ -121,8 +122,14 @@ func servedNames(ctx context.Context) (names []string) {
 	return names
 }
 
-// tokenNumbers are those of the tokens on a device, with their keys.
+// tokenNumbers are those of the tokens on a device, or on that of a volume of the table,
+// with their keys.
 func tokenNumbers(ctx context.Context, device string) (numbers []string) {
+	if e, err := named(device); err == nil && e != nil {
+		device = e.unit.Device
+	}
+	ctx, cancel := context.WithTimeout(ctx, completeTimeout)
+	defer cancel()
 	_ = withHeader(device, true, func(d *sector.Device) error {
 		h, _, err := sector.ReadHeader(ctx, d)
 		if err != nil {

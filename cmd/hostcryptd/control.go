@@ -363,6 +363,17 @@ func (d *daemon) lastKey(limit, auth time.Duration) string {
 		case <-time.After(auth):
 			return lostUnknown
 		}
+		// It may have been under way since before the header was replaced.
+		seen = d.readTokens(limit)
+		d.mu.Lock()
+		lost, unknown = d.lost, d.unknown
+		d.mu.Unlock()
+		if lost != "" {
+			return lost
+		}
+		if seen && unknown && h.fault() == nil {
+			return lostUnknown
+		}
 	}
 	switch f := h.fault(); {
 	case seen && auth == 0 && (f == nil || f.lost == lostGone):

@@ -282,6 +282,24 @@ func TestWouldLose(t *testing.T) {
 	if why := ask(""); why != "" {
 		t.Errorf("the header is there: %s", why)
 	}
+
+	// It's replaced after a look with the key that is under way has read it.
+	old := &headerLook{cancel: func() {}, done: make(chan struct{})}
+	close(old.done)
+	h.look = old
+	if _, err := sector.AddToken(t.Context(), device, openUnseal, openSeal, sector.OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if why := ask(""); !strings.Contains(why, "nothing has authenticated it") {
+		t.Errorf("another header is there than the look under way has read: %q", why)
+	}
+	h.look = nil
+	if _, err := v.Tokens(t.Context(), openUnseal, sector.OpenOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if why := ask(""); why != "" {
+		t.Errorf("the new header is authentic: %s", why)
+	}
 	h.judgeHeader(fmt.Errorf("x: %w", sector.ErrOlder))
 	if why := ask(""); why != "" || !strings.HasPrefix(h.headerProblem(), "is not authentic") {
 		t.Errorf("the header is an older one: %q; the status says %q", why, h.headerProblem())

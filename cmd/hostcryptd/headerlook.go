@@ -141,9 +141,10 @@ func (h *keyHost) lookAtHeader(ctx context.Context, v *sector.Volume) ([]sector.
 	return nil, err
 }
 
-// endLook ends a look that is under way, once the volume is suspended: it may have
-// the volume key. What is still there after lookEnds hangs in the disk: that has no
-// key, and fetches none any more, and endLook returns false.
+// endLook ends a look that is under way: once the volume is suspended, as it may have
+// the volume key, or for a repair, which waits for none. What is still there after
+// lookEnds hangs in the disk: that has no key, and fetches none any more, and endLook
+// returns false.
 func (h *keyHost) endLook() bool {
 	h.mu.Lock()
 	l := h.look
