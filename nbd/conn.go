@@ -807,7 +807,7 @@ func (c *conn) inParts(r *request, size uint64, do func(off, length int64, fua b
 		c.mu.Lock()
 		begins := c.begins(r)
 		c.mu.Unlock()
-		if !begins || c.ctx.Err() != nil {
+		if !begins || c.parent.Err() != nil {
 			r.unanswered = context.Cause(c.parent) == ErrLeave
 			return syscall.ESHUTDOWN
 		}

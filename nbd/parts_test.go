@@ -185,6 +185,30 @@ func TestCalledOff(t *testing.T) {
 	}
 }
 
+// TestZeroesAndGo: long zeros before DISC are done to their end, as is all else, also when
+// the client doesn't wait for it.
+func TestZeroesAndGo(t *testing.T) {
+	dev := nbdtest.NewDevice(64<<20, false)
+	ops, release := partsOf(dev, 2)
+	defer release()
+	h := newHarness(t, nbd.Config{}, nbd.Export{Device: dev})
+	c, server, result := byUnix(t, h, nil)
+	b := nbdtest.Request{Cmd: nbdtest.WriteZeroes, Len: 64 << 20}.Append(nil)
+	if _, err := c.Conn.Write(nbdtest.Request{Cmd: nbdtest.Disc}.Append(b)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the second part", func() bool { return len(ops()) == 2 })
+	c.Conn.Close()
+	sawEnd(t, server)
+	release()
+	if err := wait(t, "Serve", result); err != nil {
+		t.Errorf("Serve() = %v: the client had disconnected", err)
+	}
+	if got := ops(); len(got) != 4 {
+		t.Errorf("the device was given %v, want all four parts", got)
+	}
+}
+
 // TestNextServer: a client that connects again has no error when another server goes
 // on: QEMU writes meanwhile, and reads it all.
 func TestNextServer(t *testing.T) {
