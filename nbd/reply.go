@@ -99,18 +99,25 @@ func (c *conn) flush() {
 		if !failed {
 			err = c.send()
 		}
-		for r := batch.head; r != nil; r = r.next {
-			c.releaseBuf(r)
-		}
-		c.mu.Lock()
-		if err != nil {
-			c.breakOff(fmt.Errorf("nbd: sending reply: %w", err))
-		}
-		c.inFlight -= batch.n
-		c.free.append(batch)
+		c.sent(err)
 		c.wakeReader()
 	}
 	c.sending = false
+}
+
+// sent gives back what the batch held, once it was sent or err has kept it from that. It
+// returns with mu locked.
+func (c *conn) sent(err error) {
+	batch := &c.sender.batch
+	for r := batch.head; r != nil; r = r.next {
+		c.releaseBuf(r)
+	}
+	c.mu.Lock()
+	if err != nil {
+		c.breakOff(fmt.Errorf("nbd: sending reply: %w", err))
+	}
+	c.inFlight -= batch.n
+	c.free.append(batch)
 }
 
 // send sends the replies of the batch, in as few calls as sendMax allows.

@@ -590,15 +590,7 @@ func (l *ringLoop) reply() (room bool) {
 		if l.blocked {
 			continue
 		}
-		for r := batch.head; r != nil; r = r.next {
-			c.releaseBuf(r)
-		}
-		c.mu.Lock()
-		if err != nil {
-			c.breakOff(fmt.Errorf("nbd: sending reply: %w", err))
-		}
-		c.inFlight -= batch.n
-		c.free.append(batch)
+		c.sent(err)
 		c.mu.Unlock()
 		room = true
 	}

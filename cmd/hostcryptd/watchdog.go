@@ -15,15 +15,16 @@ import (
 	"hostcryptd/systemd"
 )
 
-// The service manager replaces a service that doesn't tell it often enough that
-// it works (WatchdogSec=). This tells it as long as the I/O of the kernel device
-// makes progress, as the kernel counts it, so that no part of this process is
-// believed about itself. The kernel counts requests that were answered, though, and one
-// of zeros is up to 4 GiB (from Linux 6.12), a minute's work for a disk of 70 MB/s: with
-// several side by side, none is answered for long. Of these the parts count that were
-// written, as long as the kernel is among those who asked for some, and a discard is the disk's matter. So is a flush, which a disk that reads may
-// try for minutes: a server that is killed meanwhile never learns that it has failed, the
-// next one has to wait for it all the same, and is told by another flush that all is well.
+// The service manager replaces a service that doesn't tell it often enough that it
+// works (WatchdogSec=). This tells it as long as the I/O of the kernel device makes
+// progress, as the kernel counts it, so that no part of this process is believed about
+// itself. The kernel counts requests that were answered, though, and one of zeros is up
+// to 4 GiB (from Linux 6.12), a minute's work for a disk of 70 MB/s: with several side
+// by side, none is answered for long. Of these the parts count that were written, as
+// long as the kernel is among those who asked for some, and a discard is the disk's
+// matter. So is a flush, which a disk that reads may try for minutes: a server that is
+// killed meanwhile never learns that it has failed, the next one has to wait for it all
+// the same, and is told by another flush that all is well.
 //
 // A disk that hangs is no reason to be replaced: the next server would have to
 // wait for the same disk. So before I/O that stands still is held against this
