@@ -332,9 +332,9 @@ func (c *Child) run(ctx context.Context, opts Options, req request, pipe *os.Fil
 }
 
 // childEnv keeps what a Go program needs to find the certificates, and who connects to
-// the network for it, and drops the rest. Proxies must not be used; IDENTITY_ENDPOINT, MSI_ENDPOINT and the like
-// would send the request for a token elsewhere; AZURE_SDK_GO_LOGGING prints
-// exchanges.
+// the network for it, and drops the rest. Proxies must not be used; IDENTITY_ENDPOINT,
+// MSI_ENDPOINT and the like would send the request for a token elsewhere;
+// AZURE_SDK_GO_LOGGING prints exchanges.
 func childEnv(environ []string) []string {
 	var env []string
 	for _, kv := range environ {

@@ -50,8 +50,9 @@
 //   - A new connection begins when those whose peers have hung up have ended. It waits
 //     a second at most, for a device that doesn't answer must not keep others out.
 //   - After a DISC that the server has read, everything before it is done, but for long
-//     zeros and trims if the server stops, whoever is there to hear of it: who has sent that sends nothing again. Who wants it done, or
-//     done before something else, waits for the server to close the connection.
+//     zeros and trims if the server stops, whoever is there to hear of it: who has sent
+//     that sends nothing again. Who wants it done, or done before something else, waits
+//     for the server to close the connection.
 //
 // What is not promised: a peer that has vanished without a word, as when its network
 // is cut, is there until TCP gives it up, and what it had sent is done. Nor is there

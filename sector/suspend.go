@@ -150,9 +150,10 @@ func (v *Volume) wipe() error {
 	return err
 }
 
-// Resume unlocks a suspended volume as [Open] does, and lets requests pass
-// again, writes too: the key that Restrict waited for is back. The header must still describe the volume that was suspended: same
-// UUID, place, size and sectors. A volume that isn't suspended is left alone.
+// Resume unlocks a suspended volume as [Open] does, and lets requests pass again,
+// writes too: the key that Restrict waited for is back. The header must still describe
+// the volume that was suspended: same UUID, place, size and sectors. A volume that
+// isn't suspended is left alone.
 func (v *Volume) Resume(ctx context.Context, unseal Unsealer, o OpenOptions) error {
 	if !v.Suspended() {
 		if !v.gate.isOpen() {
